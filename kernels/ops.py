@@ -1,0 +1,173 @@
+"""The operations, once: signatures, checks, docstrings. `Ops` forwards to the chosen path.
+
+    x, y, ...            activations in float32, bfloat16 or float16
+    T                    tokens of the step, all sequences behind each other
+    B                    sequences of the step
+    HQ, HKV, D           query heads, KV heads, head size
+    key_pages            [num_pages, HKV, page_size, D], any stride in dim 0, the rest contiguous:
+    value_pages          one layer's view of a page-major pool
+    slot                 page_id * page_size + offset
+
+Every path promises the same meaning; only `exact` paths promise that a row's bits do not depend on
+the other rows, on how its queries were chunked, on the pages' places, or on the thread count.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+
+class Linear(Protocol):
+    """A weight as one path keeps it: made by `Ops.prepare_linear`, given back to `Ops.linear`."""
+
+    @property
+    def in_features(self) -> int: ...
+
+    @property
+    def out_features(self) -> int: ...
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows of the weight, `[len(ids), in_features]`: the embedding of a tied LM head."""
+
+
+class Ops(Protocol):
+    """All operations of one path. Inputs and outputs live on the path's device.
+
+    Raises `ShapeError` when a shape, dtype or stride doesn't fit; checks are O(1) and always on.
+    """
+
+    name: str
+    """For people: `native avx512_bf16`, `torch cpu`, `triton sm_90`, ..."""
+    exact: bool
+
+    def prepare_linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
+        """Take a weight `[N, K]` (and bias `[N]`) over; the caller drops its reference.
+
+        May repack, but never keeps two copies.
+        """
+
+    def linear(self, x: torch.Tensor, weight: Linear) -> torch.Tensor:
+        """`x @ weight.T + bias`: `[T, K] -> [T, N]`, dtype of `x`, summed in float32."""
+
+    def linear_float32(self, x: torch.Tensor, weight: Linear) -> torch.Tensor:
+        """The same with a float32 result: the LM head's logits are never rounded."""
+
+    def rms_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, *, weight_offset: float = 0.0
+    ) -> torch.Tensor:
+        """`x / rms(x) * (weight_offset + weight)`, per row of `[T, H]`.
+
+        Computed in float32, rounded once (Zhang and Sennrich 2019; Gemma's offset is 1).
+        """
+
+    def add_rms_norm(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        *,
+        weight_offset: float = 0.0,
+    ) -> torch.Tensor:
+        """`residual += x` in place (rounded to its dtype), then `rms_norm(residual)`."""
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """`silu(gate) * up` of `[T, 2 * I] -> [T, I]`, gate first (Shazeer 2020)."""
+
+    def gelu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """The same with the tanh approximation of GELU (Gemma)."""
+
+    def rope_store(
+        self,
+        qkv: torch.Tensor,
+        positions: torch.Tensor,
+        cos_sin: torch.Tensor,
+        key_pages: torch.Tensor,
+        value_pages: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        *,
+        q_norm: torch.Tensor | None = None,
+        k_norm: torch.Tensor | None = None,
+        norm_eps: float = 0.0,
+        norm_weight_offset: float = 0.0,
+    ) -> torch.Tensor:
+        """Split, normalise (optional), rotate, store K and V; returns the rotated queries.
+
+        qkv:           [T, (HQ + 2 * HKV) * D], rows may be strided; HKV and D from `key_pages`
+        positions:     [T] int32
+        cos_sin:       [max_positions, rotary_dim] float32: cos of the rotary_dim / 2 frequencies,
+                       then sin. rotary_dim <= D; the first rotary_dim of a head turn, as two
+                       halves (the "neox" layout of all supported families), the rest stays.
+        key_pages, value_pages: changed in place at the slots
+        slot_mapping:  [T] int64; -1 skips the store of that token. Slots must be distinct.
+        q_norm, k_norm: [D] per-head RMS norm before the rotation (Qwen3, Gemma 3)
+        returns:       [T, HQ, D]
+        """
+
+    def paged_attention(
+        self,
+        query: torch.Tensor,
+        key_pages: torch.Tensor,
+        value_pages: torch.Tensor,
+        page_tables: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_starts: torch.Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+        soft_cap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Causal attention of each sequence's new queries over all its keys in the pool.
+
+        query:         [T, HQ, D]; sequence b owns rows query_starts[b] .. query_starts[b + 1]
+        page_tables:   [B, max_pages] int32; entries past a sequence's last page are never read
+        seq_lens:      [B] int32, keys of the sequence, this step's included: its last query sits at
+                       position seq_lens[b] - 1
+        query_starts:  [B + 1] int32
+        window:        a query at position p sees keys p - window + 1 .. p (Mistral's convention)
+        soft_cap:      s -> soft_cap * tanh(s / soft_cap) before the mask (Gemma 2)
+        sinks:         [HQ] float32: an extra logit per head that takes weight and gives no value
+        returns:       [T, HQ, D]; slots outside a sequence, even NaN, never show
+        """
+
+    def grouped_linear(
+        self, x: torch.Tensor, weights: list[Linear], expert_of_row: torch.Tensor
+    ) -> torch.Tensor:
+        """Row r of `[R, K]` times the weight of expert `expert_of_row[r]` (int64): `[R, N]`.
+
+        The caller repeats rows per chosen expert and sums them in expert order.
+        """
+
+    def sample(
+        self,
+        logits: torch.Tensor,
+        temperature: torch.Tensor,
+        top_k: torch.Tensor,
+        top_p: torch.Tensor,
+        min_p: torch.Tensor,
+        seeds: torch.Tensor,
+        output_indices: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> torch.Tensor:
+        """Choose one token per row of `[R, V]` float32: `[R]` int64. Penalties were applied before.
+
+        temperature, top_p, min_p: [R] float32; top_k: [R] int32, 0 for all
+        seeds: [R] int64 (the bits of an unsigned 64-bit number); output_indices, positions: [R]
+        int32. Temperature 0 takes the largest logit, the lowest id on a tie. Else: divide by the
+        temperature, keep the top_k largest, of these the smallest set whose probability reaches
+        top_p, of these those with at least min_p times the largest probability, and draw by inverse
+        CDF with a uniform number from Philox 4x32-10 (Salmon et al. 2011) under (seed,
+        output index, position): a row's token depends on nothing but its own inputs.
+        """
+
+    def log_softmax(self, logits: torch.Tensor) -> torch.Tensor:
+        """Row-wise `[R, V]` float32, independent of the number of rows and threads."""
+
+    def copy_pages(self, pool: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        """`pool[targets[i]] = pool[sources[i]]` for whole pages `[num_pages, ...]`, int64 `[N]`.
+
+        In place. No target is also a source.
+        """

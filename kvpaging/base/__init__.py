@@ -1,0 +1,1 @@
+"""What every room of kvpaging shares: ids, errors, configuration, the clock."""

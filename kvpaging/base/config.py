@@ -1,0 +1,65 @@
+"""What an engine is asked for, and what it resolved to.
+
+`EngineOptions` may leave choices open (`None`); `kvpaging.engine.resolve` closes them once, at
+start, into an `EngineConfig` that nothing edits later.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class SchedulerConfig(msgspec.Struct, frozen=True):
+    """The bounds that policy works within. No model, no device."""
+
+    num_pages: int
+    """Pages that can be handed out; the scratch page is not among them."""
+    page_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    """Tokens of one sequence, prompt and output together."""
+    max_num_waiting: int
+    """Requests that may wait; one more is refused as overloaded."""
+    prefix_cache: bool = True
+
+
+class EngineOptions(msgspec.Struct, frozen=True):
+    """What the operator asked for. `None` means: decide at start, and say what was decided."""
+
+    model: str
+    """A checkpoint directory, or a hub id."""
+    device: str | None = None
+    """`cpu`, `cuda` or `cuda:N`."""
+    dtype: str | None = None
+    page_size: int = 16
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int | None = None
+    max_model_len: int | None = None
+    max_num_waiting: int = 1024
+    kv_cache_memory_bytes: int | None = None
+    gpu_memory_utilization: float = 0.9
+    threads: int | None = None
+    kernels: str | None = None
+    """`native`, `triton` or `torch`; for tests and for finding faults."""
+    prefix_cache: bool = True
+
+
+class EngineConfig(msgspec.Struct, frozen=True):
+    """What an engine runs with."""
+
+    model_dir: str
+    architecture: str
+    device: str
+    dtype: str
+    threads: int
+    kernels: str
+    """The kernel path in words, as `kvpaging doctor` prints it."""
+    exact: bool
+    """Cached equals computed bit for bit on this path."""
+    kv_cache_bytes: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    scheduler: SchedulerConfig
+    decisions: tuple[str, ...] = ()
+    """One line for every choice that was left open, with its reason."""

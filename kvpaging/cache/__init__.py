@@ -1,0 +1,1 @@
+"""Pages: who owns them, what they hold, which may be reused. No tensors."""

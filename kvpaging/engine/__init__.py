@@ -1,0 +1,1 @@
+"""The step loop, the messages between the two processes, and their statistics."""

@@ -1,0 +1,109 @@
+"""The typed messages between the API process and the engine process. Never pickle.
+
+Each frame on the socket is a 4-byte little-endian length and a msgpack body of at most
+`MAX_FRAME_BYTES`. The first message of each side is `Hello`; sides of different versions part with
+an error. Knows nothing of sockets or processes.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+
+from kvpaging.base.config import EngineConfig, EngineOptions
+from kvpaging.scheduling.events import Abort, Arrival, Finish
+from kvpaging.scheduling.outputs import StepOutputs
+
+PROTOCOL_VERSION: Final = 1
+MAX_FRAME_BYTES: Final = 64 * 1024 * 1024
+
+
+class Hello(msgspec.Struct, frozen=True, tag=True):
+    """First message of each side."""
+
+    version: int
+    options: EngineOptions | None = None
+    """From the API: what to start."""
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag=True):
+    """End now; what still runs is lost. Draining is the API's business: it stops sending."""
+
+
+class GetPages(msgspec.Struct, frozen=True, tag=True):
+    """Ask for a `PagePicture`."""
+
+    query_id: int
+
+
+class Loading(msgspec.Struct, frozen=True, tag=True):
+    """How far the weights are."""
+
+    stage: str
+    done_bytes: int = 0
+    total_bytes: int = 0
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """The engine serves from now on; `config` holds its limits, for answers at the door."""
+
+    config: EngineConfig
+
+
+class EngineStats(msgspec.Struct, frozen=True, tag=True):
+    """State now, and totals since the start of this engine process."""
+
+    step_id: int = 0
+    num_running: int = 0
+    num_waiting: int = 0
+    num_free_pages: int = 0
+    num_cached_pages: int = 0
+    num_held_pages: int = 0
+    num_wasted_slots: int = 0
+    """Slots of held pages that hold no token: less than one page a sequence."""
+    num_evicted_pages: int = 0
+    num_preemptions: int = 0
+    num_recomputed_tokens: int = 0
+    prefix_queried_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    num_computed_tokens: int = 0
+    step_s: float = 0.0
+    """The last step, wall time."""
+    num_quarantined_pages: int = 0
+    broken_laws: tuple[str, ...] = ()
+
+
+class StepDone(msgspec.Struct, frozen=True, tag=True):
+    """After each step."""
+
+    outputs: StepOutputs
+    stats: EngineStats
+
+
+class PageState(msgspec.Struct, frozen=True, gc=False):
+    """One page as it is now."""
+
+    page_id: int
+    state: str
+    """`free`, `cached` or `held`."""
+    num_owners: int
+    num_tokens: int
+
+
+class PagePicture(msgspec.Struct, frozen=True, tag=True):
+    """The answer to `GetPages`."""
+
+    query_id: int
+    page_size: int
+    pages: tuple[PageState, ...]
+
+
+class StartFailed(msgspec.Struct, frozen=True, tag=True):
+    """The engine can't start with these options; trying again would not help."""
+
+    message: str
+
+
+ToEngine = Hello | Arrival | Abort | Finish | GetPages | Shutdown
+FromEngine = Hello | Loading | Ready | StepDone | PagePicture | StartFailed

@@ -1,0 +1,31 @@
+"""What reaches the scheduler between two steps, as data, so that it can be recorded and replayed."""
+
+from __future__ import annotations
+
+import msgspec
+
+from kvpaging.base.ids import RequestId
+from kvpaging.scheduling.request import Request
+
+
+class Arrival(msgspec.Struct, frozen=True, tag=True):
+    """A new request."""
+
+    request: Request
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True):
+    """The client is gone: give everything back. Unknown or finished ids are ignored."""
+
+    request_id: RequestId
+
+
+class Finish(msgspec.Struct, frozen=True, tag=True):
+    """Text ended one output (a stop string): it is complete with its first `num_tokens` tokens."""
+
+    request_id: RequestId
+    output_index: int
+    num_tokens: int
+
+
+Event = Arrival | Abort | Finish

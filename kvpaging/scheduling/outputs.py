@@ -1,0 +1,71 @@
+"""What a step gives back to whoever asked: tokens, endings and refusals."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+from kvpaging.base.ids import RequestId
+from kvpaging.scheduling.plan import Sample
+
+
+class FinishReason(StrEnum):
+    """How an output ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+class Timings(msgspec.Struct, frozen=True):
+    """Intervals on the engine's clock, in seconds."""
+
+    queue_s: float
+    """From arrival to the first step that computed a token of it."""
+    prefill_s: float
+    """From there to the first sampled token."""
+    decode_s: float
+    """From there to the last."""
+
+
+class Finished(msgspec.Struct, frozen=True):
+    """One output's end."""
+
+    reason: FinishReason
+    stop_token_id: int | None
+    """The token that ended it, where one did; it is the last of the output's tokens."""
+    timings: Timings
+    num_preemptions: int
+    num_recomputed_tokens: int
+    message: str | None = None
+    """Why, for `ERROR`."""
+
+
+class SequenceOutput(msgspec.Struct, frozen=True):
+    """What one step added to one output."""
+
+    request_id: RequestId
+    output_index: int
+    samples: tuple[Sample, ...]
+    num_cached_tokens: int
+    """Prompt tokens that were found in the prefix cache when the request was first scheduled."""
+    finished: Finished | None = None
+
+
+class Rejection(msgspec.Struct, frozen=True):
+    """A request that was not accepted, and why."""
+
+    request_id: RequestId
+    message: str
+    code: str
+    """`context_length_exceeded`, `pool_exceeded`, `overloaded`, `invalid_value`, ..."""
+    param: str | None = None
+
+
+class StepOutputs(msgspec.Struct, frozen=True):
+    """Everything that one step has to say."""
+
+    outputs: tuple[SequenceOutput, ...] = ()
+    rejections: tuple[Rejection, ...] = ()

@@ -1,0 +1,68 @@
+"""How the API speaks to an engine, wherever it runs.
+
+`EngineClient` is the seam: routes and tests know only this. `server.supervisor` has the one that
+owns an engine process; `InProcessClient` here drives an engine object in a thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from enum import StrEnum
+from typing import Protocol
+
+import msgspec
+
+from kvpaging.base.config import EngineConfig
+from kvpaging.base.ids import RequestId
+from kvpaging.engine.messages import EngineStats, PagePicture
+from kvpaging.scheduling.outputs import SequenceOutput
+from kvpaging.scheduling.request import Request
+
+
+class EngineState(StrEnum):
+    """What `/health` tells."""
+
+    LOADING = "loading"
+    READY = "ready"
+    STALLED = "stalled"
+    """Work is waiting and no step has ended for longer than the limit."""
+    DEAD = "dead"
+    """It ended; it is being restarted, or the crash limit is reached."""
+
+
+class EngineStatus(msgspec.Struct, frozen=True):
+    """The engine as the API sees it now."""
+
+    state: EngineState
+    detail: str
+    """For people: the loading stage, why it is dead, ..."""
+    config: EngineConfig | None
+    stats: EngineStats
+    num_restarts: int
+
+
+class EngineClient(Protocol):
+    """One engine. All methods are called on the event loop's thread."""
+
+    def status(self) -> EngineStatus:
+        """The state now, without waiting."""
+
+    def submit(self, request: Request) -> AsyncIterator[SequenceOutput]:
+        """Send the request and give its outputs as they come, for all of its `n` outputs.
+
+        The iterator ends after each output has had its `finished`. Closing it early (`aclose`, or a
+        cancelled task) aborts the request. Raises `BadRequest` or `Overloaded` (at the door, or by
+        the engine's word) before the first item, `EngineDied` at any time.
+        """
+
+    def finish(self, request_id: RequestId, output_index: int, num_tokens: int) -> None:
+        """Text ended this output at `num_tokens`: the engine stops computing it.
+
+        Its iterator gives the output's `finished` (reason `stop`) as usual.
+        """
+
+    async def pages(self) -> PagePicture:
+        """Every page as it is now. Raises `EngineDied`."""
+
+    async def close(self) -> None:
+        """End the engine."""
