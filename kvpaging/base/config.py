@@ -61,5 +61,7 @@ class EngineConfig(msgspec.Struct, frozen=True):
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     scheduler: SchedulerConfig
+    numerics_identity: bytes = b""
+    """What a page's bits depend on besides its tokens: the root of every prefix key."""
     decisions: tuple[str, ...] = ()
     """One line for every choice that was left open, with its reason."""

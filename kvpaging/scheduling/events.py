@@ -1,4 +1,4 @@
-"""What reaches the scheduler between two steps, as data, so that it can be recorded and replayed."""
+"""What reaches the scheduler between two steps: data, so that it can be recorded and replayed."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class SamplingParams(msgspec.Struct, frozen=True):
 
 
 class Request(msgspec.Struct, frozen=True):
-    """A frozen order: prompt and sampling, forked into `n` sequences when the prompt is computed."""
+    """A frozen order; it forks into `n` sequences when its prompt is computed."""
 
     request_id: RequestId
     prompt_token_ids: tuple[int, ...]

@@ -1,0 +1,187 @@
+"""The pages of all sequences: `reserve`, `grow`, `commit`, `fork`, `release`.
+
+Composes the allocator, the prefix index and the eviction policy, and is the only one that changes
+them. Knows sequences only as chains of tokens and as leases; knows no queue and no tensor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvpaging.base.errors import LawBroken
+from kvpaging.base.ids import PageId, PageKey
+from kvpaging.cache.allocator import OutOfPages, PageAllocator
+from kvpaging.cache.eviction import EvictionPolicy, LeastRecentlyUsed
+from kvpaging.cache.page_lease import PageLease
+from kvpaging.cache.prefix_index import PrefixIndex
+from kvpaging.cache.prefix_key import PrefixChain, root_key
+
+
+@dataclass(slots=True)
+class CacheCounters:
+    """Totals since the start."""
+
+    queried_tokens: int = 0
+    hit_tokens: int = 0
+    evicted_pages: int = 0
+
+
+class _CachedPages:
+    """`allocator.CachedPages` over the index (what is worth keeping) and the policy (the order)."""
+
+    def __init__(self, index: PrefixIndex, policy: EvictionPolicy, counters: CacheCounters):
+        self._index = index
+        self._policy = policy
+        self._counters = counters
+
+    def __len__(self) -> int:
+        return len(self._policy)
+
+    def __contains__(self, page_id: PageId) -> bool:
+        return page_id in self._policy
+
+    def keep(self, page_id: PageId) -> bool:
+        if page_id not in self._index:
+            return False
+        self._policy.add(page_id)
+        return True
+
+    def revive(self, page_id: PageId) -> None:
+        self._policy.remove(page_id)
+
+    def evict(self) -> PageId:
+        page_id = self._policy.victim()
+        self._index.withdraw(page_id)
+        self._counters.evicted_pages += 1
+        return page_id
+
+
+class CacheManager:
+    """Pages for sequences, found again by prefix."""
+
+    def __init__(
+        self,
+        num_pages: int,
+        page_size: int,
+        *,
+        numerics_identity: bytes = b"",
+        prefix_cache: bool = True,
+        policy: EvictionPolicy | None = None,
+    ):
+        self.page_size = page_size
+        self.index = PrefixIndex()
+        self.counters = CacheCounters()
+        self.policy = LeastRecentlyUsed() if policy is None else policy
+        self.allocator = PageAllocator(
+            num_pages, _CachedPages(self.index, self.policy, self.counters)
+        )
+        self.leases: dict[int, PageLease] = {}
+        self.root: PageKey = root_key(numerics_identity)
+        self._prefix_cache = prefix_cache
+
+    @property
+    def num_available(self) -> int:
+        """Pages that can be handed out now, by evicting cached ones if need be."""
+        return self.allocator.num_available
+
+    def chain(self, namespace: bytes) -> PrefixChain:
+        """An empty chain for a sequence of this namespace."""
+        return PrefixChain(self.root, namespace, self.page_size)
+
+    def pages_for(self, num_tokens: int) -> int:
+        """Pages that hold `num_tokens` tokens."""
+        return -(-num_tokens // self.page_size)
+
+    def match(self, chain: PrefixChain, num_tokens: int) -> list[PageId]:
+        """Pages that already hold the beginning of a sequence of `num_tokens` tokens. A question.
+
+        At least the last token is left to compute: its logits are needed.
+        """
+        if not self._prefix_cache:
+            return []
+        return self.index.match(chain, (num_tokens - 1) // self.page_size)
+
+    def num_new_pages(self, matched: list[PageId], num_tokens: int) -> int:
+        """Available pages that holding `num_tokens` tokens on top of `matched` would use up.
+
+        A matched page without an owner counts too: sharing it makes it unavailable. A question.
+        """
+        revived = sum(1 for page_id in matched if page_id in self.policy)
+        return self.pages_for(num_tokens) - len(matched) + revived
+
+    def reserve(self, matched: list[PageId], num_tokens: int) -> PageLease:
+        """A lease over `matched` (from `match`, just now) and new pages up to `num_tokens` tokens.
+
+        Raises OutOfPages having changed nothing.
+        """
+        needed = self.num_new_pages(matched, num_tokens)
+        if needed > self.num_available:
+            raise OutOfPages(needed, self.num_available)
+        self.allocator.share(matched)
+        taken = self.allocator.take(self.pages_for(num_tokens) - len(matched))
+        return self._lease([*matched, *taken], len(matched))
+
+    def grow(self, lease: PageLease, num_tokens: int) -> tuple[PageId, ...]:
+        """Make room for `num_tokens` tokens in all; returns the pages appended to the lease.
+
+        Raises OutOfPages having changed nothing.
+        """
+        missing = self.pages_for(num_tokens) - len(lease.pages)
+        if missing <= 0:
+            return ()
+        taken = self.allocator.take(missing)
+        lease.pages.extend(taken)
+        return tuple(taken)
+
+    def commit(self, lease: PageLease, chain: PrefixChain, num_computed_tokens: int) -> None:
+        """Publish the pages that are full and computed now. `chain` covers them."""
+        if not self._prefix_cache:
+            return
+        for i in range(lease.num_published, num_computed_tokens // self.page_size):
+            self.index.publish(lease.pages[i], chain.parent_of(i), chain.links[i])
+            lease.num_published = i + 1
+
+    def fork(self, lease: PageLease, num_tokens: int) -> tuple[PageLease, PageId | None]:
+        """A lease over the same first `num_tokens` tokens: full pages shared, the tail's own.
+
+        Returns it with the page that its last page must be copied from (`None` when the tail is
+        empty). That source is shared too, so that nobody writes to it before the copy:
+        `unpin` it afterwards. Raises OutOfPages having changed nothing.
+        """
+        full, tail = divmod(num_tokens, self.page_size)
+        taken = self.allocator.take(1 if tail else 0)
+        self.allocator.share(lease.pages[: full + len(taken)])
+        twin = self._lease([*lease.pages[:full], *taken], 0)
+        twin.num_published = min(lease.num_published, full)
+        return twin, lease.pages[full] if tail else None
+
+    def unpin(self, page_id: PageId) -> None:
+        """The copy from this page is done, or will never be made."""
+        self.allocator.release((page_id,))
+
+    def release(self, lease: PageLease) -> None:
+        """Give the pages back, tail first, so that a parent is never evicted before its child."""
+        if not lease.is_live:
+            raise LawBroken(f"lease released twice: {lease!r}")
+        lease.is_live = False
+        del self.leases[id(lease)]
+        self.allocator.release(lease.pages[::-1])
+
+    def distrust(self, lease: PageLease) -> None:
+        """Withdraw what this sequence computed: its values were no numbers. Shared pages stay."""
+        for page_id in lease.pages[lease.num_cached_tokens // self.page_size : lease.num_published]:
+            if self.allocator.num_owners(page_id) == 1:
+                self.index.withdraw(page_id)
+
+    def quarantine(self, page_id: PageId) -> None:
+        """Take a leaked page (held, named by no lease) out of service with what it holds."""
+        if page_id in self.index:
+            self.index.withdraw(page_id)
+        self.allocator.quarantine(page_id)
+
+    def _lease(self, pages: list[PageId], num_matched: int) -> PageLease:
+        lease = PageLease(
+            pages, num_cached_tokens=num_matched * self.page_size, num_published=num_matched
+        )
+        self.leases[id(lease)] = lease
+        return lease

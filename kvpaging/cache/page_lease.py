@@ -1,0 +1,23 @@
+"""Pages come with the right to give them back, once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvpaging.base.ids import PageId
+
+
+@dataclass(slots=True, eq=False)
+class PageLease:
+    """One sequence's page table: the right to read its pages and to write those not yet full.
+
+    Append-only; only the `CacheManager` changes it. Token i sits at
+    `pages[i // page_size] * page_size + i % page_size`.
+    """
+
+    pages: list[PageId]
+    num_cached_tokens: int
+    """Tokens whose keys and values were already there: they need not be computed."""
+    num_published: int
+    """How many of the first pages are in the index."""
+    is_live: bool = True

@@ -1,0 +1,90 @@
+"""Page identity: a SHA-256 chain over full pages.
+
+    key(page i) = H(key(page i - 1), namespace, tokens of page i)
+
+The chain's root is the numerics identity (weights, architecture, KV dtype and layout, the path that
+computes), so pages of two paths that differ in bits never meet. Equal keys mean equal K and V, and
+still the tokens are compared as well: a key is never trusted alone.
+
+Knows nothing of pages, pools or levels: the same key names a page everywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from kvpaging.base.ids import PageKey
+
+_DOMAIN = b"kvpaging page key 1\0"
+
+
+def root_key(numerics_identity: bytes) -> PageKey:
+    """The parent of every first page, for one way to compute."""
+    return PageKey(hashlib.sha256(_DOMAIN + numerics_identity).digest())
+
+
+def page_key(parent: PageKey, namespace: bytes, tokens: bytes) -> PageKey:
+    """The key of a full page.
+
+    Args:
+        parent: the key of the page before it, or the root.
+        namespace: whose page it is; any bytes are harmless, its length is hashed too.
+        tokens: the page's token ids, packed as by `PrefixChain`.
+    """
+    return PageKey(
+        hashlib.sha256(
+            b"".join((parent, len(namespace).to_bytes(4, "little"), namespace, tokens))
+        ).digest()
+    )
+
+
+class ChainLink(NamedTuple):
+    """One full page of a sequence: its identity, and what to compare beside it."""
+
+    key: PageKey
+    tokens: bytes
+    """Little-endian uint32 token ids."""
+
+
+class PrefixChain:
+    """The links of one sequence's full pages, made as its tokens become known."""
+
+    __slots__ = ("_namespace", "_packer", "_root", "links", "page_size")
+
+    def __init__(self, root: PageKey, namespace: bytes, page_size: int):
+        self._root = root
+        self._namespace = namespace
+        self._packer = struct.Struct(f"<{page_size}I")
+        self.page_size = page_size
+        self.links: list[ChainLink] = []
+
+    def extend(self, token_ids: Sequence[int]) -> None:
+        """Add the links of all pages that `token_ids` (the whole sequence) fills."""
+        size = self.page_size
+        for first in range(len(self.links) * size, len(token_ids) - size + 1, size):
+            tokens = self._packer.pack(*token_ids[first : first + size])
+            self.links.append(
+                ChainLink(page_key(self.parent_of_next, self._namespace, tokens), tokens)
+            )
+
+    @property
+    def parent_of_next(self) -> PageKey:
+        """The parent key of the page that is not full yet."""
+        return self.links[-1].key if self.links else self._root
+
+    def parent_of(self, index: int) -> PageKey:
+        """The key before link `index`."""
+        return self.links[index - 1].key if index else self._root
+
+    def fork(self) -> PrefixChain:
+        """A chain with the same links that grows on its own."""
+        twin = PrefixChain(self._root, self._namespace, self.page_size)
+        twin.links = list(self.links)
+        return twin
+
+    def keys(self) -> Iterable[PageKey]:
+        """All keys, first page first."""
+        return (link.key for link in self.links)

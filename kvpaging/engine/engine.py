@@ -1,0 +1,193 @@
+"""The step loop: events in, one plan, one result, outputs out.
+
+The engine knows token ids only, never text, sockets or processes. The same engine runs in the
+engine process, in tests, and as a library (`from kvpaging import Engine`).
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Self
+
+from kvpaging.base.clock import Clock, monotonic
+from kvpaging.base.config import EngineConfig, EngineOptions
+from kvpaging.base.errors import BadRequest, KvPagingError
+from kvpaging.base.ids import PageId, RequestId
+from kvpaging.cache.audit import Audit
+from kvpaging.cache.cache_manager import CacheManager
+from kvpaging.engine.messages import EngineStats, PageState
+from kvpaging.execution.executor import Executor
+from kvpaging.scheduling.events import Abort, Arrival, Event
+from kvpaging.scheduling.outputs import Finished, FinishReason, StepOutputs
+from kvpaging.scheduling.plan import Sample
+from kvpaging.scheduling.request import Request, SamplingParams
+from kvpaging.scheduling.scheduler import Scheduler
+
+
+@dataclass(slots=True)
+class Completion:
+    """One output of `Engine.generate`, complete."""
+
+    request_id: RequestId
+    output_index: int
+    samples: list[Sample] = field(default_factory=list)
+    num_cached_tokens: int = 0
+    finished: Finished | None = None
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The sampled tokens."""
+        return [sample.token_id for sample in self.samples]
+
+
+class Engine:
+    """One model on one device: continuous batching over a paged KV cache.
+
+    Not thread-safe: one thread owns the engine and its device.
+    """
+
+    def __init__(self, config: EngineConfig, executor: Executor, *, clock: Clock = monotonic):
+        self.config = config
+        self._executor = executor
+        self._clock = clock
+        self._cache = CacheManager(
+            config.scheduler.num_pages,
+            config.scheduler.page_size,
+            numerics_identity=config.numerics_identity,
+            prefix_cache=config.scheduler.prefix_cache,
+        )
+        self._scheduler = Scheduler(
+            config.scheduler,
+            self._cache,
+            vocab_size=config.vocab_size,
+            eos_token_ids=frozenset(config.eos_token_ids),
+        )
+        self._audit = Audit(self._cache)
+        self._step_id = 0
+        self._step_s = 0.0
+
+    @classmethod
+    def from_options(cls, options: EngineOptions) -> Self:
+        """Load the model and make an engine. Raises ConfigError."""
+        from kvpaging.execution.loading import load_executor
+
+        config, executor = load_executor(options)
+        return cls(config, executor)
+
+    @property
+    def has_work(self) -> bool:
+        """Another step would do something."""
+        return self._scheduler.has_work
+
+    def step(self, events: Sequence[Event] = ()) -> StepOutputs:
+        """Take the events in and run one step.
+
+        An exception from the executor, or a broken law, means that this engine is over: its state
+        is not to be trusted.
+        """
+        started = self._clock()
+        plan = self._scheduler.schedule(events, started)
+        result = self._executor.run(plan)
+        ended = self._clock()
+        outputs = self._scheduler.apply(plan, result, ended)
+        self._audit.check_counts()
+        self._audit.check_next_lease()
+        self._step_id = plan.step_id
+        self._step_s = ended - started
+        return outputs
+
+    def audit_idle(self) -> bool:
+        """Check the laws on a slice of the pages while nothing runs; returns whether more is left.
+
+        Leaked pages are quarantined and reported by `stats().broken_laws`.
+        """
+        return self._audit.check_idle_slice()
+
+    def stats(self) -> EngineStats:
+        """State now, and totals. O(running sequences)."""
+        pages, scheduler, cache = self._cache.allocator, self._scheduler, self._cache
+        return EngineStats(
+            step_id=self._step_id,
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            num_free_pages=pages.num_free,
+            num_cached_pages=pages.num_cached,
+            num_held_pages=pages.num_held,
+            num_wasted_slots=scheduler.num_wasted_slots,
+            num_evicted_pages=cache.counters.evicted_pages,
+            num_preemptions=scheduler.counters.preemptions,
+            num_recomputed_tokens=scheduler.counters.recomputed_tokens,
+            prefix_queried_tokens=cache.counters.queried_tokens,
+            prefix_hit_tokens=cache.counters.hit_tokens,
+            num_computed_tokens=scheduler.counters.computed_tokens,
+            step_s=self._step_s,
+            num_quarantined_pages=pages.num_quarantined,
+            broken_laws=tuple(self._audit.breaches[-8:]),
+        )
+
+    def pages(self) -> tuple[PageState, ...]:
+        """Every page as it is now. O(pages): for people, not for steps."""
+        pages = self._cache.allocator
+        size = self._cache.page_size
+        num_tokens: dict[PageId, int] = {}
+        for sequence in self._scheduler.running:
+            if sequence.lease is not None:
+                for i, page_id in enumerate(sequence.lease.pages):
+                    num_tokens[page_id] = max(0, min(size, sequence.num_computed_tokens - i * size))
+        return tuple(
+            PageState(
+                page_id,
+                pages.state(page_id),
+                pages.num_owners(page_id),
+                size if page_id in self._cache.index else num_tokens.get(page_id, 0),
+            )
+            for page_id in map(PageId, range(1, pages.num_pages + 1))
+        )
+
+    def generate(
+        self, prompts: Iterable[Sequence[int]], sampling: SamplingParams, *, n: int = 1
+    ) -> list[list[Completion]]:
+        """Complete each prompt (token ids), all of them batched; `n` outputs each.
+
+        Raises BadRequest if one can't be served, KvPagingError if one failed; the others are
+        aborted then.
+        """
+        prefix = secrets.token_hex(8)
+        requests = [
+            Request(RequestId(f"{prefix}-{i}"), tuple(prompt), sampling, n)
+            for i, prompt in enumerate(prompts)
+        ]
+        completions = {
+            request.request_id: [Completion(request.request_id, k) for k in range(n)]
+            for request in requests
+        }
+        try:
+            outputs = self.step([Arrival(request) for request in requests])
+            _collect(outputs, completions)
+            while self.has_work:
+                _collect(self.step(), completions)
+        except KvPagingError:
+            self.step([Abort(request.request_id) for request in requests])
+            raise
+        return list(completions.values())
+
+    def close(self) -> None:
+        """Give the device's memory back."""
+        self._executor.close()
+
+
+def _collect(outputs: StepOutputs, completions: dict[RequestId, list[Completion]]) -> None:
+    """Add a step's outputs to the completions they belong to; raises for one that failed."""
+    for rejection in outputs.rejections:
+        raise BadRequest(rejection.message, param=rejection.param, code=rejection.code)
+    for output in outputs.outputs:
+        if output.request_id not in completions:
+            continue
+        completion = completions[output.request_id][output.output_index]
+        completion.samples.extend(output.samples)
+        completion.num_cached_tokens = output.num_cached_tokens
+        completion.finished = output.finished
+        if output.finished is not None and output.finished.reason is FinishReason.ERROR:
+            raise KvPagingError(output.finished.message or "the output failed")

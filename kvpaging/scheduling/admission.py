@@ -1,0 +1,106 @@
+"""The door: a request that can't be served is refused at once, with the numbers.
+
+An accepted request will be answered. Knows the limits, not the load: a full queue is the
+scheduler's business.
+"""
+
+from __future__ import annotations
+
+import math
+
+from kvpaging.base.config import SchedulerConfig
+from kvpaging.base.errors import BadRequest, NeverFits, PromptTooLong
+from kvpaging.scheduling.request import MAX_LOGPROBS, MAX_PRIORITY, Request
+
+
+def max_new_tokens_that_fit(num_prompt_tokens: int, config: SchedulerConfig) -> int:
+    """The longest output that fits both the model and the pool; 0 or less when none does.
+
+    The last sampled token needs no slot: nothing is computed from it.
+    """
+    by_pool = config.num_pages * config.page_size + 1 - num_prompt_tokens
+    return min(config.max_model_len - num_prompt_tokens, by_pool)
+
+
+def check(request: Request, config: SchedulerConfig, vocab_size: int) -> None:
+    """Raise BadRequest (or PromptTooLong, NeverFits) if the request can never be served."""
+    _check_prompt(request, vocab_size)
+    if not 1 <= request.n <= config.max_num_seqs:
+        raise BadRequest(f"n must be in 1..{config.max_num_seqs}, not {request.n}", param="n")
+    _check_sampling(request, vocab_size)
+    _check_length(request, config)
+
+
+def _check_prompt(request: Request, vocab_size: int) -> None:
+    if not request.prompt_token_ids:
+        raise BadRequest("the prompt is empty; it needs at least 1 token", param="prompt")
+    for token_id in (min(request.prompt_token_ids), max(request.prompt_token_ids)):
+        if not 0 <= token_id < vocab_size:
+            raise BadRequest(
+                f"token id {token_id} in the prompt is not in 0..{vocab_size - 1}", param="prompt"
+            )
+    if abs(request.priority) > MAX_PRIORITY:
+        raise BadRequest(
+            f"priority must be in {-MAX_PRIORITY}..{MAX_PRIORITY}, not {request.priority}",
+            param="priority",
+        )
+
+
+def _check_sampling(request: Request, vocab_size: int) -> None:
+    sampling = request.sampling
+
+    def require(ok: bool, field: str, limit: str) -> None:
+        if not ok:
+            value = getattr(sampling, field)
+            raise BadRequest(f"{field} must be {limit}, not {value}", param=field)
+
+    require(sampling.max_new_tokens >= 1, "max_new_tokens", "at least 1")
+    require(
+        0 <= sampling.min_new_tokens <= sampling.max_new_tokens,
+        "min_new_tokens",
+        f"in 0..max_new_tokens ({sampling.max_new_tokens})",
+    )
+    require(0 <= sampling.seed < 2**64, "seed", "in 0..2**64 - 1")
+    require(_finite(sampling.temperature) and sampling.temperature >= 0, "temperature", "0 or more")
+    require(sampling.top_k >= 0, "top_k", "0 (all) or more")
+    require(0 < sampling.top_p <= 1, "top_p", "above 0 and at most 1")
+    require(0 <= sampling.min_p <= 1, "min_p", "in 0..1")
+    require(
+        _finite(sampling.repetition_penalty) and sampling.repetition_penalty > 0,
+        "repetition_penalty",
+        "above 0",
+    )
+    require(_finite(sampling.presence_penalty), "presence_penalty", "a finite number")
+    require(_finite(sampling.frequency_penalty), "frequency_penalty", "a finite number")
+    require(
+        all(0 <= i < vocab_size and _finite(b) for i, b in sampling.logit_bias),
+        "logit_bias",
+        f"finite numbers for token ids in 0..{vocab_size - 1}",
+    )
+    require(
+        all(0 <= i < vocab_size for i in sampling.stop_token_ids),
+        "stop_token_ids",
+        f"token ids in 0..{vocab_size - 1}",
+    )
+    require(
+        sampling.logprobs is None or 0 <= sampling.logprobs <= MAX_LOGPROBS,
+        "logprobs",
+        f"in 0..{MAX_LOGPROBS}",
+    )
+
+
+def _check_length(request: Request, config: SchedulerConfig) -> None:
+    num_prompt, num_new = len(request.prompt_token_ids), request.sampling.max_new_tokens
+    if num_prompt + num_new > config.max_model_len:
+        raise PromptTooLong(
+            f"the prompt's {num_prompt} tokens and max_new_tokens={num_new} make "
+            f"{num_prompt + num_new}, and the model's length is {config.max_model_len}",
+            param="prompt" if num_prompt >= config.max_model_len else "max_new_tokens",
+        )
+    needs = -(-(num_prompt + num_new - 1) // config.page_size)
+    if needs > config.num_pages:
+        raise NeverFits(needs, config.num_pages)
+
+
+def _finite(value: float) -> bool:
+    return math.isfinite(value)

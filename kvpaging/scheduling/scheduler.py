@@ -1,0 +1,582 @@
+"""Who runs in the next step, with how many tokens, on which pages.
+
+There is no prefill phase and no decode phase: every sequence catches up its computed tokens to its
+known tokens within a token budget. Chunked prefill, prefix hits, preemption and forks all fall out
+of that one rule. `schedule` reserves, `apply` commits, and nothing else changes state; two plans
+may be held at once, since what `schedule` decides rests on what is planned, not on what is applied.
+
+Knows token ids and page ids; no text, no tensor, no clock (the time comes in with each call).
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from typing import assert_never
+
+from kvpaging.base.config import SchedulerConfig
+from kvpaging.base.errors import BadRequest, ConfigError, LawBroken
+from kvpaging.base.ids import PageId, RequestId, SeqId, StepId
+from kvpaging.cache.allocator import OutOfPages
+from kvpaging.cache.cache_manager import CacheManager
+from kvpaging.scheduling import admission
+from kvpaging.scheduling.events import Abort, Arrival, Event, Finish
+from kvpaging.scheduling.outputs import (
+    Finished,
+    FinishReason,
+    Rejection,
+    SequenceOutput,
+    StepOutputs,
+)
+from kvpaging.scheduling.plan import (
+    AddedSequence,
+    PageCopy,
+    Sample,
+    ScheduledSequence,
+    StepPlan,
+    StepResult,
+)
+from kvpaging.scheduling.request import Request
+from kvpaging.scheduling.sequence import SeqState, Sequence
+from kvpaging.scheduling.waiting_queue import WaitingQueue
+
+
+@dataclass(slots=True)
+class SchedulerCounters:
+    """Totals since the start."""
+
+    preemptions: int = 0
+    recomputed_tokens: int = 0
+    computed_tokens: int = 0
+
+
+class _Draft:
+    """A plan in the making: entries may still be taken back when their sequence is preempted."""
+
+    __slots__ = ("budget", "copies", "entries", "has_preempted")
+
+    def __init__(self, budget: int):
+        self.budget = budget
+        self.entries: dict[SeqId, tuple[Sequence, ScheduledSequence]] = {}
+        self.copies: list[PageCopy] = []
+        self.has_preempted = False
+
+
+class Scheduler:
+    """Continuous batching over pages; see the module."""
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        cache: CacheManager,
+        *,
+        vocab_size: int,
+        eos_token_ids: frozenset[int] = frozenset(),
+    ):
+        if config.max_num_batched_tokens < config.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens is {config.max_num_batched_tokens} and must be at least "
+                f"max_num_seqs ({config.max_num_seqs}): each running sequence needs one a step"
+            )
+        self.config = config
+        self.cache = cache
+        self.counters = SchedulerCounters()
+        self._vocab_size = vocab_size
+        self._eos_token_ids = eos_token_ids
+        self._requests: dict[RequestId, list[Sequence]] = {}
+        """Outputs of each request that have not ended; a request without one is gone."""
+        self._sequences: dict[SeqId, Sequence] = {}
+        """Sequences that have not ended, and ended ones that a plan in flight names."""
+        self._waiting = WaitingQueue()
+        self._running: list[Sequence] = []
+        self._forked: list[Sequence] = []
+        """Running sequences whose tail page must be copied before the next step."""
+        self._removed: list[SeqId] = []
+        self._copied: dict[StepId, tuple[PageId, ...]] = {}
+        """Pages kept from being overwritten until the step that copies from them is applied."""
+        self._outputs: list[SequenceOutput] = []
+        self._rejections: list[Rejection] = []
+        self._next_step = 1
+        self._num_sequences = 0
+        self._num_arrivals = 0
+
+    # --- questions ---------------------------------------------------------------------------
+
+    @property
+    def has_work(self) -> bool:
+        """A step would compute something, free rows, or tell somebody."""
+        return bool(self._sequences or self._removed or self._outputs or self._rejections)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that own pages and may be planned."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that wait for pages or for a place."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> Items[Sequence]:
+        """In the order in which they are served. Not to be changed."""
+        return self._running
+
+    @property
+    def num_wasted_slots(self) -> int:
+        """Slots of running sequences' pages that hold no planned token. O(running)."""
+        size = self.cache.page_size
+        return sum(
+            len(s.lease.pages) * size - s.num_scheduled_tokens for s in self._running if s.lease
+        )
+
+    # --- schedule ----------------------------------------------------------------------------
+
+    def schedule(self, events: Items[Event], now: float) -> StepPlan:
+        """Take the events in, in order, and plan the next step; reserves pages for it."""
+        for event in events:
+            self._take_in(event, now)
+        draft = _Draft(self.config.max_num_batched_tokens)
+        step_id = StepId(self._next_step)
+        self._next_step += 1
+        self._plan_copies(draft, step_id)
+        self._plan_running(draft)
+        if not draft.has_preempted:
+            self._plan_waiting(draft, now)
+        removed, self._removed = tuple(self._removed), []
+        return StepPlan(
+            step_id=step_id,
+            removed=removed,
+            added=self._added(draft),
+            copies=tuple(draft.copies),
+            scheduled=tuple(entry for _, entry in draft.entries.values()),
+        )
+
+    def _take_in(self, event: Event, now: float) -> None:
+        match event:
+            case Arrival(request):
+                self._arrive(request, now)
+            case Abort(request_id):
+                for sequence in tuple(self._requests.get(request_id, ())):
+                    self._end(sequence, FinishReason.ABORT, ())
+            case Finish(request_id, output_index):
+                for sequence in tuple(self._requests.get(request_id, ())):
+                    if sequence.is_forked and sequence.output_index == output_index:
+                        self._end(sequence, FinishReason.STOP, ())
+            case _:
+                assert_never(event)
+
+    def _arrive(self, request: Request, now: float) -> None:
+        rejection = self._refusal(request)
+        if rejection is not None:
+            self._rejections.append(rejection)
+            return
+        self._num_arrivals += 1
+        sequence = Sequence(
+            self._new_seq_id(),
+            request,
+            0,
+            self.cache.chain(request.namespace),
+            arrival_index=self._num_arrivals,
+            arrival_s=now,
+        )
+        sequence.chain.extend(sequence.token_ids)
+        self._sequences[sequence.seq_id] = sequence
+        self._requests[request.request_id] = [sequence]
+        self._waiting.push(sequence)
+
+    def _refusal(self, request: Request) -> Rejection | None:
+        if request.request_id in self._requests:
+            return Rejection(
+                request.request_id,
+                f"a request with the id {request.request_id!r} is already here",
+                code="duplicate_request",
+            )
+        try:
+            admission.check(request, self.config, self._vocab_size)
+        except BadRequest as error:
+            return Rejection(request.request_id, error.message, error.code, error.param)
+        if len(self._waiting) >= self.config.max_num_waiting:
+            return Rejection(
+                request.request_id,
+                f"{len(self._waiting)} requests wait, and {self.config.max_num_waiting} may",
+                code="overloaded",
+            )
+        return None
+
+    def _plan_copies(self, draft: _Draft, step_id: StepId) -> None:
+        sources = []
+        for sequence in self._forked:
+            source, sequence.copy_from = sequence.copy_from, None
+            if source is not None and sequence.lease is not None:
+                draft.copies.append(PageCopy(source, sequence.lease.pages[-1]))
+                sources.append(source)
+        self._forked.clear()
+        if sources:
+            self._copied[step_id] = tuple(sources)
+
+    def _plan_running(self, draft: _Draft) -> None:
+        """Sequences with one token to go first: a long prompt must not hold up the others' decode.
+
+        That starves nobody: `max_num_batched_tokens` is at least `max_num_seqs`.
+        """
+        prompts = []
+        for sequence in tuple(self._running):
+            num_to_go = self._num_to_go(sequence)
+            if num_to_go == 1:
+                self._plan_one(sequence, 1, draft)
+            elif num_to_go:
+                prompts.append(sequence)
+        for sequence in prompts:
+            if draft.budget and sequence.state is SeqState.RUNNING:
+                self._plan_one(sequence, min(self._num_to_go(sequence), draft.budget), draft)
+
+    def _num_to_go(self, sequence: Sequence) -> int:
+        """Tokens that could be planned now: known ones, and one that a plan in flight samples."""
+        if not sequence.num_pending:
+            return len(sequence.token_ids) - sequence.num_scheduled_tokens
+        num_tokens = len(sequence.token_ids) + sequence.num_pending
+        limit = sequence.num_prompt_tokens + sequence.request.sampling.max_new_tokens
+        if not sequence.is_forked or num_tokens >= limit:
+            return 0  # it forks, or ends, when that plan is applied
+        return num_tokens - sequence.num_scheduled_tokens
+
+    def _plan_one(self, sequence: Sequence, num_new_tokens: int, draft: _Draft) -> None:
+        lease = sequence.lease
+        if lease is None or sequence.state is not SeqState.RUNNING:
+            return  # preempted for the sake of one before it in this very plan
+        end = sequence.num_scheduled_tokens + num_new_tokens
+        new_pages: tuple[PageId, ...] = ()
+        if end > len(lease.pages) * self.cache.page_size:
+            while True:
+                try:
+                    new_pages = self.cache.grow(lease, end)
+                    break
+                except OutOfPages:
+                    if not self._preempt_for(sequence, draft):
+                        return
+        self._put(sequence, num_new_tokens, new_pages, draft)
+
+    def _put(
+        self,
+        sequence: Sequence,
+        num_new_tokens: int,
+        new_pages: tuple[PageId, ...],
+        draft: _Draft,
+    ) -> None:
+        start = sequence.num_scheduled_tokens
+        end = start + num_new_tokens
+        samples = end >= len(sequence.token_ids)
+        draft.entries[sequence.seq_id] = (
+            sequence,
+            ScheduledSequence(
+                sequence.seq_id,
+                start,
+                num_new_tokens,
+                new_pages if sequence.has_row else (),
+                self._sample_for(sequence) if samples else (),
+            ),
+        )
+        draft.budget -= num_new_tokens
+        sequence.num_scheduled_tokens = end
+        sequence.num_in_flight += 1
+        if samples:
+            sequence.num_pending += 1
+
+    @staticmethod
+    def _sample_for(sequence: Sequence) -> tuple[int, ...]:
+        if sequence.is_forked:
+            return sequence.sample_self
+        return tuple(range(sequence.request.n))
+
+    def _preempt_for(self, sequence: Sequence, draft: _Draft) -> bool:
+        """Take the pages of the last in order that no plan in flight reads.
+
+        Returns whether `sequence` itself still runs and it is worth trying again.
+        """
+        for victim in reversed(self._running):
+            if victim.order < sequence.order:
+                return False
+            planned = draft.entries.get(victim.seq_id)
+            if victim.num_in_flight > (planned is not None):
+                continue  # a running step reads its pages: they would not be free
+            if planned is not None:
+                self._take_back(victim, planned[1], draft)
+            self._preempt(victim)
+            draft.has_preempted = True
+            return victim is not sequence
+        return False
+
+    @staticmethod
+    def _take_back(sequence: Sequence, entry: ScheduledSequence, draft: _Draft) -> None:
+        del draft.entries[sequence.seq_id]
+        draft.budget += entry.num_new_tokens
+        sequence.num_in_flight -= 1
+        sequence.num_pending -= bool(entry.sample_for)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """By recompute: pages go back (and stay findable while nobody needs them)."""
+        self._running.remove(sequence)
+        self._drop_pages(sequence)
+        sequence.move(SeqState.PREEMPTED)
+        sequence.num_computed_before = max(
+            sequence.num_computed_before, sequence.num_computed_tokens
+        )
+        sequence.num_computed_tokens = sequence.num_scheduled_tokens = 0
+        sequence.num_preemptions += 1
+        self.counters.preemptions += 1
+        self._waiting.push(sequence)
+
+    def _plan_waiting(self, draft: _Draft, now: float) -> None:
+        promised = self._num_promised_pages()
+        while draft.budget and len(self._running) < self.config.max_num_seqs:
+            sequence = self._waiting.first()
+            if sequence is None:
+                return
+            num_tokens = sequence.num_tokens
+            sequence.chain.extend(sequence.token_ids)
+            matched = self.cache.match(sequence.chain, num_tokens)
+            needed = self.cache.num_new_pages(matched, num_tokens)
+            # Each running sequence may soon need a page: without that reserve, what is admitted
+            # now would be preempted at once.
+            reserve = promised + len(self._running) if self._running else 0
+            if needed + reserve > self.cache.num_available:
+                if not self._running:
+                    self._fail_for_pages(sequence)
+                    continue
+                return
+            num_cached = len(matched) * self.cache.page_size
+            chunk = min(num_tokens - num_cached, draft.budget)
+            self._waiting.pop()
+            sequence.lease = self.cache.reserve(matched, num_cached + chunk)
+            self._admit(sequence, num_cached, now)
+            self._put(sequence, chunk, (), draft)
+            promised += self.cache.pages_for(num_tokens) - len(sequence.lease.pages)
+
+    def _num_promised_pages(self) -> int:
+        """Pages that running sequences still need for tokens they already have."""
+        size = self.cache.page_size
+        return sum(
+            max(0, -(-len(s.token_ids) // size) - len(s.lease.pages))
+            for s in self._running
+            if s.lease
+        )
+
+    def _fail_for_pages(self, sequence: Sequence) -> None:
+        """Alone it doesn't fit, though it did at the door: pages were quarantined since."""
+        self._end(
+            sequence,
+            FinishReason.ERROR,
+            (),
+            message=f"{self.cache.num_available} usable KV pages are left; it needs more",
+        )
+
+    def _admit(self, sequence: Sequence, num_cached: int, now: float) -> None:
+        sequence.move(SeqState.RUNNING)
+        insort(self._running, sequence, key=_order)
+        sequence.num_computed_tokens = sequence.num_scheduled_tokens = num_cached
+        recomputed = max(0, sequence.num_computed_before - num_cached)
+        sequence.num_recomputed_tokens += recomputed
+        self.counters.recomputed_tokens += recomputed
+        if not sequence.was_admitted:
+            sequence.was_admitted = True
+            sequence.num_cached_tokens = num_cached
+            sequence.first_scheduled_s = now
+            self.cache.counters.queried_tokens += sequence.num_tokens
+            self.cache.counters.hit_tokens += num_cached
+
+    def _added(self, draft: _Draft) -> tuple[AddedSequence, ...]:
+        added = []
+        for sequence, _ in draft.entries.values():
+            if not sequence.has_row and sequence.lease is not None:
+                sequence.has_row = True
+                added.append(
+                    AddedSequence(
+                        sequence.seq_id,
+                        tuple(sequence.token_ids),
+                        sequence.num_prompt_tokens,
+                        tuple(sequence.lease.pages),
+                        sequence.request.sampling,
+                        sequence.output_index,
+                    )
+                )
+        return tuple(added)
+
+    # --- apply -------------------------------------------------------------------------------
+
+    def apply(self, plan: StepPlan, result: StepResult, now: float) -> StepOutputs:
+        """Commit what the plan did: tokens, keys, states, releases. Plans are applied in order.
+
+        Sequences that ended since the plan was made are passed over; their pages go back when the
+        last plan that reads them has been applied.
+        """
+        if result.step_id != plan.step_id or len(result.samples) != len(plan.scheduled):
+            raise LawBroken(f"the result of step {result.step_id} is not of plan {plan.step_id}")
+        for source in self._copied.pop(plan.step_id, ()):
+            self.cache.unpin(source)
+        failed = frozenset(result.failed)
+        for entry, samples in zip(plan.scheduled, result.samples, strict=True):
+            self._commit(entry, samples, entry.seq_id in failed, now)
+        self.counters.computed_tokens += plan.num_new_tokens
+        outputs, self._outputs = tuple(self._outputs), []
+        rejections, self._rejections = tuple(self._rejections), []
+        return StepOutputs(outputs, rejections)
+
+    def _commit(
+        self, entry: ScheduledSequence, samples: tuple[Sample, ...], failed: bool, now: float
+    ) -> None:
+        sequence = self._sequences[entry.seq_id]
+        sequence.num_in_flight -= 1
+        if entry.sample_for:
+            sequence.num_pending -= 1
+        if sequence.state is SeqState.FINISHED:
+            if not sequence.num_in_flight:
+                self._forget(sequence)
+            return
+        end = entry.start + entry.num_new_tokens
+        sequence.num_computed_tokens = end
+        if failed:
+            if sequence.lease is not None:
+                self.cache.distrust(sequence.lease)
+            self._end(
+                sequence, FinishReason.ERROR, (), message="the model gave a value that is no number"
+            )
+            return
+        lease = sequence.lease
+        if lease is not None and end >= (lease.num_published + 1) * self.cache.page_size:
+            sequence.chain.extend(sequence.token_ids)
+            self.cache.commit(lease, sequence.chain, end)
+        if entry.sample_for:
+            twins = self._fork(sequence, samples) if len(samples) > 1 else ()
+            sequence.is_forked = True
+            self._append(sequence, samples[0], now)
+            for twin, sample in zip(twins, samples[1:], strict=True):
+                self._append(twin, sample, now)
+
+    def _fork(self, sequence: Sequence, samples: tuple[Sample, ...]) -> list[Sequence]:
+        """The request's other outputs, each with a lease if there is room, else waiting."""
+        twins = []
+        for output_index in range(1, len(samples)):
+            twin = sequence.fork(self._new_seq_id(), output_index)
+            self._sequences[twin.seq_id] = twin
+            self._requests[twin.request.request_id].append(twin)
+            self._place(twin, sequence)
+            twins.append(twin)
+        return twins
+
+    def _place(self, twin: Sequence, sequence: Sequence) -> None:
+        if sequence.lease is not None and len(self._running) < self.config.max_num_seqs:
+            try:
+                twin.lease, twin.copy_from = self.cache.fork(
+                    sequence.lease, sequence.num_computed_tokens
+                )
+            except OutOfPages:
+                pass
+            else:
+                twin.num_computed_tokens = sequence.num_computed_tokens
+                twin.num_scheduled_tokens = sequence.num_computed_tokens
+                twin.move(SeqState.RUNNING)
+                insort(self._running, twin, key=_order)
+                if twin.copy_from is not None:
+                    self._forked.append(twin)
+                return
+        twin.num_computed_before = sequence.num_computed_tokens
+        self._waiting.push(twin)
+
+    def _append(self, sequence: Sequence, sample: Sample, now: float) -> None:
+        sequence.token_ids.append(sample.token_id)
+        if sequence.first_token_s is None:
+            sequence.first_token_s = now
+        sequence.last_token_s = now
+        reason = self._ends_with(sequence, sample.token_id)
+        if reason is not None:
+            stop_token_id = sample.token_id if reason is FinishReason.STOP else None
+            self._end(sequence, reason, (sample,), stop_token_id=stop_token_id)
+            return
+        self._outputs.append(
+            SequenceOutput(
+                sequence.request.request_id,
+                sequence.output_index,
+                (sample,),
+                sequence.num_cached_tokens,
+            )
+        )
+
+    def _ends_with(self, sequence: Sequence, token_id: int) -> FinishReason | None:
+        sampling = sequence.request.sampling
+        if sequence.num_output_tokens >= sampling.min_new_tokens and (
+            (token_id in self._eos_token_ids and not sampling.ignore_eos)
+            or token_id in sampling.stop_token_ids
+        ):
+            return FinishReason.STOP
+        if sequence.num_output_tokens >= sampling.max_new_tokens:
+            return FinishReason.LENGTH
+        return None
+
+    # --- endings -----------------------------------------------------------------------------
+
+    def _end(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        samples: tuple[Sample, ...],
+        *,
+        stop_token_id: int | None = None,
+        message: str | None = None,
+    ) -> None:
+        """The one way out, from any state."""
+        if sequence.state is SeqState.RUNNING:
+            self._running.remove(sequence)
+        else:
+            self._waiting.discard()
+        sequence.move(SeqState.FINISHED)
+        finished = Finished(
+            reason,
+            stop_token_id,
+            sequence.timings(),
+            sequence.num_preemptions,
+            sequence.num_recomputed_tokens,
+            message,
+        )
+        # One that has not forked ends for all the outputs that it stands for.
+        for output_index in self._sample_for(sequence):
+            self._outputs.append(
+                SequenceOutput(
+                    sequence.request.request_id,
+                    output_index,
+                    samples,
+                    sequence.num_cached_tokens,
+                    finished,
+                )
+            )
+        siblings = self._requests[sequence.request.request_id]
+        siblings.remove(sequence)
+        if not siblings:
+            del self._requests[sequence.request.request_id]
+        if not sequence.num_in_flight:
+            self._forget(sequence)
+
+    def _forget(self, sequence: Sequence) -> None:
+        """No plan in flight names it any more: its pages go back."""
+        del self._sequences[sequence.seq_id]
+        self._drop_pages(sequence)
+
+    def _drop_pages(self, sequence: Sequence) -> None:
+        if sequence.copy_from is not None:
+            self.cache.unpin(sequence.copy_from)
+            sequence.copy_from = None
+        if sequence.lease is not None:
+            self.cache.release(sequence.lease)
+            sequence.lease = None
+        if sequence.has_row:
+            self._removed.append(sequence.seq_id)
+            sequence.has_row = False
+
+    def _new_seq_id(self) -> SeqId:
+        self._num_sequences += 1
+        return SeqId(self._num_sequences)
+
+
+def _order(sequence: Sequence) -> tuple[int, int, int]:
+    return sequence.order

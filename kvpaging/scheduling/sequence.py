@@ -1,0 +1,156 @@
+"""One output in progress: the mutable side of a request.
+
+The life of a sequence is a table; who moves it is the scheduler. Knows no queue and no tensor.
+"""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+
+from kvpaging.base.errors import LawBroken
+from kvpaging.base.ids import PageId, SeqId
+from kvpaging.cache.page_lease import PageLease
+from kvpaging.cache.prefix_key import PrefixChain
+from kvpaging.scheduling.outputs import Timings
+from kvpaging.scheduling.request import Request
+
+
+class SeqState(Enum):
+    """Where a sequence is in its life."""
+
+    WAITING = auto()  # owns nothing; new, or forked and not yet placed
+    RUNNING = auto()  # owns pages, may appear in a plan
+    PREEMPTED = auto()  # owns nothing, waits; its tokens are kept
+    FINISHED = auto()  # never moves again; owns pages only while a plan that reads them runs
+
+
+MOVES: dict[SeqState, frozenset[SeqState]] = {
+    SeqState.WAITING: frozenset({SeqState.RUNNING, SeqState.FINISHED}),
+    SeqState.RUNNING: frozenset({SeqState.PREEMPTED, SeqState.FINISHED}),
+    SeqState.PREEMPTED: frozenset({SeqState.RUNNING, SeqState.FINISHED}),
+    SeqState.FINISHED: frozenset(),
+}
+
+
+class Sequence:
+    """Progress of one output.
+
+        0 ......... num_computed ........ num_scheduled ........ num_tokens
+        | applied   | in plans not yet applied | not yet planned |
+
+    A token that a plan in flight will sample is counted by `num_pending` until it is applied.
+    """
+
+    __slots__ = (
+        "arrival_s",
+        "chain",
+        "copy_from",
+        "first_scheduled_s",
+        "first_token_s",
+        "has_row",
+        "is_forked",
+        "last_token_s",
+        "lease",
+        "num_cached_tokens",
+        "num_computed_before",
+        "num_computed_tokens",
+        "num_in_flight",
+        "num_pending",
+        "num_preemptions",
+        "num_prompt_tokens",
+        "num_recomputed_tokens",
+        "num_scheduled_tokens",
+        "order",
+        "output_index",
+        "request",
+        "sample_self",
+        "seq_id",
+        "state",
+        "token_ids",
+        "was_admitted",
+    )
+
+    def __init__(
+        self,
+        seq_id: SeqId,
+        request: Request,
+        output_index: int,
+        chain: PrefixChain,
+        *,
+        arrival_index: int,
+        arrival_s: float,
+    ):
+        self.seq_id = seq_id
+        self.request = request
+        self.output_index = output_index
+        self.chain = chain
+        self.order = (-request.priority, arrival_index, output_index)
+        """Smaller runs first: priority, then first come, first served."""
+        self.state = SeqState.WAITING
+        self.token_ids: list[int] = list(request.prompt_token_ids)
+        self.num_prompt_tokens = len(self.token_ids)
+        self.num_computed_tokens = 0
+        self.num_scheduled_tokens = 0
+        self.num_pending = 0
+        self.num_in_flight = 0
+        """Plans made and not yet applied that name this sequence."""
+        self.lease: PageLease | None = None
+        self.copy_from: PageId | None = None
+        """Page to copy the tail page from before the next step (after a fork)."""
+        self.has_row = False
+        """The runner knows it."""
+        self.is_forked = request.n == 1
+        """The other outputs of its request exist."""
+        self.sample_self = (output_index,)
+        self.was_admitted = False
+        self.num_cached_tokens = 0
+        self.num_computed_before = 0
+        """High-water mark of computed tokens: below it, computing is computing again."""
+        self.num_preemptions = 0
+        self.num_recomputed_tokens = 0
+        self.arrival_s = arrival_s
+        self.first_scheduled_s: float | None = None
+        self.first_token_s: float | None = None
+        self.last_token_s = arrival_s
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens known."""
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens sampled."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    def move(self, new: SeqState) -> None:
+        """Change state along the table; anything else is our bug."""
+        if new not in MOVES[self.state]:
+            raise LawBroken(f"sequence {self.seq_id}: illegal move {self.state} -> {new}")
+        self.state = new
+
+    def fork(self, seq_id: SeqId, output_index: int) -> Sequence:
+        """Another output of the same request, at the end of the prompt; owns nothing yet."""
+        twin = Sequence(
+            seq_id,
+            self.request,
+            output_index,
+            self.chain.fork(),
+            arrival_index=self.order[1],
+            arrival_s=self.arrival_s,
+        )
+        twin.is_forked = True
+        twin.was_admitted = True
+        twin.num_cached_tokens = self.num_cached_tokens
+        twin.first_scheduled_s = self.first_scheduled_s
+        return twin
+
+    def timings(self) -> Timings:
+        """Intervals so far."""
+        scheduled = self.last_token_s if self.first_scheduled_s is None else self.first_scheduled_s
+        first = scheduled if self.first_token_s is None else self.first_token_s
+        return Timings(
+            queue_s=scheduled - self.arrival_s,
+            prefill_s=first - scheduled,
+            decode_s=max(0.0, self.last_token_s - first),
+        )

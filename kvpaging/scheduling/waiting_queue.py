@@ -1,0 +1,42 @@
+"""Sequences that wait, in the order in which they will run."""
+
+from __future__ import annotations
+
+import heapq
+
+from kvpaging.scheduling.sequence import SeqState, Sequence
+
+
+class WaitingQueue:
+    """Priority, then first come, first served; a preempted sequence goes before newer ones.
+
+    A sequence that ends while it waits is told by `discard` and skipped when it comes up, so every
+    operation costs O(log n).
+    """
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[tuple[int, int, int], Sequence]] = []
+        self._num_live = 0
+
+    def __len__(self) -> int:
+        return self._num_live
+
+    def push(self, sequence: Sequence) -> None:
+        """Add a sequence in state WAITING or PREEMPTED."""
+        heapq.heappush(self._heap, (sequence.order, sequence))
+        self._num_live += 1
+
+    def first(self) -> Sequence | None:
+        """The next one to run, left in place."""
+        while self._heap and self._heap[0][1].state is SeqState.FINISHED:
+            heapq.heappop(self._heap)
+        return self._heap[0][1] if self._heap else None
+
+    def pop(self) -> Sequence:
+        """Remove and return `first()`; there is one."""
+        self._num_live -= 1
+        return heapq.heappop(self._heap)[1]
+
+    def discard(self) -> None:
+        """One of the waiting sequences has moved to FINISHED."""
+        self._num_live -= 1
