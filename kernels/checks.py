@@ -1,0 +1,268 @@
+"""The checks of all paths, in one place: shapes, dtypes, strides and devices.
+
+O(1) each and always on: behind them stand raw pointers. What lies *in* the tensors (page ids,
+slots, lengths) is the caller's promise. Docstrings of the operations: `kernels.ops.Ops`.
+"""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+
+from kernels.errors import ShapeError
+from kernels.ops import Linear, Ops
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class CheckedOps:
+    """An `Ops` that refuses what doesn't fit, so that `inner` never sees it."""
+
+    def __init__(self, inner: Ops, device: torch.device | str) -> None:
+        self.inner = inner
+        self.name = inner.name
+        self.exact = inner.exact
+        self.device = torch.device(device)
+
+    def prepare_linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
+        self._floats("weight", weight, 2)
+        if bias is not None:
+            self._vector("bias", bias, weight.shape[0], weight.dtype)
+        return self.inner.prepare_linear(weight, bias)
+
+    def linear(self, x: torch.Tensor, weight: Linear) -> torch.Tensor:
+        self._rows("x", x, weight.in_features)
+        return self.inner.linear(x, weight)
+
+    def linear_float32(self, x: torch.Tensor, weight: Linear) -> torch.Tensor:
+        self._rows("x", x, weight.in_features)
+        return self.inner.linear_float32(x, weight)
+
+    def rms_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, *, weight_offset: float = 0.0
+    ) -> torch.Tensor:
+        self._rows("x", x, weight.shape[0])
+        self._floats("weight", weight, 1)
+        return self.inner.rms_norm(x, weight, eps, weight_offset=weight_offset)
+
+    def add_rms_norm(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        *,
+        weight_offset: float = 0.0,
+    ) -> torch.Tensor:
+        self._rows("x", x, weight.shape[0])
+        self._rows("residual", residual, weight.shape[0])
+        self._floats("weight", weight, 1)
+        if x.shape[0] != residual.shape[0] or x.dtype != residual.dtype:
+            _refuse("residual", residual, f"like x, {_shown(x)}")
+        return self.inner.add_rms_norm(x, residual, weight, eps, weight_offset=weight_offset)
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        self._gated(gate_up)
+        return self.inner.silu_mul(gate_up)
+
+    def gelu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        self._gated(gate_up)
+        return self.inner.gelu_mul(gate_up)
+
+    def rope_store(
+        self,
+        qkv: torch.Tensor,
+        positions: torch.Tensor,
+        cos_sin: torch.Tensor,
+        key_pages: torch.Tensor,
+        value_pages: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        *,
+        q_norm: torch.Tensor | None = None,
+        k_norm: torch.Tensor | None = None,
+        norm_eps: float = 0.0,
+        norm_weight_offset: float = 0.0,
+    ) -> torch.Tensor:
+        _, num_kv_heads, _, head_dim = self._pages(key_pages, value_pages, qkv.dtype)
+        self._floats("qkv", qkv, 2)
+        num_tokens, width = qkv.shape
+        num_heads, rest = divmod(width, head_dim)
+        if rest or num_heads <= 2 * num_kv_heads or (num_heads - 2 * num_kv_heads) % num_kv_heads:
+            _refuse("qkv", qkv, f"(HQ + 2 * {num_kv_heads}) * {head_dim} wide, HQ a multiple")
+        self._vector("positions", positions, num_tokens, torch.int32)
+        self._vector("slot_mapping", slot_mapping, num_tokens, torch.int64)
+        self._place("cos_sin", cos_sin)
+        if (
+            cos_sin.dim() != 2
+            or cos_sin.dtype != torch.float32
+            or not cos_sin.is_contiguous()
+            or cos_sin.shape[1] % 2
+            or cos_sin.shape[1] > head_dim
+        ):
+            _refuse("cos_sin", cos_sin, f"float32 [max_positions, even, <= {head_dim}]")
+        if q_norm is not None:
+            self._floats("q_norm", q_norm, 1)
+            self._vector("q_norm", q_norm, head_dim, q_norm.dtype)
+        if k_norm is not None:
+            self._floats("k_norm", k_norm, 1)
+            self._vector("k_norm", k_norm, head_dim, k_norm.dtype)
+        return self.inner.rope_store(
+            qkv,
+            positions,
+            cos_sin,
+            key_pages,
+            value_pages,
+            slot_mapping,
+            q_norm=q_norm,
+            k_norm=k_norm,
+            norm_eps=norm_eps,
+            norm_weight_offset=norm_weight_offset,
+        )
+
+    def paged_attention(
+        self,
+        query: torch.Tensor,
+        key_pages: torch.Tensor,
+        value_pages: torch.Tensor,
+        page_tables: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_starts: torch.Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+        soft_cap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        _, num_kv_heads, _, head_dim = self._pages(key_pages, value_pages, query.dtype)
+        self._floats("query", query, 3)
+        _, num_heads, width = query.shape
+        if width != head_dim or num_heads % num_kv_heads or query.stride(1) != head_dim:
+            _refuse("query", query, f"[T, a multiple of {num_kv_heads}, {head_dim}]")
+        num_seqs = page_tables.shape[0]
+        self._place("page_tables", page_tables)
+        if page_tables.dim() != 2 or page_tables.dtype != torch.int32 or page_tables.stride(1) != 1:
+            _refuse("page_tables", page_tables, "int32 [B, max_pages]")
+        self._vector("seq_lens", seq_lens, num_seqs, torch.int32)
+        self._vector("query_starts", query_starts, num_seqs + 1, torch.int32)
+        if sinks is not None:
+            self._vector("sinks", sinks, num_heads, torch.float32)
+        if window is not None and window < 1:
+            raise ShapeError(f"window is {window}, but a query sees at least itself")
+        if soft_cap is not None and soft_cap <= 0:
+            raise ShapeError(f"soft_cap is {soft_cap}, must be positive")
+        return self.inner.paged_attention(
+            query,
+            key_pages,
+            value_pages,
+            page_tables,
+            seq_lens,
+            query_starts,
+            scale=scale,
+            window=window,
+            soft_cap=soft_cap,
+            sinks=sinks,
+        )
+
+    def grouped_linear(
+        self, x: torch.Tensor, weights: list[Linear], expert_of_row: torch.Tensor
+    ) -> torch.Tensor:
+        first = weights[0]
+        self._rows("x", x, first.in_features)
+        self._vector("expert_of_row", expert_of_row, x.shape[0], torch.int64)
+        return self.inner.grouped_linear(x, weights, expert_of_row)
+
+    def sample(
+        self,
+        logits: torch.Tensor,
+        temperature: torch.Tensor,
+        top_k: torch.Tensor,
+        top_p: torch.Tensor,
+        min_p: torch.Tensor,
+        seeds: torch.Tensor,
+        output_indices: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> torch.Tensor:
+        self._logits(logits)
+        num_rows = logits.shape[0]
+        self._vector("temperature", temperature, num_rows, torch.float32)
+        self._vector("top_k", top_k, num_rows, torch.int32)
+        self._vector("top_p", top_p, num_rows, torch.float32)
+        self._vector("min_p", min_p, num_rows, torch.float32)
+        self._vector("seeds", seeds, num_rows, torch.int64)
+        self._vector("output_indices", output_indices, num_rows, torch.int32)
+        self._vector("positions", positions, num_rows, torch.int32)
+        return self.inner.sample(
+            logits, temperature, top_k, top_p, min_p, seeds, output_indices, positions
+        )
+
+    def log_softmax(self, logits: torch.Tensor) -> torch.Tensor:
+        self._logits(logits)
+        return self.inner.log_softmax(logits)
+
+    def copy_pages(self, pool: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        self._place("pool", pool)
+        if pool.dim() < 2 or not pool[:1].is_contiguous():
+            _refuse("pool", pool, "[num_pages, ...] with contiguous pages")
+        self._vector("sources", sources, sources.shape[0], torch.int64)
+        self._vector("targets", targets, sources.shape[0], torch.int64)
+        self.inner.copy_pages(pool, sources, targets)
+
+    def _place(self, name: str, tensor: torch.Tensor) -> None:
+        if tensor.device.type != self.device.type:
+            _refuse(name, tensor, f"on {self.device}, the device of {self.name}")
+
+    def _floats(self, name: str, tensor: torch.Tensor, dim: int) -> None:
+        """A float tensor of `dim` dimensions whose last is dense."""
+        self._place(name, tensor)
+        if tensor.dtype not in FLOAT_DTYPES:
+            _refuse(name, tensor, "float32, bfloat16 or float16")
+        if tensor.dim() != dim or tensor.stride(-1) != 1:
+            _refuse(name, tensor, f"of {dim} dimensions, dense in the last")
+
+    def _rows(self, name: str, tensor: torch.Tensor, width: int) -> None:
+        self._floats(name, tensor, 2)
+        if tensor.shape[1] != width:
+            _refuse(name, tensor, f"{width} wide")
+
+    def _gated(self, gate_up: torch.Tensor) -> None:
+        self._floats("gate_up", gate_up, 2)
+        if gate_up.shape[1] % 2:
+            _refuse("gate_up", gate_up, "of even width: gate, then up")
+
+    def _vector(self, name: str, tensor: torch.Tensor, length: int, dtype: torch.dtype) -> None:
+        self._place(name, tensor)
+        if tensor.shape != (length,) or tensor.dtype != dtype or not tensor.is_contiguous():
+            _refuse(name, tensor, f"a dense {dtype} [{length}]")
+
+    def _logits(self, logits: torch.Tensor) -> None:
+        self._floats("logits", logits, 2)
+        if logits.dtype != torch.float32 or logits.shape[1] == 0:
+            _refuse("logits", logits, "float32 [R, V], V at least 1")
+
+    def _pages(
+        self, key_pages: torch.Tensor, value_pages: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Size:
+        for name, pages in (("key_pages", key_pages), ("value_pages", value_pages)):
+            self._floats(name, pages, 4)
+            if pages.dtype != dtype:
+                _refuse(name, pages, f"{dtype}, as the activations are")
+            _, _, page_size, head_dim = pages.shape
+            if pages.stride()[1:] != (page_size * head_dim, head_dim, 1) or head_dim % 8:
+                _refuse(
+                    name, pages, "[num_pages, HKV, page_size, D], dense but for dim 0, D % 8 == 0"
+                )
+        if key_pages.shape != value_pages.shape:
+            _refuse("value_pages", value_pages, f"like key_pages, {_shown(key_pages)}")
+        return key_pages.shape
+
+
+def _shown(tensor: torch.Tensor) -> str:
+    return (
+        f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+        f" stride {list(tensor.stride())} on {tensor.device}"
+    )
+
+
+def _refuse(name: str, tensor: torch.Tensor, wanted: str) -> NoReturn:
+    raise ShapeError(f"{name} is {_shown(tensor)}; wanted: {wanted}")

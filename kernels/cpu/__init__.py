@@ -1,0 +1,1 @@
+"""Operations for CPUs in C++, behind ctypes. See `native_ops` and the sources beside it."""

@@ -1,0 +1,273 @@
+"""Every operation in plain torch, as the text book has it.
+
+The fallback where nothing faster runs, and what the other paths are tested against. Any device,
+any of float32, bfloat16, float16; arithmetic in float32. Promises no bits: torch's matrix products
+sum in an order that depends on the number of rows and threads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F  # noqa: N812  (its usual name)
+
+from kernels.ops import Linear
+from kernels.reference.philox import uniform
+
+_FLOAT32_ROWS_AT_ONCE = 8192
+"""Rows of a weight that `linear_float32` holds in float32 at a time (a whole LM head is large)."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TorchLinear:
+    """The weight as it came."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.weight[ids]
+
+
+class TorchOps:
+    """`kernels.ops.Ops` in plain torch."""
+
+    exact = False
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.name = f"torch {torch.device(device).type}"
+
+    def prepare_linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> TorchLinear:
+        return TorchLinear(weight, bias)
+
+    def linear(self, x: torch.Tensor, weight: Linear) -> torch.Tensor:
+        linear = _own(weight)
+        return F.linear(x, linear.weight, linear.bias)
+
+    def linear_float32(self, x: torch.Tensor, weight: Linear) -> torch.Tensor:
+        linear = _own(weight)
+        wide = x.float()
+        out = torch.cat(
+            [wide @ rows.float().T for rows in torch.split(linear.weight, _FLOAT32_ROWS_AT_ONCE)],
+            dim=1,
+        )
+        return out if linear.bias is None else out + linear.bias.float()
+
+    def rms_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, *, weight_offset: float = 0.0
+    ) -> torch.Tensor:
+        return _normalise(x.float(), weight, eps, weight_offset).to(x.dtype)
+
+    def add_rms_norm(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        *,
+        weight_offset: float = 0.0,
+    ) -> torch.Tensor:
+        residual.add_(x)
+        return self.rms_norm(residual, weight, eps, weight_offset=weight_offset)
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.float().chunk(2, dim=-1)
+        return (F.silu(gate) * up).to(gate_up.dtype)
+
+    def gelu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.float().chunk(2, dim=-1)
+        return (F.gelu(gate, approximate="tanh") * up).to(gate_up.dtype)
+
+    def rope_store(
+        self,
+        qkv: torch.Tensor,
+        positions: torch.Tensor,
+        cos_sin: torch.Tensor,
+        key_pages: torch.Tensor,
+        value_pages: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        *,
+        q_norm: torch.Tensor | None = None,
+        k_norm: torch.Tensor | None = None,
+        norm_eps: float = 0.0,
+        norm_weight_offset: float = 0.0,
+    ) -> torch.Tensor:
+        _, num_kv_heads, page_size, head_dim = key_pages.shape
+        heads = qkv.reshape(qkv.shape[0], -1, head_dim).float()  # [T, HQ + 2 HKV, D]
+        num_heads = heads.shape[1] - 2 * num_kv_heads
+        query = heads[:, :num_heads]
+        key = heads[:, num_heads : num_heads + num_kv_heads]
+        value = heads[:, num_heads + num_kv_heads :]
+        if q_norm is not None:
+            query = _normalise(query, q_norm, norm_eps, norm_weight_offset)
+        if k_norm is not None:
+            key = _normalise(key, k_norm, norm_eps, norm_weight_offset)
+        cos, sin = cos_sin[positions.long()].unsqueeze(1).chunk(2, dim=-1)  # [T, 1, rotary / 2]
+
+        stored = slot_mapping >= 0
+        slots = slot_mapping[stored]
+        pages, offsets = slots // page_size, slots % page_size
+        key_pages[pages, :, offsets] = _rotate(key, cos, sin)[stored].to(key_pages.dtype)
+        value_pages[pages, :, offsets] = value[stored].to(value_pages.dtype)
+        return _rotate(query, cos, sin).to(qkv.dtype)
+
+    def paged_attention(
+        self,
+        query: torch.Tensor,
+        key_pages: torch.Tensor,
+        value_pages: torch.Tensor,
+        page_tables: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_starts: torch.Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+        soft_cap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        page_size = key_pages.shape[2]
+        starts = query_starts.tolist()
+        for b, seq_len in enumerate(seq_lens.tolist()):
+            rows = slice(starts[b], starts[b + 1])
+            if rows.start == rows.stop:
+                continue
+            pages = page_tables[b, : -(-seq_len // page_size)].long()
+            out[rows] = _attend(
+                query[rows].float(),
+                _gather(key_pages, pages, seq_len),
+                _gather(value_pages, pages, seq_len),
+                scale=scale,
+                window=window,
+                soft_cap=soft_cap,
+                sinks=sinks,
+            ).to(query.dtype)
+        return out
+
+    def grouped_linear(
+        self, x: torch.Tensor, weights: list[Linear], expert_of_row: torch.Tensor
+    ) -> torch.Tensor:
+        out = x.new_empty(x.shape[0], weights[0].out_features)
+        for expert in sorted(set(expert_of_row.tolist())):
+            rows = (expert_of_row == expert).nonzero().squeeze(1)
+            out[rows] = self.linear(x[rows], weights[expert])
+        return out
+
+    def sample(
+        self,
+        logits: torch.Tensor,
+        temperature: torch.Tensor,
+        top_k: torch.Tensor,
+        top_p: torch.Tensor,
+        min_p: torch.Tensor,
+        seeds: torch.Tensor,
+        output_indices: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> torch.Tensor:
+        # NaN is never drawn.
+        logits = logits.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        ordered, ids = logits.sort(dim=1, descending=True, stable=True)  # ties: lowest id first
+        greedy = ids[:, 0]
+
+        # Relative to the largest; equal logits (infinite ones too) are 0 apart.
+        top = ordered[:, :1].double()
+        apart = torch.where(ordered == ordered[:, :1], 0.0, ordered.double() - top)
+        divisor = torch.where(temperature > 0, temperature, 1.0).double().unsqueeze(1)
+        weights = (apart / divisor).exp()
+
+        rank = torch.arange(logits.shape[1], device=logits.device)
+        limit = torch.where(top_k > 0, top_k, logits.shape[1]).unsqueeze(1)
+        weights = weights.where(rank < limit, 0.0)
+        before = weights.cumsum(dim=1) - weights
+        nucleus = top_p.double().unsqueeze(1) * weights.sum(dim=1, keepdim=True)
+        kept = (before < nucleus) | (top_p >= 1).unsqueeze(1) | (rank == 0)
+        kept &= weights >= min_p.double().unsqueeze(1)
+        kept |= rank == 0
+        weights = weights.where(kept, 0.0)
+
+        # Inverse CDF over ascending ids.
+        cdf = torch.zeros_like(weights).scatter_(1, ids, weights).cumsum(dim=1)
+        total = cdf[:, -1:]
+        target = uniform(seeds, output_indices, positions).unsqueeze(1) * total
+        # The product may round up to the total, which no entry exceeds.
+        target = target.minimum(total.nextafter(torch.zeros_like(total)))
+        drawn = (cdf <= target).sum(dim=1)
+        return torch.where(temperature > 0, drawn, greedy)
+
+    def log_softmax(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits.log_softmax(dim=-1)
+
+    def copy_pages(self, pool: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        pool[targets] = pool[sources]
+
+
+def _own(weight: Linear) -> TorchLinear:
+    if not isinstance(weight, TorchLinear):
+        raise TypeError(f"a weight prepared by another path: {type(weight).__name__}")
+    return weight
+
+
+def _normalise(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float
+) -> torch.Tensor:
+    """RMS norm over the last dim of a float32 tensor."""
+    scale = torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)
+    return x * scale * (weight_offset + weight.float())
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn the first `2 * cos.shape[-1]` entries of each head, as two halves."""
+    half = cos.shape[-1]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+
+
+def _gather(pages: torch.Tensor, page_ids: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """The first `num_tokens` of a sequence, float32 `[HKV, num_tokens, D]`."""
+    taken = pages[page_ids]  # [P, HKV, page_size, D]
+    return taken.transpose(0, 1).flatten(1, 2)[:, :num_tokens].float()
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """One sequence, float32: `query [Q, HQ, D]` over `key, value [HKV, N, D]`: `[Q, HQ, D]`."""
+    num_queries, num_heads, head_dim = query.shape
+    num_kv_heads, num_keys, _ = key.shape
+    grouped = query.transpose(0, 1).reshape(num_kv_heads, -1, head_dim)  # [HKV, G * Q, D]
+    scores = (grouped @ key.mT * scale).view(num_heads, num_queries, num_keys)
+    if soft_cap is not None:
+        scores = soft_cap * torch.tanh(scores / soft_cap)
+
+    key_position = torch.arange(num_keys, device=query.device)
+    query_position = torch.arange(num_keys - num_queries, num_keys, device=query.device)[:, None]
+    visible = key_position <= query_position
+    if window is not None:
+        visible &= key_position > query_position - window
+    scores = scores.masked_fill(~visible, -torch.inf)
+
+    if sinks is not None:
+        sink = sinks.float()[:, None, None].expand(-1, num_queries, 1)
+        weights = torch.cat((scores, sink), dim=-1).softmax(dim=-1)[..., :-1]
+    else:
+        weights = scores.softmax(dim=-1)
+    # A key that no query sees may hold anything: 0 * NaN is NaN.
+    value = value.masked_fill(~visible.any(dim=0)[:, None], 0.0)
+    out = weights.view(num_kv_heads, -1, num_keys) @ value
+    return out.view(num_heads, num_queries, head_dim).transpose(0, 1)
