@@ -342,10 +342,10 @@ class Scheduler:
             # now would be preempted at once.
             reserve = promised + len(self._running) if self._running else 0
             if needed + reserve > self.cache.num_available:
-                if not self._running:
-                    self._fail_for_pages(sequence)
-                    continue
-                return
+                if self.cache.allocator.num_held:
+                    return  # pages will come back
+                self._fail_for_pages(sequence)
+                continue
             num_cached = len(matched) * self.cache.page_size
             chunk = min(num_tokens - num_cached, draft.budget)
             self._waiting.pop()

@@ -1,0 +1,344 @@
+"""Whole engines on the digest model: what comes out must not depend on who else is there."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+
+import pytest
+from digest_model import DigestExecutor, digest_config, expected_tokens
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvpaging.base.config import EngineConfig
+from kvpaging.base.errors import BadRequest
+from kvpaging.base.ids import RequestId
+from kvpaging.cache.cache_manager import CacheManager
+from kvpaging.engine.engine import Engine
+from kvpaging.scheduling.events import Abort, Arrival, Event, Finish
+from kvpaging.scheduling.outputs import FinishReason, StepOutputs
+from kvpaging.scheduling.request import Request, SamplingParams
+from kvpaging.scheduling.scheduler import Scheduler
+
+
+def make_engine(config: EngineConfig) -> tuple[Engine, DigestExecutor]:
+    executor = DigestExecutor(config.scheduler.num_pages, config.scheduler.page_size)
+    return Engine(config, executor), executor
+
+
+def request(name: str, prompt: list[int], max_new: int, **kwargs: object) -> Request:
+    n = kwargs.pop("n", 1)
+    priority = kwargs.pop("priority", 0)
+    namespace = kwargs.pop("namespace", b"")
+    sampling = SamplingParams(max_new_tokens=max_new, seed=kwargs.pop("seed", 0), **kwargs)
+    return Request(RequestId(name), tuple(prompt), sampling, n, priority, namespace)
+
+
+class Collector:
+    """What each output of each request got."""
+
+    def __init__(self) -> None:
+        self.tokens: dict[tuple[str, int], list[int]] = {}
+        self.reasons: dict[tuple[str, int], FinishReason] = {}
+        self.rejected: dict[str, str] = {}
+        self.outputs: list = []
+
+    def take(self, outputs: StepOutputs) -> None:
+        for rejection in outputs.rejections:
+            self.rejected[rejection.request_id] = rejection.code
+        for output in outputs.outputs:
+            self.outputs.append(output)
+            key = (output.request_id, output.output_index)
+            assert key not in self.reasons, "an output after the end"
+            self.tokens.setdefault(key, []).extend(s.token_id for s in output.samples)
+            if output.finished:
+                self.reasons[key] = output.finished.reason
+
+
+class TwoPlans:
+    """An engine loop that holds two plans: schedules k + 1 before k is applied."""
+
+    def __init__(self, config: EngineConfig, depth: int):
+        self.cache = CacheManager(config.scheduler.num_pages, config.scheduler.page_size)
+        self.scheduler = Scheduler(
+            config.scheduler,
+            self.cache,
+            vocab_size=config.vocab_size,
+            eos_token_ids=frozenset(config.eos_token_ids),
+        )
+        self.executor = DigestExecutor(config.scheduler.num_pages, config.scheduler.page_size)
+        self.depth = depth
+        self.in_flight: deque = deque()
+        self.now = 0.0
+
+    def step(self, events: list[Event]) -> StepOutputs:
+        self.now += 1
+        plan = self.scheduler.schedule(events, self.now)
+        config = self.scheduler.config
+        assert plan.num_new_tokens <= config.max_num_batched_tokens
+        assert self.scheduler.num_running <= config.max_num_seqs
+        if not self.in_flight and self.scheduler.num_waiting:
+            assert plan.scheduled, "work waits, nothing is in flight, and the plan is empty"
+        # The device runs plans in order; what it sampled is seen one step later.
+        self.in_flight.append((plan, self.executor.run(plan)))
+        if len(self.in_flight) < self.depth:
+            return StepOutputs()
+        return self.scheduler.apply(*self.in_flight.popleft(), self.now)
+
+    def drain(self) -> list[StepOutputs]:
+        return [
+            self.scheduler.apply(*self.in_flight.popleft(), self.now) for _ in tuple(self.in_flight)
+        ]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(12))
+def test_random_arrivals_aborts_and_tiny_pools(seed: int, depth: int) -> None:
+    rng = random.Random(f"{seed} {depth}")
+    page_size = rng.choice([1, 2, 3, 4])
+    config = digest_config(
+        num_pages=rng.randint(6, 24),
+        page_size=page_size,
+        max_num_seqs=rng.randint(1, 6),
+        max_num_batched_tokens=rng.randint(6, 20),
+        max_model_len=24,
+        eos_token_ids=(0, 1, 2) if rng.random() < 0.5 else (),
+    )
+    loop, seen = TwoPlans(config, depth), Collector()
+    accepted: dict[str, Request] = {}
+    aborted: set[str] = set()
+    finished_by_text: set[tuple[str, int]] = set()
+    num_steps, arrivals = 0, rng.randint(20, 40)
+    while arrivals or loop.scheduler.has_work or loop.in_flight:
+        num_steps += 1
+        assert num_steps < 5000, "livelock"
+        events: list[Event] = []
+        while arrivals and rng.random() < 0.5:
+            arrivals -= 1
+            name = f"r{arrivals}"
+            prompt = [rng.randint(1, 2) for _ in range(rng.randint(1, 14))]
+            n = rng.choice([1, 1, 1, min(3, config.scheduler.max_num_seqs)])
+            accepted[name] = request(
+                name,
+                prompt,
+                rng.randint(1, 8),
+                n=n,
+                seed=rng.randint(0, 3),
+                priority=rng.choice([0, 0, 1]),
+                namespace=rng.choice([b"a", b"b"]),
+            )
+            events.append(Arrival(accepted[name]))
+        live = [name for name in accepted if name not in aborted]
+        if live and rng.random() < 0.1:
+            name = rng.choice(live)
+            aborted.add(name)
+            events += [Abort(RequestId(name)), Abort(RequestId(name))]
+        if live and rng.random() < 0.05:
+            key = (rng.choice(live), 0)
+            finished_by_text.add(key)
+            events.append(Finish(RequestId(key[0]), 0, 1))
+        seen.take(loop.step(events))
+        if not loop.scheduler.has_work:
+            for outputs in loop.drain():
+                seen.take(outputs)
+    stop = frozenset(config.eos_token_ids)
+    for name, order in accepted.items():
+        if name in seen.rejected:
+            assert seen.rejected[name] == "pool_exceeded"
+            continue
+        for k in range(order.n):
+            want = expected_tokens(
+                order.prompt_token_ids, order.sampling.seed, k, order.sampling.max_new_tokens, stop
+            )
+            got = seen.tokens.get((name, k), [])
+            reason = seen.reasons.get((name, k))
+            cut_short = name in aborted or (name, k) in finished_by_text
+            assert reason is not None, (name, k)
+            if reason in (FinishReason.ABORT, FinishReason.STOP) and cut_short:
+                assert got == want[: len(got)]
+            else:
+                assert got == want
+                ended = want[-1] in stop
+                assert reason is (FinishReason.STOP if ended else FinishReason.LENGTH)
+    pages = loop.cache.allocator
+    assert pages.num_held == 0
+    assert not loop.cache.leases
+    assert pages.num_free + pages.num_cached == pages.num_pages
+    assert not loop.executor.rows
+
+
+def test_the_random_test_exercises_what_it_claims() -> None:
+    """Preemptions, hits, chunks and copies happen in a run like those above."""
+    config = digest_config(num_pages=10, page_size=2, max_num_seqs=5, max_num_batched_tokens=8)
+    engine, executor = make_engine(config)
+    seen = Collector()
+    for i in range(12):
+        seen.take(
+            engine.step([Arrival(request(f"{i}", [1] * (5 + i % 3), 9, n=1 + i % 2, seed=i))])
+        )
+    while engine.has_work:
+        seen.take(engine.step())
+    stats = engine.stats()
+    assert stats.num_preemptions > 0
+    assert stats.num_recomputed_tokens > 0
+    assert stats.prefix_hit_tokens > 0
+    assert stats.num_evicted_pages > 0
+    assert executor.num_copies > 0
+    assert executor.num_chunks > 0
+    assert len(seen.reasons) == 18
+
+
+def test_n_outputs_share_the_prompts_full_pages_and_copy_the_tail() -> None:
+    engine, executor = make_engine(digest_config(eos_token_ids=()))
+    engine.step([Arrival(request("a", [1] * 10, 3, n=3))])  # 2 full pages and half a page
+    assert engine.stats().num_held_pages == 2 + 3
+    seen = Collector()
+    while engine.has_work:
+        seen.take(engine.step())
+    assert executor.num_copies == 2
+    assert engine.stats().num_held_pages == 0
+
+
+def test_the_next_turn_finds_pages_that_generated_tokens_filled() -> None:
+    engine, _ = make_engine(digest_config(eos_token_ids=(), num_pages=32))
+    prompt = [3] * 6
+    [[first]] = engine.generate([prompt], SamplingParams(max_new_tokens=8, seed=0))
+    assert first.num_cached_tokens == 0
+    next_turn = [*prompt, *first.token_ids, 5, 5]
+    [[second]] = engine.generate([next_turn], SamplingParams(max_new_tokens=1, seed=0))
+    assert second.num_cached_tokens == 12  # 13 tokens were computed: three full pages of 4
+
+
+def test_a_full_hit_still_computes_the_last_token() -> None:
+    engine, executor = make_engine(digest_config())
+    sampling = SamplingParams(max_new_tokens=1, seed=0)
+    [[cold]] = engine.generate([[1] * 8], sampling)
+    [[warm]] = engine.generate([[1] * 8], sampling)
+    assert warm.num_cached_tokens == 4
+    assert warm.token_ids == cold.token_ids
+    assert [plan.num_new_tokens for plan in executor.plans if plan.scheduled] == [8, 4]
+
+
+def test_namespaces_never_meet() -> None:
+    engine, _ = make_engine(digest_config(eos_token_ids=()))
+    seen = Collector()
+    for name, namespace in (("a", b"x"), ("b", b"y"), ("c", b"x")):
+        seen.take(engine.step([Arrival(request(name, [1] * 9, 1, namespace=namespace))]))
+        while engine.has_work:
+            seen.take(engine.step())
+    assert [o.num_cached_tokens for o in seen.outputs] == [0, 0, 8]
+
+
+def test_switched_off_prefix_cache_finds_nothing_and_says_the_same() -> None:
+    sampling = SamplingParams(max_new_tokens=6, seed=0)
+    answers = []
+    for prefix_cache in (True, False):
+        engine, _ = make_engine(digest_config(prefix_cache=prefix_cache))
+        first = engine.generate([[1, 2] * 6], sampling)
+        [[again]] = engine.generate([[1, 2] * 6], sampling)
+        assert (again.num_cached_tokens > 0) == prefix_cache
+        answers.append((first[0][0].token_ids, again.token_ids))
+    assert answers[0] == answers[1]
+    assert answers[0][0] == answers[0][1]
+
+
+def test_higher_priority_first_and_first_come_first_served_within() -> None:
+    engine, _ = make_engine(digest_config(max_num_seqs=1, eos_token_ids=()))
+    order = [("low", -1), ("a", 0), ("b", 0), ("high", 5)]
+    seen = Collector()
+    seen.take(
+        engine.step(
+            [
+                Arrival(request(name, [1], 2, priority=p, seed=i))
+                for i, (name, p) in enumerate(order)
+            ]
+        )
+    )
+    while engine.has_work:
+        seen.take(engine.step())
+    assert [o.request_id for o in seen.outputs if o.finished] == ["high", "a", "b", "low"]
+
+
+def test_a_preempted_sequence_goes_before_newer_ones() -> None:
+    engine, executor = make_engine(
+        digest_config(num_pages=6, page_size=2, max_num_seqs=3, eos_token_ids=())
+    )
+    engine.step([Arrival(request(name, [1, 2], 6, seed=i)) for i, name in enumerate("abc")])
+    engine.step([Arrival(request("d", [1], 2))])
+    while engine.has_work:
+        engine.step()
+    placed = [
+        added.token_ids[0:1] + (len(added.token_ids),) for p in executor.plans for added in p.added
+    ]
+    assert engine.stats().num_preemptions > 0
+    assert placed.index((1, 1)) == len(placed) - 1, "the newest was placed before a preempted one"
+
+
+def test_what_can_never_fit_is_rejected_with_the_numbers() -> None:
+    engine, _ = make_engine(digest_config(num_pages=4, page_size=4, max_model_len=64))
+    with pytest.raises(BadRequest, match="5 KV pages and the pool has 4"):
+        engine.generate([[1] * 10], SamplingParams(max_new_tokens=9, seed=0))
+    # 16 slots hold 17 tokens: the last one is sampled and never computed
+    [[completion]] = engine.generate([[1] * 10], SamplingParams(max_new_tokens=7, seed=0))
+    assert completion.finished is not None
+
+
+def test_a_full_queue_refuses_and_says_so() -> None:
+    engine, _ = make_engine(digest_config(max_num_seqs=1, max_num_waiting=2))
+    seen = Collector()
+    seen.take(engine.step([Arrival(request(f"{i}", [1], 2)) for i in range(5)]))
+    assert list(seen.rejected.values()) == ["overloaded"] * 3
+
+
+def test_logits_that_are_no_numbers_fail_one_request_for_all_its_outputs() -> None:
+    engine, executor = make_engine(digest_config(eos_token_ids=()))
+    executor.failing.add((7,) * 9)
+    seen = Collector()
+    seen.take(
+        engine.step([Arrival(request("bad", [7] * 9, 4, n=2)), Arrival(request("good", [1], 4))])
+    )
+    while engine.has_work:
+        seen.take(engine.step())
+    assert seen.reasons[("bad", 0)] is FinishReason.ERROR
+    assert seen.reasons[("bad", 1)] is FinishReason.ERROR
+    assert seen.tokens[("good", 0)] == expected_tokens([1], 0, 0, 4, frozenset())
+    executor.failing.clear()
+    [[again]] = engine.generate([[7] * 9], SamplingParams(max_new_tokens=1, seed=0))
+    assert again.num_cached_tokens == 0, "values that are no numbers must not be found again"
+
+
+def test_waste_stays_below_one_page_a_sequence() -> None:
+    engine, _ = make_engine(digest_config(num_pages=40, max_num_seqs=4, eos_token_ids=()))
+    events: list[Event] = [Arrival(request(f"{i}", [1] * (3 + i), 20, seed=i)) for i in range(4)]
+    while events or engine.has_work:
+        engine.step(events)
+        events = []
+        stats = engine.stats()
+        assert stats.num_wasted_slots <= stats.num_running * (4 - 1)
+
+
+def test_pages_shows_each_page_once() -> None:
+    engine, _ = make_engine(digest_config(eos_token_ids=()))
+    engine.generate([[1] * 9], SamplingParams(max_new_tokens=1, seed=0))
+    engine.step([Arrival(request("a", [1] * 10, 3))])
+    picture = engine.pages()
+    assert [p.page_id for p in picture] == list(range(1, 17))
+    held = [p for p in picture if p.state == "held"]
+    assert sorted(p.num_tokens for p in held) == [2, 4, 4]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(1, 2), min_size=1, max_size=20),
+    st.integers(1, 12),
+    st.integers(1, 5),
+    st.integers(4, 30),
+)
+def test_chunking_and_page_size_change_nothing(
+    prompt: list[int], max_new: int, page_size: int, budget: int
+) -> None:
+    engine, _ = make_engine(
+        digest_config(num_pages=40, page_size=page_size, max_num_batched_tokens=budget)
+    )
+    [[completion]] = engine.generate([prompt], SamplingParams(max_new_tokens=max_new, seed=3))
+    assert completion.token_ids == expected_tokens(prompt, 3, 0, max_new, frozenset({0}))

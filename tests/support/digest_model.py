@@ -1,0 +1,144 @@
+"""An executor whose next token is a digest of what it reads through the page table.
+
+Any paging mistake (wrong page, stale page, off-by-one slot, copy too late, write after release)
+changes the tokens, so whole-engine tests run without torch. It keeps its own rows, as the real
+runner does, and from the plan alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from kvpaging.base.config import EngineConfig, SchedulerConfig
+from kvpaging.scheduling.plan import AddedSequence, Sample, StepPlan, StepResult
+
+VOCAB = 97
+GARBAGE = -7
+
+
+def digest(tokens: Sequence[int], seed: int, output_index: int) -> int:
+    """The next token after `tokens`; output 0 with seed 0 is the greedy one."""
+    text = repr((list(tokens), seed, output_index)).encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:4], "little") % VOCAB
+
+
+def expected_tokens(
+    prompt: Sequence[int], seed: int, output_index: int, count: int, stop: frozenset[int]
+) -> list[int]:
+    """What the digest model says alone, without any paging."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(digest(tokens, seed, output_index))
+        if tokens[-1] in stop:
+            break
+    return tokens[len(prompt) :]
+
+
+@dataclass
+class Row:
+    tokens: list[int]
+    pages: list[int]
+    added: AddedSequence = field(repr=False)
+
+
+class DigestExecutor:
+    """Implements `kvpaging.execution.executor.Executor`."""
+
+    def __init__(self, num_pages: int, page_size: int):
+        self.page_size = page_size
+        self.slots = [GARBAGE] * ((num_pages + 1) * page_size)
+        self.rows: dict[int, Row] = {}
+        self.plans: list[StepPlan] = []
+        self.failing: set[tuple[int, ...]] = set()
+        """Prompts whose logits shall not be finite."""
+        self.num_copies = 0
+        self.num_chunks = 0
+
+    def slot(self, row: Row, position: int) -> int:
+        page_id = row.pages[position // self.page_size]
+        assert page_id != 0, "the scratch page was handed out"
+        return page_id * self.page_size + position % self.page_size
+
+    def run(self, plan: StepPlan) -> StepResult:
+        self.plans.append(plan)
+        for seq_id in plan.removed:
+            del self.rows[seq_id]
+        for added in plan.added:
+            assert added.seq_id not in self.rows
+            self.rows[added.seq_id] = Row(list(added.token_ids), list(added.page_ids), added)
+        targets = {copy.target for copy in plan.copies}
+        assert not targets & {copy.source for copy in plan.copies}
+        for copy in plan.copies:
+            self.num_copies += 1
+            size = self.page_size
+            source = self.slots[copy.source * size : (copy.source + 1) * size]
+            self.slots[copy.target * size : (copy.target + 1) * size] = source
+        self._write(plan)
+        samples, failed = [], []
+        for entry in plan.scheduled:
+            row = self.rows[entry.seq_id]
+            end = entry.start + entry.num_new_tokens
+            if not entry.sample_for:
+                samples.append(())
+                self.num_chunks += 1
+                continue
+            assert end == len(row.tokens)
+            read = [self.slots[self.slot(row, p)] for p in range(end)]
+            seed = row.added.sampling.seed
+            chosen = tuple(Sample(digest(read, seed, i)) for i in entry.sample_for)
+            if tuple(row.tokens[: row.added.num_prompt_tokens]) in self.failing:
+                failed.append(entry.seq_id)
+            samples.append(chosen)
+            own = entry.sample_for.index(row.added.output_index)
+            row.tokens.append(chosen[own].token_id)
+        return StepResult(plan.step_id, tuple(samples), tuple(failed))
+
+    def _write(self, plan: StepPlan) -> None:
+        written: set[int] = set()
+        for entry in plan.scheduled:
+            row = self.rows[entry.seq_id]
+            row.pages.extend(entry.new_page_ids)
+            for position in range(entry.start, entry.start + entry.num_new_tokens):
+                slot = self.slot(row, position)
+                assert slot not in written, "two sequences write to one slot"
+                written.add(slot)
+                self.slots[slot] = row.tokens[position]
+
+    def close(self) -> None:
+        self.rows.clear()
+
+
+def digest_config(
+    num_pages: int = 16,
+    page_size: int = 4,
+    *,
+    max_num_seqs: int = 4,
+    max_num_batched_tokens: int = 16,
+    max_model_len: int = 64,
+    max_num_waiting: int = 64,
+    eos_token_ids: tuple[int, ...] = (0,),
+    prefix_cache: bool = True,
+) -> EngineConfig:
+    return EngineConfig(
+        model_dir="digest",
+        architecture="Digest",
+        device="cpu",
+        dtype="float32",
+        threads=1,
+        kernels="digest",
+        exact=True,
+        kv_cache_bytes=0,
+        vocab_size=VOCAB,
+        eos_token_ids=eos_token_ids,
+        scheduler=SchedulerConfig(
+            num_pages=num_pages,
+            page_size=page_size,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=max_model_len,
+            max_num_waiting=max_num_waiting,
+            prefix_cache=prefix_cache,
+        ),
+    )
