@@ -1,0 +1,564 @@
+"""The client that owns an engine process: starts it, speaks with it, and starts it again.
+
+    LOADING -> READY <-> STALLED
+       ^         |
+       +- DEAD <-+    every open request has failed with EngineDied
+
+It gives up, and `given_up` says why, when an engine refuses its options, ends before any engine was
+ready, or crashes `max_crashes` times in a row.
+
+Everything runs on the event loop's thread and nothing waits for the engine. What it says is handed
+to each request's own bounded queue, so that a slow reader loses its request and delays nobody.
+Knows no text and no HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import itertools
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections import OrderedDict, deque
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, assert_never, cast
+
+import msgspec
+
+from kvpaging.base.clock import Clock, monotonic
+from kvpaging.base.config import EngineConfig, EngineOptions
+from kvpaging.base.errors import (
+    BadRequest,
+    ConfigError,
+    EngineDied,
+    KvPagingError,
+    Overloaded,
+    PromptTooLong,
+)
+from kvpaging.base.ids import RequestId
+from kvpaging.base.logs import LogFormat
+from kvpaging.engine.connection import FrameSplitter, ProtocolError, encode_frame
+from kvpaging.engine.messages import (
+    PROTOCOL_VERSION,
+    EngineStats,
+    FromEngine,
+    GetPages,
+    Hello,
+    Loading,
+    PagePicture,
+    Ready,
+    Shutdown,
+    StartFailed,
+    StepDone,
+    ToEngine,
+)
+from kvpaging.scheduling import admission
+from kvpaging.scheduling.events import Abort, Arrival, Finish
+from kvpaging.scheduling.outputs import Rejection, SequenceOutput
+from kvpaging.scheduling.request import Request
+from server.client import EngineState, EngineStatus
+
+_logger = logging.getLogger(__name__)
+
+ENGINE_COMMAND: Final = (sys.executable, "-P", "-m", "kvpaging.engine.process")
+"""`-P`: the working directory is searched only where this process searches it, see `spawn`."""
+MAX_SUSPECTS: Final = 4096
+MAX_UNSENT_BYTES: Final = 64 * 1024 * 1024
+"""What may wait to be written to an engine that does not read, before requests are refused."""
+NUM_RATED_COMPLETIONS: Final = 64
+"""So many completions tell the rate at which the queue drains."""
+
+
+@dataclass(frozen=True, slots=True)
+class SupervisorLimits:
+    """Where patience ends."""
+
+    max_crashes: int = 3
+    """So many crashes in a row, and the engine is not started again."""
+    steady_s: float = 60.0
+    """A crash of an engine that was ready for so long is the first of a new row."""
+    stall_s: float = 60.0
+    """No step for so long while requests are open: stalled."""
+    max_pending_outputs: int = 4096
+    """So many outputs behind, a reader loses its request."""
+    close_s: float = 3.0
+    """The time to end by itself; after that the engine process is killed."""
+
+
+class EngineProcess:
+    """A started engine process and the API's end of its socket."""
+
+    def __init__(self, popen: subprocess.Popen[bytes], sock: socket.socket):
+        self.popen = popen
+        self.sock = sock
+
+    @classmethod
+    def spawn(
+        cls,
+        options: EngineOptions,
+        log_format: LogFormat = "console",
+        command: Sequence[str] = ENGINE_COMMAND,
+    ) -> EngineProcess:
+        """Start one and tell it what to load. Cheap, and needs no event loop.
+
+        It searches for modules exactly where this process does, so that both run the same code.
+        """
+        search_path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+        ours, theirs = socket.socketpair()
+        with theirs:
+            popen = subprocess.Popen(
+                [*command, str(theirs.fileno()), str(os.getpid()), log_format],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env=os.environ | {"PYTHONPATH": search_path},
+            )
+        ours.sendall(encode_frame(Hello(PROTOCOL_VERSION, options)))
+        return cls(popen, ours)
+
+    async def reap(self, timeout_s: float) -> int:
+        """Wait for the end, kill after `timeout_s`; give the exit code (negative: a signal)."""
+        try:
+            return await asyncio.to_thread(self.popen.wait, timeout_s)
+        except subprocess.TimeoutExpired:
+            self.popen.kill()
+            return await asyncio.to_thread(self.popen.wait)
+
+
+class EngineSupervisor:
+    """An `EngineClient` whose engine lives in a process of its own.
+
+    `spawn` starts an engine process; `on_loading` is told how far a load is.
+    """
+
+    def __init__(
+        self,
+        spawn: Callable[[], EngineProcess],
+        *,
+        limits: SupervisorLimits | None = None,
+        on_loading: Callable[[Loading], None] | None = None,
+        clock: Clock = monotonic,
+    ):
+        self._spawn = spawn
+        self._limits = limits or SupervisorLimits()
+        self._on_loading = on_loading
+        self._clock = clock
+
+        self._process: EngineProcess | None = None
+        self._transport: asyncio.Transport | None = None
+        self._burial: asyncio.Task[None] | None = None
+        self._closed = False
+
+        self._state = EngineState.LOADING
+        self._detail = "starting the engine process"
+        self._refusal: str | None = None
+        self._config: EngineConfig | None = None
+        self._stats = EngineStats()
+        self._ready_at: float | None = None
+        self._progress_at = clock()
+        self._num_crashes = 0
+        self._num_restarts = 0
+
+        self._streams: dict[RequestId, _Stream] = {}
+        self._num_sent_since_step = 0
+        self._queries: dict[int, asyncio.Future[PagePicture]] = {}
+        self._query_ids = itertools.count()
+        self._suspects = _Suspects()
+        self._completions: deque[float] = deque(maxlen=NUM_RATED_COMPLETIONS)
+
+        self._first_ready: asyncio.Future[EngineConfig] | None = None
+        self.given_up: asyncio.Future[KvPagingError] | None = None
+        """Set by `start`. Has a result when no engine will run any more: why."""
+
+    # What the routes call (`EngineClient`).
+
+    def status(self) -> EngineStatus:
+        """The state now, without waiting."""
+        state, detail = self._state, self._detail
+        stalled_s = self._clock() - self._progress_at
+        if state is EngineState.READY and self._streams and stalled_s > self._limits.stall_s:
+            state = EngineState.STALLED
+            detail = f"no step for {stalled_s:.0f} s with {len(self._streams)} requests open"
+        return EngineStatus(state, detail, self._config, self._stats, self._num_restarts)
+
+    async def submit(self, request: Request) -> AsyncGenerator[SequenceOutput, None]:
+        """See `EngineClient.submit`. Nothing is sent before the first item is asked for."""
+        self._admit(request)
+        stream = _Stream(request, self._limits.max_pending_outputs)
+        self._open(stream)
+        try:
+            while (output := await stream.take()) is not None:
+                yield output
+        finally:
+            self._abort(stream)
+
+    def finish(self, request_id: RequestId, output_index: int, num_tokens: int) -> None:
+        """See `EngineClient.finish`."""
+        if request_id in self._streams:
+            self._send(Finish(request_id, output_index, num_tokens))
+
+    async def pages(self) -> PagePicture:
+        """Every page as it is now. Raises `EngineDied`."""
+        if self._state is not EngineState.READY:
+            raise EngineDied(f"the engine is {self._state}: {self._detail}")
+        query_id = next(self._query_ids)
+        answer: asyncio.Future[PagePicture] = asyncio.get_running_loop().create_future()
+        self._queries[query_id] = answer
+        try:
+            self._send(GetPages(query_id))
+            return await answer
+        finally:
+            del self._queries[query_id]
+
+    async def close(self) -> None:
+        """End the engine; open requests fail with `EngineDied`. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._burial is not None:
+            self._burial.cancel()
+            await asyncio.gather(self._burial, return_exceptions=True)
+        self._fail_all(EngineDied("the server is shutting down"))
+        if self._process is not None:
+            if self._state is EngineState.READY:
+                self._send(Shutdown())
+            else:
+                self._process.popen.kill()  # it may load for long before it reads
+            await self._process.reap(self._limits.close_s)
+        if self._transport is not None:
+            self._transport.abort()
+        self._state, self._detail = EngineState.DEAD, "closed"
+
+    # What the process start calls.
+
+    async def start(self, process: EngineProcess | None = None) -> None:
+        """Adopt `process`, or spawn one, and begin to listen to it. Call once."""
+        loop = asyncio.get_running_loop()
+        self._first_ready, self.given_up = loop.create_future(), loop.create_future()
+        await self._adopt(process or self._spawn())
+
+    async def ready(self) -> EngineConfig:
+        """Wait until an engine is ready.
+
+        Raises `ConfigError` when it can't start as asked, `EngineDied` when it crashed instead.
+        """
+        if self._first_ready is None or self.given_up is None:
+            raise RuntimeError("start() comes first")
+        ends: set[asyncio.Future[Any]] = {self._first_ready, self.given_up}
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        if self.given_up.done():
+            raise self.given_up.result()
+        return self._first_ready.result()
+
+    @property
+    def num_open_requests(self) -> int:
+        """Requests that the engine has not completed."""
+        return len(self._streams)
+
+    # One engine process's life.
+
+    async def _adopt(self, process: EngineProcess) -> None:
+        self._process = process
+        self._transport, _ = await asyncio.get_running_loop().create_connection(
+            lambda: _Link(self._take, self._lose), sock=process.sock
+        )
+
+    def _take(self, message: FromEngine) -> None:
+        match message:
+            case StepDone():
+                self._take_step(message)
+            case PagePicture():
+                answer = self._queries.get(message.query_id)
+                if answer is not None and not answer.done():
+                    answer.set_result(message)
+            case Loading():
+                self._detail = _describe_loading(message)
+                if self._on_loading is not None:
+                    self._on_loading(message)
+            case Ready():
+                self._state, self._detail = EngineState.READY, "serving"
+                self._config = message.config
+                self._ready_at = self._progress_at = self._clock()
+                if self._first_ready is not None and not self._first_ready.done():
+                    self._first_ready.set_result(message.config)
+            case StartFailed():
+                self._refusal = message.message
+            case Hello():
+                pass  # the link has compared versions
+            case _:
+                assert_never(message)
+
+    def _lose(self, fault: str) -> None:
+        """The socket to the engine is closed: it crashed, ended, or broke the protocol."""
+        if self._closed or self._process is None:
+            return
+        died_after_s = 0.0 if self._ready_at is None else self._clock() - self._ready_at
+        was_ready, self._ready_at = self._ready_at is not None, None
+        self._state, self._detail = EngineState.DEAD, "the engine process has ended"
+        self._stats = EngineStats()
+        self._num_sent_since_step = 0
+        self._suspects.accuse(stream.request for stream in self._streams.values())
+        self._fail_all(EngineDied("the engine process ended under this request"))
+        if was_ready and died_after_s >= self._limits.steady_s:
+            self._num_crashes = 0
+        self._num_crashes += 1
+        self._burial = asyncio.create_task(self._bury(self._process, fault))
+
+    async def _bury(self, process: EngineProcess, fault: str) -> None:
+        """Learn how it ended, then start the next one or give up."""
+        exit_code = await process.reap(self._limits.close_s)
+        how = fault or _describe_exit(exit_code)
+        self._detail = f"the engine process ended: {how}"
+        if self._refusal is not None:
+            self._give_up(ConfigError(self._refusal))
+        elif self._first_ready is None or not self._first_ready.done():
+            self._give_up(EngineDied(f"the engine process ended before it was ready: {how}"))
+        elif self._num_crashes >= self._limits.max_crashes:
+            self._give_up(
+                EngineDied(
+                    f"the engine process crashed {self._num_crashes} times, none of them "
+                    f"{self._limits.steady_s:g} s after it was ready; the last time: {how}"
+                )
+            )
+        else:
+            _logger.error("the engine process ended (%s); starting another", how)
+            self._num_restarts += 1
+            self._state, self._detail = EngineState.LOADING, "starting again after a crash"
+            try:
+                await self._adopt(self._spawn())
+            except OSError as error:
+                self._give_up(EngineDied(f"the engine process can't be started again: {error}"))
+
+    def _give_up(self, error: KvPagingError) -> None:
+        self._state, self._detail = EngineState.DEAD, str(error)
+        if self.given_up is not None and not self.given_up.done():
+            self.given_up.set_result(error)
+
+    def _send(self, message: ToEngine) -> None:
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(encode_frame(message))
+
+    # Requests.
+
+    def _admit(self, request: Request) -> None:
+        """Refuse at the door what can't or must not be served; the queue's bound included."""
+        if self._closed:
+            raise EngineDied("the server is shutting down")
+        if self._state is not EngineState.READY or self._config is None:
+            raise EngineDied(f"the engine is {self._state}: {self._detail}; try again later")
+        if request.request_id in self._streams:
+            raise BadRequest(
+                f"a request with the id {request.request_id} is running", code="duplicate_id"
+            )
+        admission.check(request, self._config.scheduler, self._config.vocab_size)
+        if self._suspects.is_banned(request):
+            raise BadRequest(
+                "the engine crashed twice while it computed this request, so it is not tried "
+                "again; change it, or restart the server",
+                code="crashed_engine",
+            )
+        scheduler, stats = self._config.scheduler, self._stats
+        # What was sent since the last step may run at once if nothing waits and rows are free.
+        num_free = 0 if stats.num_waiting else max(0, scheduler.max_num_seqs - stats.num_running)
+        num_waiting = stats.num_waiting + max(0, self._num_sent_since_step - num_free)
+        if num_waiting >= scheduler.max_num_waiting:
+            raise self._overloaded(
+                f"{num_waiting} requests are waiting, and the limit is {scheduler.max_num_waiting}"
+            )
+        if self._transport is not None:
+            unsent = self._transport.get_write_buffer_size()
+            if unsent > MAX_UNSENT_BYTES:
+                raise self._overloaded("the engine is behind with reading its requests")
+
+    def _open(self, stream: _Stream) -> None:
+        if not self._streams:
+            self._progress_at = self._clock()  # until now there was nothing to progress with
+        self._send(Arrival(stream.request))
+        self._streams[stream.request.request_id] = stream
+        self._num_sent_since_step += 1
+
+    def _abort(self, stream: _Stream) -> None:
+        """The reader is gone. Does nothing if the engine was done with the request."""
+        request_id = stream.request.request_id
+        if self._streams.get(request_id) is stream:
+            del self._streams[request_id]
+            self._send(Abort(request_id))
+
+    def _take_step(self, step: StepDone) -> None:
+        self._stats = step.stats
+        self._progress_at = self._clock()
+        self._num_sent_since_step = 0
+        for rejection in step.outputs.rejections:
+            stream = self._streams.pop(rejection.request_id, None)
+            if stream is not None:
+                stream.fail(self._error_of(rejection))
+        for output in step.outputs.outputs:
+            stream = self._streams.get(output.request_id)
+            if stream is not None:  # else it was aborted meanwhile
+                self._deliver(stream, output)
+
+    def _deliver(self, stream: _Stream, output: SequenceOutput) -> None:
+        if not stream.put(output):
+            self._abort(stream)
+            stream.fail(
+                EngineDied(
+                    f"the request was aborted: its reader is {self._limits.max_pending_outputs} "
+                    "outputs behind"
+                )
+            )
+        elif stream.is_complete:
+            del self._streams[output.request_id]
+            self._suspects.clear(stream.request)
+            self._completions.append(self._progress_at)
+
+    def _fail_all(self, error: EngineDied) -> None:
+        streams, self._streams = self._streams, {}
+        for stream in streams.values():
+            stream.fail(error)
+        for answer in self._queries.values():
+            if not answer.done():
+                answer.set_exception(error)
+
+    def _error_of(self, rejection: Rejection) -> KvPagingError:
+        """The error that the engine would have raised, had it been asked in this process."""
+        match rejection.code:
+            case "overloaded":
+                return self._overloaded(rejection.message)
+            case "context_length_exceeded":
+                return PromptTooLong(rejection.message, param=rejection.param or "prompt")
+            case code:
+                return BadRequest(rejection.message, param=rejection.param, code=code)
+
+    def _overloaded(self, message: str) -> Overloaded:
+        """Advise to come back when the queue has drained, at the rate of the last completions."""
+        retry_after_s = 1.0
+        if len(self._completions) > 1:
+            elapsed_s = max(self._clock() - self._completions[0], 1e-3)
+            rate = (len(self._completions) - 1) / elapsed_s
+            retry_after_s = min(max(self._stats.num_waiting / rate, 1.0), 60.0)
+        return Overloaded(message, retry_after_s=retry_after_s)
+
+
+class _Stream:
+    """One open request: what the engine said and its reader has not taken yet."""
+
+    def __init__(self, request: Request, max_pending: int):
+        self.request = request
+        self._max_pending = max_pending
+        self._pending: deque[SequenceOutput] = deque()
+        self._error: KvPagingError | None = None
+        self._news = asyncio.Event()
+        self._num_unfinished = request.n
+
+    @property
+    def is_complete(self) -> bool:
+        """Each of the request's outputs has ended."""
+        return self._num_unfinished == 0
+
+    def put(self, output: SequenceOutput) -> bool:
+        """Keep an output for the reader. False, and not kept, when that is too far behind."""
+        if len(self._pending) >= self._max_pending:
+            return False
+        self._pending.append(output)
+        self._num_unfinished -= output.finished is not None
+        self._news.set()
+        return True
+
+    def fail(self, error: KvPagingError) -> None:
+        """End with this error, once the reader has taken what is pending."""
+        self._error = error
+        self._news.set()
+
+    async def take(self) -> SequenceOutput | None:
+        """Give the next output, or `None` after the last. Raises what `fail` was told."""
+        while not self._pending:
+            if self._error is not None:
+                raise self._error
+            if self.is_complete:
+                return None
+            self._news.clear()
+            await self._news.wait()
+        return self._pending.popleft()
+
+
+class _Suspects:
+    """Requests that were open at a crash, known again by their content.
+
+    A client that tries again sends the same content under a new id, and where it gave no seed the
+    server draws another: both are left out. Bystanders are cleared as soon as they complete.
+    """
+
+    def __init__(self) -> None:
+        self._num_crashes: OrderedDict[bytes, int] = OrderedDict()
+
+    def accuse(self, requests: Iterable[Request]) -> None:
+        """Remember that these were open at a crash. The oldest are forgotten for them."""
+        for digest in {self._digest(request) for request in requests}:
+            self._num_crashes[digest] = self._num_crashes.pop(digest, 0) + 1
+        while len(self._num_crashes) > MAX_SUSPECTS:
+            self._num_crashes.popitem(last=False)
+
+    def clear(self, request: Request) -> None:
+        """It completed, so it is not the cause."""
+        if self._num_crashes:
+            self._num_crashes.pop(self._digest(request), None)
+
+    def is_banned(self, request: Request) -> bool:
+        """It was open at two crashes and has not completed since the first."""
+        return bool(self._num_crashes) and self._num_crashes.get(self._digest(request), 0) >= 2
+
+    @staticmethod
+    def _digest(request: Request) -> bytes:
+        sampling = msgspec.structs.replace(request.sampling, seed=0)
+        content = msgspec.msgpack.encode((request.prompt_token_ids, sampling, request.n))
+        return hashlib.sha256(content).digest()
+
+
+class _Link(asyncio.Protocol):
+    """The frames of one engine process, from the making to the loss of its socket."""
+
+    def __init__(self, on_message: Callable[[FromEngine], None], on_lost: Callable[[str], None]):
+        self._splitter = FrameSplitter(msgspec.msgpack.Decoder(FromEngine))
+        self._on_message = on_message
+        self._on_lost = on_lost
+        self._transport: asyncio.Transport | None = None
+        self._fault = ""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Remember the transport, to be able to abort it."""
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        """Hand on each whole message; what can't be read ends the connection."""
+        try:
+            for message in self._splitter.feed(data):
+                self._on_message(message)
+        except ProtocolError as error:
+            self._fault = str(error)
+            if self._transport is not None:
+                self._transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Say so, and why if it was the protocol."""
+        self._on_lost(self._fault)
+
+
+def _describe_loading(message: Loading) -> str:
+    if not message.total_bytes:
+        return message.stage
+    return f"{message.stage}, {100 * message.done_bytes // message.total_bytes} %"
+
+
+def _describe_exit(exit_code: int) -> str:
+    if exit_code >= 0:
+        return f"exit code {exit_code}"
+    with contextlib.suppress(ValueError):
+        name = signal.Signals(-exit_code).name
+        hint = "; was memory short?" if name == "SIGKILL" else ""
+        return f"killed by {name}{hint}"
+    return f"killed by signal {-exit_code}"
