@@ -79,10 +79,10 @@ class PrefixChain:
         """The key before link `index`."""
         return self.links[index - 1].key if index else self._root
 
-    def fork(self) -> PrefixChain:
-        """A chain with the same links that grows on its own."""
+    def fork(self, num_tokens: int) -> PrefixChain:
+        """A chain over the same first `num_tokens` tokens that grows on its own."""
         twin = PrefixChain(self._root, self._namespace, self.page_size)
-        twin.links = list(self.links)
+        twin.links = self.links[: num_tokens // self.page_size]
         return twin
 
     def keys(self) -> Iterable[PageKey]:

@@ -135,7 +135,7 @@ class Sequence:
             seq_id,
             self.request,
             output_index,
-            self.chain.fork(),
+            self.chain.fork(self.num_prompt_tokens),
             arrival_index=self.order[1],
             arrival_s=self.arrival_s,
         )
