@@ -1,0 +1,280 @@
+"""Every setting: its flag, its environment variable, its default, its range, where it came from.
+
+One model, one order: flag, then environment variable, then default. An empty variable counts as not
+given, as compose files pass it. This is the only module that looks at `KVPAGING_…` variables.
+Resolved once, then frozen. Knows nothing of what the settings do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Annotated, Any, Final, Literal, NoReturn
+
+import pydantic
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
+
+from kvpaging.base.config import EngineOptions
+from kvpaging.base.errors import ConfigError
+
+ENV_PREFIX: Final = "KVPAGING_"
+
+_UNITS: Final = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12} | {
+    "ki": 2**10,
+    "mi": 2**20,
+    "gi": 2**30,
+    "ti": 2**40,
+}
+
+
+def parse_size(value: object) -> object:
+    """Bytes from `4GiB`, `512MiB`, `1.5 GB` or a plain number; anything else stays as it is."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", value, re.IGNORECASE)
+    if match is None:
+        raise ValueError("a number with an optional unit, such as 4GiB, 512MiB, 2GB")
+    return int(float(match[1]) * _UNITS[(match[2] or "").lower()])
+
+
+def _auto(value: object) -> object:
+    """`auto` is the word for "decide at start"."""
+    return None if value == "auto" else value
+
+
+Size = Annotated[int, BeforeValidator(parse_size)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+Seconds = Annotated[float, Field(gt=0, le=86_400)]
+
+
+class Settings(BaseModel):
+    """What the operator decides. `None` means: decided at start, and printed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    # What is served.
+    model: str | None = Field(
+        None, description="checkpoint directory or Hugging Face hub id; default: the demo model"
+    )
+    served_model_name: str | None = Field(
+        None, description="name that clients see; default: the model's own"
+    )
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, BeforeValidator(_auto)] = (
+        Field(None, description="auto, float32, bfloat16 or float16")
+    )
+    device: Annotated[str | None, BeforeValidator(_auto), Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = (
+        Field(None, description="auto, cpu, cuda or cuda:N")
+    )
+    kernels: Annotated[Literal["native", "triton", "torch"] | None, BeforeValidator(_auto)] = Field(
+        None, description="auto, native, triton or torch"
+    )
+    threads: int | None = Field(None, ge=1, le=1024, description="CPU threads that compute")
+
+    # How much of it.
+    page_size: int = Field(16, ge=1, le=256, description="tokens in a KV page")
+    max_num_seqs: int = Field(256, ge=1, le=65_536, description="sequences that run at once")
+    max_num_batched_tokens: int | None = Field(
+        None, ge=1, le=1_048_576, description="tokens computed in one step"
+    )
+    max_model_len: int | None = Field(
+        None, ge=1, le=16_777_216, description="tokens of one sequence, prompt and output"
+    )
+    max_num_waiting: int = Field(
+        1024, ge=1, le=1_000_000, description="requests that may wait before 429"
+    )
+    kv_cache_memory: Annotated[Size, Field(ge=1)] | None = Field(
+        None, description="memory for KV pages, such as 4GiB"
+    )
+    gpu_memory_utilization: float = Field(
+        0.9, gt=0, le=1, description="share of a GPU's memory that may be used in all"
+    )
+    prefix_cache: bool = Field(True, description="keep pages for prompts that begin alike")
+
+    # Who may ask, and how long.
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: Port = Field(8000, description="port to listen on; 0: any free one")
+    api_key: SecretStr | None = Field(
+        None, min_length=1, description="key that clients must send; better as a variable"
+    )
+    max_body: Annotated[Size, Field(ge=1024, le=2**30)] = Field(
+        8 * 2**20, description="largest request body, such as 8MiB"
+    )
+    max_header: Annotated[Size, Field(ge=1024, le=2**20)] = Field(
+        32 * 2**10, description="largest request line and headers together, such as 32KiB"
+    )
+    max_connections: int = Field(
+        4096, ge=1, le=1_000_000, description="open connections before 503"
+    )
+    header_timeout_s: Seconds = Field(10.0, description="seconds for a request's headers")
+    body_timeout_s: Seconds = Field(30.0, description="seconds for a request's body")
+    keep_alive_s: Seconds = Field(75.0, description="seconds that an idle connection stays open")
+    write_timeout_s: Seconds = Field(
+        30.0, description="seconds that a reader may take nothing before it is cut off"
+    )
+    grace_period_s: float = Field(
+        30.0, ge=0, le=86_400, description="seconds that running requests have after SIGTERM"
+    )
+    stall_limit_s: Seconds = Field(
+        60.0, description="seconds without a step before /health says stalled"
+    )
+
+    log_format: Literal["console", "json"] = Field("console", description="console or json")
+
+    @property
+    def model_or_demo(self) -> str:
+        """The model, or the directory of the bundled demo model."""
+        return self.model or str(resources.files("kvpaging") / "demo_model")
+
+    def engine_options(self) -> EngineOptions:
+        """What the engine process is told."""
+        return EngineOptions(
+            model=self.model_or_demo,
+            device=self.device,
+            dtype=self.dtype,
+            page_size=self.page_size,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            max_model_len=self.max_model_len,
+            max_num_waiting=self.max_num_waiting,
+            kv_cache_memory_bytes=self.kv_cache_memory,
+            gpu_memory_utilization=self.gpu_memory_utilization,
+            threads=self.threads,
+            kernels=self.kernels,
+            prefix_cache=self.prefix_cache,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """The settings, and for each one that was given the flag or variable that gave it."""
+
+    settings: Settings
+    origins: Mapping[str, str]
+
+    def lines(self) -> list[str]:
+        """One line a setting: name, value, origin. Secrets are masked by their type."""
+        width = max(map(len, Settings.model_fields))
+        return [
+            f"{name:<{width}}  {_shown(getattr(self.settings, name)):<12}  "
+            f"{self.origins.get(name, 'default')}"
+            for name in Settings.model_fields
+        ]
+
+
+def _shown(value: object) -> str:
+    return "auto" if value is None else str(value)
+
+
+def flag_of(field: str) -> str:
+    """`page_size` -> `--page-size`."""
+    return "--" + field.replace("_", "-")
+
+
+def variable_of(field: str) -> str:
+    """`page_size` -> `KVPAGING_PAGE_SIZE`."""
+    return ENV_PREFIX + field.upper()
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Give the parser one flag for each setting. Values stay text: `resolve` checks them."""
+    for name, field in Settings.model_fields.items():
+        default = "" if field.default is None else f" (default: {field.default})"
+        text = f"{field.description}{default} [{variable_of(name)}]".replace("%", "%%")
+        if field.annotation is bool:
+            action: Any = argparse.BooleanOptionalAction
+            parser.add_argument(flag_of(name), action=action, default=None, help=text)
+        else:
+            parser.add_argument(flag_of(name), metavar="VALUE", help=text)
+
+
+def resolve(flags: Mapping[str, object], environ: Mapping[str, str]) -> Resolved:
+    """Settings from flags (`None`: not given), then the environment, then defaults.
+
+    Raises `ConfigError` with one line for each thing that is wrong, naming flag or variable, limit
+    and value.
+    """
+    unknown = unknown_variables(environ)
+    if unknown:
+        raise ConfigError("\n".join(unknown))
+    values: dict[str, object] = {}
+    origins: dict[str, str] = {}
+    for name in Settings.model_fields:
+        flag, variable = flags.get(name), environ.get(variable_of(name), "")
+        if flag is not None:
+            values[name], origins[name] = flag, flag_of(name)
+        elif variable:
+            values[name], origins[name] = variable, variable_of(name)
+    try:
+        return Resolved(Settings.model_validate(values), origins)
+    except pydantic.ValidationError as error:
+        raise ConfigError("\n".join(_faults(error, origins))) from None
+
+
+def _faults(error: pydantic.ValidationError, origins: Mapping[str, str]) -> list[str]:
+    """One line for each field: `--page-size must be at most 256, not '512'`."""
+    lines: dict[str, str] = {}
+    for fault in error.errors():
+        name, limits = str(fault["loc"][0]), fault.get("ctx", {})
+        rule = _RULES.get(fault["type"], "").format(**limits) or fault["msg"]
+        if name in _WORDS:
+            rule = _WORDS[name]
+        given = "" if name == "api_key" else f", not {fault['input']!r}"
+        lines.setdefault(name, f"{origins[name]} {rule}{given}")
+    return list(lines.values())
+
+
+_RULES: Final = {
+    "greater_than_equal": "must be at least {ge}",
+    "greater_than": "must be above {gt}",
+    "less_than_equal": "must be at most {le}",
+    "int_parsing": "must be a whole number",
+    "float_parsing": "must be a number",
+    "bool_parsing": "must be true or false",
+    "literal_error": "must be auto, {expected}",
+    "value_error": "must be {error}",
+    "string_too_short": "must not be empty",
+}
+_WORDS: Final = {
+    "device": "must be auto, cpu, cuda or cuda:N",
+    "log_format": "must be console or json",
+}
+
+
+def unknown_variables(environ: Mapping[str, str]) -> list[str]:
+    """One complaint for each `KVPAGING_…` variable that is no setting."""
+    known = [variable_of(name) for name in Settings.model_fields]
+    return [
+        f"{name} is not a setting{did_you_mean(name, known)}"
+        for name in sorted(environ)
+        if name.startswith(ENV_PREFIX) and name not in known
+    ]
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """`; did you mean X?` for the nearest known word, or nothing."""
+    nearest = difflib.get_close_matches(given, list(known), n=1)
+    return f"; did you mean {nearest[0]}?" if nearest else ""
+
+
+class FlagParser(argparse.ArgumentParser):
+    """An argparse parser without abbreviations, whose complaint about a flag offers the nearest."""
+
+    def __init__(self, prog: str, description: str):
+        super().__init__(prog, description=description, allow_abbrev=False)
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parse all of `argv`, or print what is wrong and exit with 2."""
+        namespace, rest = self.parse_known_args(argv)
+        if rest:
+            known = [option for action in self._actions for option in action.option_strings]
+            word = rest[0].split("=", 1)[0]
+            self.error(f"{word} is not a flag{did_you_mean(word, known)}")
+        return namespace
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line and where help is, and exit with 2."""
+        self.exit(2, f"{self.prog}: {message}\nSee {self.prog} --help.\n")
