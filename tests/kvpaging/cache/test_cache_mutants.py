@@ -1,0 +1,123 @@
+"""Break the cache on purpose: the state machine must see each of these faults."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from cache_machine import CacheMachine
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from kvpaging.base.errors import LawBroken
+from kvpaging.base.ids import PageId, PageKey
+from kvpaging.cache import prefix_key
+from kvpaging.cache.cache_manager import CacheManager, _CachedPages
+from kvpaging.cache.page_lease import PageLease
+from kvpaging.cache.prefix_index import PrefixIndex
+from kvpaging.cache.prefix_key import ChainLink, PrefixChain
+
+Patch = Callable[[pytest.MonkeyPatch], None]
+
+
+def drop_the_namespace(patch: pytest.MonkeyPatch) -> None:
+    real = prefix_key.page_key
+    patch.setattr(prefix_key, "page_key", lambda parent, _, tokens: real(parent, b"", tokens))
+
+
+def drop_the_parent(patch: pytest.MonkeyPatch) -> None:
+    real = prefix_key.page_key
+    nobody = PageKey(b"")
+    patch.setattr(prefix_key, "page_key", lambda _, space, tokens: real(nobody, space, tokens))
+
+
+def match_the_last_token_too(patch: pytest.MonkeyPatch) -> None:
+    def match(self: CacheManager, chain: PrefixChain, num_tokens: int) -> list[PageId]:
+        return self.index.match(chain, num_tokens // self.page_size)
+
+    patch.setattr(CacheManager, "match", match)
+
+
+def publish_a_page_that_is_not_full(patch: pytest.MonkeyPatch) -> None:
+    real = CacheManager.commit
+
+    def commit(self: CacheManager, lease: PageLease, chain: PrefixChain, num_computed: int) -> None:
+        real(self, lease, chain, min(num_computed + 1, len(chain.links) * self.page_size))
+
+    patch.setattr(CacheManager, "commit", commit)
+
+
+def share_the_tail_page_at_a_fork(patch: pytest.MonkeyPatch) -> None:
+    def fork(
+        self: CacheManager, lease: PageLease, num_tokens: int
+    ) -> tuple[PageLease, PageId | None]:
+        pages = lease.pages[: self.pages_for(num_tokens)]
+        self.allocator.share(pages)
+        twin = self._lease(pages, 0)
+        twin.num_published = min(lease.num_published, num_tokens // self.page_size)
+        return twin, None
+
+    patch.setattr(CacheManager, "fork", fork)
+
+
+def keep_a_page_at_release(patch: pytest.MonkeyPatch) -> None:
+    real = CacheManager.release
+
+    def release(self: CacheManager, lease: PageLease) -> None:
+        self.allocator.share(lease.pages[:1])
+        real(self, lease)
+
+    patch.setattr(CacheManager, "release", release)
+
+
+def forget_to_withdraw_at_eviction(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(_CachedPages, "evict", lambda self: self._policy.victim())
+
+
+def release_head_first(patch: pytest.MonkeyPatch) -> None:
+    def release(self: CacheManager, lease: PageLease) -> None:
+        if not lease.is_live:
+            raise LawBroken("released twice")
+        lease.is_live = False
+        del self.leases[id(lease)]
+        self.allocator.release(lease.pages)
+
+    patch.setattr(CacheManager, "release", release)
+
+
+def one_page_a_key(patch: pytest.MonkeyPatch) -> None:
+    real = PrefixIndex.publish
+
+    def publish(self: PrefixIndex, page_id: PageId, parent: PageKey, link: ChainLink) -> None:
+        if not self.has_key(link.key):
+            real(self, page_id, parent, link)
+
+    patch.setattr(PrefixIndex, "publish", publish)
+
+
+MUTANTS: list[Patch] = [
+    drop_the_namespace,
+    drop_the_parent,
+    match_the_last_token_too,
+    publish_a_page_that_is_not_full,
+    share_the_tail_page_at_a_fork,
+    keep_a_page_at_release,
+    forget_to_withdraw_at_eviction,
+    release_head_first,
+    one_page_a_key,
+]
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
+def test_the_machine_sees(mutant: Patch, monkeypatch: pytest.MonkeyPatch) -> None:
+    mutant(monkeypatch)
+    search = settings(
+        max_examples=3000,
+        stateful_step_count=30,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    with pytest.raises(Exception):  # noqa: B017, PT011 - whatever form the fault takes
+        run_state_machine_as_test(CacheMachine, settings=search)
