@@ -1,0 +1,295 @@
+"""From options to a running executor: every choice that was left open is made here, once.
+
+The order is: what the checkpoint is, what computes it, in which dtype, how many pages there is room
+for, how long a sequence may be; then the weights are loaded. Each choice leaves a line in
+`EngineConfig.decisions`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from typing import Final
+
+import msgspec
+import torch
+
+from kernels import registry
+from kernels.errors import KernelUnavailableError
+from kernels.ops import Ops
+from kvpaging.base.config import EngineConfig, EngineOptions, SchedulerConfig
+from kvpaging.base.errors import ConfigError
+from kvpaging.base.kv_spec import DTYPE_BYTES, KVSpec
+from kvpaging.execution.checkpoint import resolve_checkpoint
+from kvpaging.execution.kv_pool import KVPool
+from kvpaging.execution.local_executor import LocalExecutor
+from kvpaging.execution.memory import available_bytes
+from kvpaging.execution.model_config import ModelConfig, read_model_config
+from kvpaging.execution.models.registry import model_class
+from kvpaging.execution.rope import inverse_frequencies
+from kvpaging.execution.weights import Checkpoint, OnProgress, Parameters
+
+GIB: Final = 1024**3
+CPU_KV_SHARE: Final = 4
+"""On a CPU the pool takes one part in so many of what is free, ..."""
+CPU_KV_LIMIT_BYTES: Final = 4 * GIB
+"""... and at most this."""
+DEFAULT_BATCHED_TOKENS: Final = {"cpu": 512, "cuda": 8192}
+
+
+def load_executor(
+    options: EngineOptions, on_progress: OnProgress | None = None
+) -> tuple[EngineConfig, LocalExecutor]:
+    """Load the checkpoint that `options` name and make what runs it.
+
+    `on_progress` hears the stage, the bytes done and the bytes in all. Sets torch's thread count.
+    Raises `ConfigError` when the checkpoint or an option can't be used.
+    """
+    model_dir = resolve_checkpoint(options.model)
+    model_config = read_model_config(model_dir)
+    family = model_class(model_config)
+    decisions: list[str] = []
+    device = _device(options, decisions)
+    threads = _threads(options, decisions)
+    ops = _ops(options, device, threads)
+    dtype = _dtype(options, model_config, device, ops, decisions)
+    checkpoint = Checkpoint(model_dir)
+    weight_bytes = checkpoint.num_parameters * DTYPE_BYTES[dtype]
+    spec = KVSpec(
+        num_layers=model_config.num_layers,
+        num_kv_heads=model_config.num_kv_heads,
+        head_dim=model_config.head_dim,
+        page_size=_page_size(options),
+        dtype=dtype,
+    )
+    max_num_batched_tokens = _max_num_batched_tokens(options, device, decisions)
+    memory_bytes = _kv_memory_bytes(
+        options, model_config, device, dtype, weight_bytes, max_num_batched_tokens, decisions
+    )
+    num_pages, max_model_len = _lengths(options, model_config, spec, memory_bytes, decisions)
+
+    parameters = Parameters(checkpoint, ops, device, getattr(torch, dtype), on_progress)
+    with torch.inference_mode():
+        model = family(model_config, parameters, max_model_len)
+        fingerprint = parameters.finish(model.ignored_tensors())
+        pool = KVPool(spec, num_pages, device)
+    config = EngineConfig(
+        model_dir=str(model_dir),
+        architecture=model_config.architecture,
+        device=str(device),
+        dtype=dtype,
+        threads=threads,
+        kernels=ops.name,
+        exact=ops.exact,
+        kv_cache_bytes=pool.num_bytes,
+        vocab_size=model_config.vocab_size,
+        eos_token_ids=model_config.eos_token_ids,
+        scheduler=SchedulerConfig(
+            num_pages=num_pages,
+            page_size=spec.page_size,
+            max_num_seqs=options.max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=max_model_len,
+            max_num_waiting=options.max_num_waiting,
+            prefix_cache=options.prefix_cache,
+        ),
+        numerics_identity=_numerics_identity(fingerprint, model_config, spec, ops, max_model_len),
+        decisions=tuple(decisions),
+    )
+    return config, LocalExecutor(model, pool, ops, model_config.eos_token_ids)
+
+
+def _device(options: EngineOptions, decisions: list[str]) -> torch.device:
+    if options.device is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        reason = "torch sees a GPU" if name == "cuda" else "torch sees no GPU"
+        decisions.append(f"device {name}: {reason}")
+        return torch.device(name, 0) if name == "cuda" else torch.device(name)
+    try:
+        device = torch.device(options.device)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in DEFAULT_BATCHED_TOKENS:
+        raise ConfigError(f"device: {options.device!r} is none of cpu, cuda, cuda:N")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError(f"device: {options.device!r}, and torch sees no GPU")
+        device = torch.device("cuda", device.index or 0)
+        if device.index >= torch.cuda.device_count():
+            raise ConfigError(
+                f"device: {options.device!r}, and torch sees {torch.cuda.device_count()} GPUs"
+            )
+    return device
+
+
+def _threads(options: EngineOptions, decisions: list[str]) -> int:
+    threads = options.threads
+    if threads is None:
+        threads = len(os.sched_getaffinity(0))
+        decisions.append(f"threads {threads}: the cores that this process may use")
+    if threads < 1:
+        raise ConfigError(f"threads: must be at least 1, is {threads}")
+    torch.set_num_threads(threads)
+    return threads
+
+
+def _ops(options: EngineOptions, device: torch.device, threads: int) -> Ops:
+    if options.kernels not in (None, "native", "triton", "torch"):
+        raise ConfigError(f"kernels: {options.kernels!r} is none of native, triton, torch")
+    try:
+        return registry.select(
+            device,
+            prefer=options.kernels,  # type: ignore[arg-type]  # checked above
+            threads=threads,
+        )
+    except KernelUnavailableError as error:
+        raise ConfigError(f"kernels: {options.kernels} can't run here: {error}") from error
+
+
+def _page_size(options: EngineOptions) -> int:
+    if options.page_size < 1:
+        raise ConfigError(f"page_size: must be at least 1 token, is {options.page_size}")
+    return options.page_size
+
+
+def _dtype(
+    options: EngineOptions,
+    model: ModelConfig,
+    device: torch.device,
+    ops: Ops,
+    decisions: list[str],
+) -> str:
+    if options.dtype is not None:
+        if options.dtype not in DTYPE_BYTES:
+            raise ConfigError(f"dtype: {options.dtype!r} is none of {', '.join(DTYPE_BYTES)}")
+        return options.dtype
+    if model.dtype == "float32" or device.type == "cuda" or _is_fast(model.dtype, ops):
+        decisions.append(f"dtype {model.dtype}: the checkpoint's")
+        return model.dtype
+    decisions.append(f"dtype float32: {ops.name} computes {model.dtype} slowly or not at all")
+    return "float32"
+
+
+def _is_fast(dtype: str, ops: Ops) -> bool:
+    """On a CPU: whether the path has instructions for the dtype."""
+    return dtype == "bfloat16" and any(name in ops.name for name in ("bf16", "amx"))
+
+
+def _max_num_batched_tokens(
+    options: EngineOptions, device: torch.device, decisions: list[str]
+) -> int:
+    if options.max_num_batched_tokens is not None:
+        if options.max_num_batched_tokens < 1:
+            raise ConfigError(
+                f"max_num_batched_tokens: must be at least 1, is {options.max_num_batched_tokens}"
+            )
+        return options.max_num_batched_tokens
+    tokens = max(DEFAULT_BATCHED_TOKENS[device.type], options.max_num_seqs + 1)
+    decisions.append(f"max_num_batched_tokens {tokens}: the default on {device.type}")
+    return tokens
+
+
+def _kv_memory_bytes(
+    options: EngineOptions,
+    model: ModelConfig,
+    device: torch.device,
+    dtype: str,
+    weight_bytes: int,
+    max_num_batched_tokens: int,
+    decisions: list[str],
+) -> int:
+    """Bytes for the pool, decided before the weights are loaded, with their size taken off."""
+    if options.kv_cache_memory_bytes is not None:
+        return options.kv_cache_memory_bytes
+    if device.type == "cpu":
+        free = max(0, available_bytes() - weight_bytes)
+        memory_bytes = min(free // CPU_KV_SHARE, CPU_KV_LIMIT_BYTES)
+        decisions.append(
+            f"KV memory {_gib(memory_bytes)}: a quarter of the {_gib(free)} that are free, "
+            f"at most {_gib(CPU_KV_LIMIT_BYTES)}"
+        )
+        return memory_bytes
+    free, total = torch.cuda.mem_get_info(device)
+    activations = _activation_bytes(model, dtype, options.max_num_seqs, max_num_batched_tokens)
+    usable = int(total * options.gpu_memory_utilization)
+    memory_bytes = usable - (total - free) - weight_bytes - activations
+    decisions.append(
+        f"KV memory {_gib(memory_bytes)}: {options.gpu_memory_utilization:.0%} of {_gib(total)}, "
+        f"less {_gib(total - free)} in use, {_gib(weight_bytes)} of weights and "
+        f"{_gib(activations)} to compute in"
+    )
+    return max(0, memory_bytes)
+
+
+def _activation_bytes(
+    model: ModelConfig, dtype: str, max_num_seqs: int, max_num_batched_tokens: int
+) -> int:
+    """What a full step holds at once, on the safe side: the widest layer's tensors and logits."""
+    chosen = 1
+    inner = model.intermediate_size
+    if model.experts is not None:
+        chosen = model.experts.num_chosen
+        inner = max(inner, chosen * model.experts.intermediate_size)
+    heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    per_token = 3 * inner + 2 * heads + (4 + 2 * chosen) * model.hidden_size
+    logits = 4 * max_num_seqs * model.vocab_size * 4
+    return max_num_batched_tokens * per_token * DTYPE_BYTES[dtype] + logits
+
+
+def _lengths(
+    options: EngineOptions,
+    model: ModelConfig,
+    spec: KVSpec,
+    memory_bytes: int,
+    decisions: list[str],
+) -> tuple[int, int]:
+    """Pages of the pool, and tokens of the longest sequence."""
+    num_pages = memory_bytes // spec.page_bytes - 1  # one is the scratch page
+    if num_pages < 1:
+        raise ConfigError(
+            f"KV memory: {memory_bytes} bytes hold no page of {spec.page_bytes} bytes beside the "
+            "scratch page; give more (kv_cache_memory), or free some"
+        )
+    num_slots = num_pages * spec.page_size
+    max_model_len = options.max_model_len
+    if max_model_len is None:
+        max_model_len = min(model.max_model_len, num_slots)
+        reason = "the checkpoint's"
+        if max_model_len < model.max_model_len:
+            reason = f"what the pool holds, of the checkpoint's {model.max_model_len}"
+        decisions.append(f"max_model_len {max_model_len}: {reason}")
+    elif not 1 <= max_model_len <= model.max_model_len:
+        raise ConfigError(
+            f"max_model_len: {max_model_len} is not between 1 and the checkpoint's "
+            f"{model.max_model_len}"
+        )
+    elif max_model_len > num_slots:
+        raise ConfigError(
+            f"max_model_len: {max_model_len} tokens exceed the pool's {num_slots}; give more KV "
+            "memory (kv_cache_memory)"
+        )
+    # More would never be used: all sequences at their longest.
+    useful = options.max_num_seqs * spec.pages_for(max_model_len)
+    if options.kv_cache_memory_bytes is None and num_pages > useful:
+        num_pages = useful
+        decisions.append(
+            f"KV pages {num_pages}: {options.max_num_seqs} sequences of {max_model_len} tokens "
+            "need no more"
+        )
+    return num_pages, max_model_len
+
+
+def _numerics_identity(
+    fingerprint: bytes, model: ModelConfig, spec: KVSpec, ops: Ops, max_model_len: int
+) -> bytes:
+    """SHA-256 over what a page's bits depend on besides its tokens."""
+    identity = hashlib.sha256(fingerprint)
+    identity.update(msgspec.json.encode((model, spec, ops.name)))
+    for rope in model.ropes:
+        frequencies, factor = inverse_frequencies(rope, max_model_len)
+        identity.update(frequencies.numpy().tobytes() + repr(factor).encode())
+    return identity.digest()
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.2f} GiB"

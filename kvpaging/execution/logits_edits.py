@@ -1,0 +1,122 @@
+"""What changes one sequence's logits before a token is drawn.
+
+`LogitsEdit` is the seam: bias, penalties and a minimum length are edits, and a grammar's mask is
+one more. An edit sees its own sequence's row only, so a row's result depends on nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Protocol
+
+import torch
+
+from kvpaging.scheduling.request import SamplingParams
+
+
+class LogitsEdit(Protocol):
+    """One sequence's change to its logits, with whatever it has to remember."""
+
+    def apply(self, logits: torch.Tensor) -> None:
+        """Change the row `[V]` float32 in place."""
+
+    def append(self, token_id: int) -> None:
+        """A token of the output was decided."""
+
+
+def edits_for(
+    sampling: SamplingParams,
+    token_ids: Sequence[int],
+    num_prompt_tokens: int,
+    eos_token_ids: Collection[int],
+    vocab_size: int,
+    device: torch.device,
+) -> tuple[LogitsEdit, ...]:
+    """The edits that a sequence asks for, in the order of `SamplingParams`; mostly none."""
+    prompt, output = token_ids[:num_prompt_tokens], token_ids[num_prompt_tokens:]
+    edits: list[LogitsEdit] = []
+    if sampling.logit_bias:
+        edits.append(LogitBias(sampling.logit_bias, device))
+    if (
+        sampling.repetition_penalty != 1.0
+        or sampling.presence_penalty != 0.0
+        or sampling.frequency_penalty != 0.0
+    ):
+        edits.append(Penalties(sampling, prompt, output, vocab_size, device))
+    if sampling.min_new_tokens > len(output):
+        ends = set(sampling.stop_token_ids)
+        if not sampling.ignore_eos:
+            ends.update(eos_token_ids)
+        edits.append(MinLength(ends, sampling.min_new_tokens - len(output), device))
+    return tuple(edits)
+
+
+class LogitBias:
+    """Adds a constant to some tokens' logits."""
+
+    def __init__(self, bias: Sequence[tuple[int, float]], device: torch.device) -> None:
+        ids, values = zip(*bias, strict=True)
+        self._ids = torch.tensor(ids, dtype=torch.int64, device=device)
+        self._values = torch.tensor(values, dtype=torch.float32, device=device)
+
+    def apply(self, logits: torch.Tensor) -> None:
+        """Add the constants; those of a token that is named twice add up."""
+        logits.index_add_(0, self._ids, self._values)
+
+    def append(self, token_id: int) -> None:
+        """Changes nothing."""
+
+
+class Penalties:
+    """Repetition (Keskar et al. 2019, section 4.1), presence and frequency.
+
+    Repetition looks at prompt and output, the other two at the output only. Keeps five bytes for
+    each token of the vocabulary.
+    """
+
+    def __init__(
+        self,
+        sampling: SamplingParams,
+        prompt: Sequence[int],
+        output: Sequence[int],
+        vocab_size: int,
+        device: torch.device,
+    ) -> None:
+        self._repetition = sampling.repetition_penalty
+        self._presence = sampling.presence_penalty
+        self._frequency = sampling.frequency_penalty
+        output_ids = torch.tensor(output, dtype=torch.int64)
+        counts = torch.bincount(output_ids, minlength=vocab_size).to(torch.int32)
+        seen = counts > 0
+        seen[torch.tensor(prompt, dtype=torch.int64)] = True
+        self._counts = counts.to(device)
+        self._seen = seen.to(device)
+
+    def apply(self, logits: torch.Tensor) -> None:
+        """Lower what was there already."""
+        if self._repetition != 1.0:
+            lowered = torch.where(logits > 0, logits / self._repetition, logits * self._repetition)
+            logits.copy_(torch.where(self._seen, lowered, logits))
+        logits -= self._frequency * self._counts + self._presence * (self._counts > 0)
+
+    def append(self, token_id: int) -> None:
+        """Count the token."""
+        self._counts[token_id] += 1
+        self._seen[token_id] = True
+
+
+class MinLength:
+    """Forbids every token that would end the output, for its first tokens."""
+
+    def __init__(self, end_ids: Collection[int], num_tokens: int, device: torch.device) -> None:
+        self._ids = torch.tensor(sorted(end_ids), dtype=torch.int64, device=device)
+        self._num_left = num_tokens
+
+    def apply(self, logits: torch.Tensor) -> None:
+        """Make the ends impossible while tokens are owed."""
+        if self._num_left > 0:
+            logits[self._ids] = -torch.inf
+
+    def append(self, token_id: int) -> None:
+        """One less is owed."""
+        self._num_left -= 1

@@ -1,0 +1,221 @@
+"""What the families share: paged attention, the gated MLP, embedding and logits, the layers' loop.
+
+Shapes: `T` tokens of the step, `H` hidden size, `HQ` and `HKV` heads, `D` head size, `I` the MLP's
+inner size, `V` vocabulary. Knows no family by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, Final, Protocol
+
+import torch
+
+from kernels.ops import Linear, Ops
+from kvpaging.execution.batch import DeviceBatch
+from kvpaging.execution.kv_pool import KVPool
+from kvpaging.execution.model_config import ModelConfig
+from kvpaging.execution.rope import cos_sin_table
+from kvpaging.execution.weights import Parameters
+
+_TIED_HEAD: Final = r"lm_head\.weight"
+"""Some tied checkpoints carry the embedding a second time under this name."""
+
+
+class DecoderLayer(Protocol):
+    """One layer: takes normalised hidden states, adds to the residual, returns what is to be added.
+
+    The sum of the last addition is left to the next norm, which does both in one pass.
+    """
+
+    input_norm: torch.Tensor
+
+    def __call__(
+        self, x: torch.Tensor, residual: torch.Tensor, batch: DeviceBatch, kv: KVPool
+    ) -> torch.Tensor:
+        """`x [T, H]` normalised; `residual [T, H]` is changed in place; returns `[T, H]`."""
+
+
+class Attention:
+    """Self-attention of one layer over the pages of its sequences."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        index: int,
+        cos_sin: torch.Tensor,
+        parameters: Parameters,
+        *,
+        fused_name: str | None = None,
+        has_head_norms: bool = False,
+        norm_weight_offset: float = 0.0,
+    ) -> None:
+        """Load the projections of layer `index` from `parameters` (at the attention's prefix).
+
+        `fused_name` is set where the checkpoint keeps queries, keys and values as one tensor;
+        `has_head_norms` where each head of queries and keys has an RMS norm.
+        """
+        query_size = config.num_heads * config.head_dim
+        kv_size = config.num_kv_heads * config.head_dim
+        sizes = (query_size, kv_size, kv_size)
+        self._ops = parameters.ops
+        self._index = index
+        self._cos_sin = cos_sin
+        self._scale = config.attention_scale
+        self._window = config.windows[index]
+        self._soft_cap = config.attention_soft_cap
+        self._norm_eps = config.rms_norm_eps
+        self._norm_weight_offset = norm_weight_offset
+        if fused_name is None:
+            names: Sequence[str] = ("q_proj", "k_proj", "v_proj")
+        else:
+            names, sizes = (fused_name,), (sum(sizes),)  # type: ignore[assignment]
+        self._qkv = parameters.linear(names, sizes, config.hidden_size, bias=config.qkv_bias)
+        self._q_norm: torch.Tensor | None = None
+        self._k_norm: torch.Tensor | None = None
+        if has_head_norms:
+            self._q_norm = parameters.vector("q_norm.weight", config.head_dim)
+            self._k_norm = parameters.vector("k_norm.weight", config.head_dim)
+        self._output = parameters.linear(
+            ("o_proj",), (config.hidden_size,), query_size, bias=config.output_bias
+        )
+
+    def __call__(self, x: torch.Tensor, batch: DeviceBatch, kv: KVPool) -> torch.Tensor:
+        """`[T, H] -> [T, H]`; writes the tokens' keys and values to their slots in `kv`."""
+        ops = self._ops
+        key_pages, value_pages = kv.layer(self._index)
+        query = ops.rope_store(
+            ops.linear(x, self._qkv),  # [T, (HQ + 2 HKV) * D]
+            batch.positions,
+            self._cos_sin,
+            key_pages,
+            value_pages,
+            batch.slot_mapping,
+            q_norm=self._q_norm,
+            k_norm=self._k_norm,
+            norm_eps=self._norm_eps,
+            norm_weight_offset=self._norm_weight_offset,
+        )
+        attended = ops.paged_attention(
+            query,
+            key_pages,
+            value_pages,
+            batch.page_tables,
+            batch.seq_lens,
+            batch.query_starts,
+            scale=self._scale,
+            window=self._window,
+            soft_cap=self._soft_cap,
+        )  # [T, HQ, D]
+        return ops.linear(attended.flatten(1), self._output)
+
+
+class GatedMLP:
+    """`down(activation(gate(x)) * up(x))` (Shazeer 2020)."""
+
+    def __init__(
+        self, config: ModelConfig, parameters: Parameters, *, fused_name: str | None = None
+    ) -> None:
+        """Load from `parameters` (at the MLP's prefix); `fused_name`: gate and up as one tensor."""
+        inner, bias = config.intermediate_size, config.mlp_bias
+        self._ops = parameters.ops
+        self._activation = (
+            parameters.ops.silu_mul if config.activation == "silu" else parameters.ops.gelu_mul
+        )
+        if fused_name is None:
+            self._gate_up = parameters.linear(
+                ("gate_proj", "up_proj"), (inner, inner), config.hidden_size, bias=bias
+            )
+        else:
+            self._gate_up = parameters.linear(
+                (fused_name,), (2 * inner,), config.hidden_size, bias=bias
+            )
+        self._down = parameters.linear(("down_proj",), (config.hidden_size,), inner, bias=bias)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """`[T, H] -> [T, H]`."""
+        ops = self._ops
+        return ops.linear(self._activation(ops.linear(x, self._gate_up)), self._down)
+
+
+class CausalLM:
+    """Embedding, layers, final norm, logits. A family gives its layer and what differs."""
+
+    ignored: ClassVar[tuple[str, ...]] = ()
+    """Regular expressions of tensors that checkpoints may hold and this family does not need."""
+    norm_weight_offset: ClassVar[float] = 0.0
+
+    def __init__(self, config: ModelConfig, parameters: Parameters, max_model_len: int) -> None:
+        """Take the parameters in forward order; RoPE is fixed for `max_model_len`."""
+        self.config = config
+        self._ops: Ops = parameters.ops
+        self._embedding = Embedding(config, parameters)
+        tables = [cos_sin_table(rope, max_model_len, parameters.device) for rope in config.ropes]
+        self._layers = [
+            self.make_layer(
+                config, index, tables[config.rope_of_layer[index]], parameters.at(_layer(index))
+            )
+            for index in range(config.num_layers)
+        ]
+        final_norm = parameters.vector("model.norm.weight", config.hidden_size)
+        self._next_norms = [*(layer.input_norm for layer in self._layers[1:]), final_norm]
+
+    def ignored_tensors(self) -> tuple[str, ...]:
+        """Regular expressions of the checkpoint's tensors that nothing here needs."""
+        return (*self.ignored, _TIED_HEAD) if self.config.tie_word_embeddings else self.ignored
+
+    @staticmethod
+    def make_layer(
+        config: ModelConfig, index: int, cos_sin: torch.Tensor, parameters: Parameters
+    ) -> DecoderLayer:
+        """Build layer `index` from its parameters."""
+        raise NotImplementedError
+
+    def forward(self, batch: DeviceBatch, kv: KVPool) -> torch.Tensor:
+        """Hidden states of the step's tokens, `[T, H]`; writes their keys and values to `kv`."""
+        ops, eps, offset = self._ops, self.config.rms_norm_eps, self.norm_weight_offset
+        residual = self.embed(batch.token_ids)
+        x = ops.rms_norm(residual, self._layers[0].input_norm, eps, weight_offset=offset)
+        for layer, next_norm in zip(self._layers, self._next_norms, strict=True):
+            x = layer(x, residual, batch, kv)
+            x = ops.add_rms_norm(x, residual, next_norm, eps, weight_offset=offset)
+        return x
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """`[T] -> [T, H]`, memory of its own."""
+        return self._embedding.rows(token_ids)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`[S, H] -> [S, V]` float32."""
+        return self._embedding.logits(hidden)
+
+
+class Embedding:
+    """Token embedding and LM head; one weight where they are tied."""
+
+    def __init__(self, config: ModelConfig, parameters: Parameters) -> None:
+        """Load `model.embed_tokens`, and `lm_head` where it isn't the same weight."""
+        size = (config.vocab_size, config.hidden_size)
+        self._ops = parameters.ops
+        self._table: torch.Tensor | None = None
+        if config.tie_word_embeddings:
+            self._head: Linear = parameters.linear(
+                ("model.embed_tokens",), (config.vocab_size,), config.hidden_size
+            )
+        else:
+            self._table = parameters.matrix("model.embed_tokens.weight", *size)
+            self._head = parameters.linear(("lm_head",), (config.vocab_size,), config.hidden_size)
+
+    def rows(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """`[T] -> [T, H]`."""
+        if self._table is None:
+            return self._head.rows(token_ids)
+        return self._table.index_select(0, token_ids)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`[S, H] -> [S, V]` float32."""
+        return self._ops.linear_float32(hidden, self._head)
+
+
+def _layer(index: int) -> str:
+    return f"model.layers.{index}."
