@@ -1,0 +1,167 @@
+"""What one plan holds; whole runs are in tests/kvpaging/engine/test_engine_digest.py."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvpaging.base.config import SchedulerConfig
+from kvpaging.base.errors import ConfigError, LawBroken
+from kvpaging.base.ids import RequestId
+from kvpaging.cache.cache_manager import CacheManager
+from kvpaging.scheduling.events import Abort, Arrival, Finish
+from kvpaging.scheduling.outputs import FinishReason, StepOutputs
+from kvpaging.scheduling.plan import Sample, StepPlan, StepResult
+from kvpaging.scheduling.request import Request, SamplingParams
+from kvpaging.scheduling.scheduler import Scheduler
+from kvpaging.scheduling.sequence import MOVES, SeqState, Sequence
+
+
+def make(
+    num_pages: int = 64, page_size: int = 4, max_num_seqs: int = 4, budget: int = 8
+) -> Scheduler:
+    config = SchedulerConfig(
+        num_pages=num_pages,
+        page_size=page_size,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=budget,
+        max_model_len=200,
+        max_num_waiting=100,
+    )
+    return Scheduler(
+        config, CacheManager(num_pages, page_size), vocab_size=100, eos_token_ids=frozenset({0})
+    )
+
+
+def arrival(name: str, num_prompt: int, max_new: int = 50, **sampling: object) -> Arrival:
+    parameters = SamplingParams(max_new_tokens=max_new, seed=0, **sampling)  # type: ignore[arg-type]
+    first = sum(name.encode()) % 90 + 1
+    return Arrival(Request(RequestId(name), (first,) * num_prompt, parameters))
+
+
+def results(plan: StepPlan, token_id: int = 7) -> StepResult:
+    samples = tuple(tuple(Sample(token_id) for _ in e.sample_for) for e in plan.scheduled)
+    return StepResult(plan.step_id, samples)
+
+
+def step(scheduler: Scheduler, *events: object, token_id: int = 7) -> tuple[StepPlan, StepOutputs]:
+    plan = scheduler.schedule(events, 0.0)  # type: ignore[arg-type]
+    return plan, scheduler.apply(plan, results(plan, token_id), 0.0)
+
+
+def work(plan: StepPlan) -> list[tuple[int, int, int]]:
+    return [(e.seq_id, e.start, e.num_new_tokens) for e in plan.scheduled]
+
+
+def test_a_long_prompt_takes_what_decoding_leaves() -> None:
+    scheduler = make()
+    step(scheduler, arrival("a", 2))
+    plan, _ = step(scheduler, arrival("b", 20))
+    assert work(plan) == [(1, 2, 1), (2, 0, 7)]
+    plan, _ = step(scheduler, arrival("c", 3))
+    assert work(plan) == [(1, 3, 1), (2, 7, 7)]
+    plan, _ = step(scheduler)
+    assert work(plan) == [(1, 4, 1), (2, 14, 6), (3, 0, 1)]
+
+
+def test_a_short_budget_is_refused() -> None:
+    with pytest.raises(ConfigError, match="max_num_batched_tokens"):
+        make(max_num_seqs=9, budget=8)
+
+
+def test_a_row_is_added_once_and_removed_once() -> None:
+    scheduler = make()
+    first, _ = step(scheduler, arrival("a", 9, max_new=3))
+    assert [added.seq_id for added in first.added] == [1]
+    assert first.added[0].page_ids == (1, 2)
+    assert first.scheduled[0].new_page_ids == ()
+    second, _ = step(scheduler)
+    assert second.added == ()
+    assert second.scheduled[0].new_page_ids == (3,)
+    step(scheduler)
+    _, outputs = step(scheduler)
+    assert outputs.outputs[-1].finished is not None
+    assert scheduler.has_work, "the row is still to be removed"
+    last, _ = step(scheduler)
+    assert last.removed == (1,)
+    assert not scheduler.has_work
+
+
+def test_a_prompt_waits_until_there_is_room_for_it_beside_the_running_ones() -> None:
+    scheduler = make(num_pages=7, budget=8)
+    step(scheduler, arrival("a", 20, max_new=5))
+    step(scheduler, arrival("b", 8, max_new=1))
+    plan, _ = step(scheduler)
+    assert work(plan) == [(1, 16, 4)], "b's two pages would leave none for a's next tokens"
+    placed = 0
+    while scheduler.has_work:
+        plan, _ = step(scheduler)
+        placed += sum(added.seq_id == 2 for added in plan.added)
+    assert placed == 1
+    assert scheduler.counters.preemptions == 0
+
+
+def test_ends_are_decided_by_token_length_and_minimum() -> None:
+    scheduler = make()
+    _, outputs = step(scheduler, arrival("eos", 1), token_id=0)
+    end = outputs.outputs[0].finished
+    assert end is not None
+    assert (end.reason, end.stop_token_id) == (FinishReason.STOP, 0)
+    _, outputs = step(scheduler, arrival("ignores", 1, max_new=1, ignore_eos=True), token_id=0)
+    end = outputs.outputs[0].finished
+    assert end is not None
+    assert (end.reason, end.stop_token_id) == (FinishReason.LENGTH, None)
+    _, outputs = step(scheduler, arrival("stops", 1, stop_token_ids=(5,)), token_id=5)
+    end = outputs.outputs[0].finished
+    assert end is not None
+    assert (end.reason, end.stop_token_id) == (FinishReason.STOP, 5)
+    _, outputs = step(scheduler, arrival("min", 1, min_new_tokens=2), token_id=0)
+    assert outputs.outputs[0].finished is None
+
+
+def test_finish_and_abort_tell_their_reason_and_are_idempotent() -> None:
+    scheduler = make()
+    step(scheduler, arrival("a", 1), arrival("b", 1))
+    finish, abort = Finish(RequestId("a"), 0, 1), Abort(RequestId("b"))
+    _, outputs = step(scheduler, finish, finish, abort, abort, Abort(RequestId("nobody")))
+    ends = {o.request_id: o.finished.reason for o in outputs.outputs if o.finished}
+    assert ends == {"a": FinishReason.STOP, "b": FinishReason.ABORT}
+    assert len(outputs.outputs) == 2
+    assert scheduler.cache.allocator.num_held == 0
+
+
+def test_a_second_request_with_the_same_id_is_refused() -> None:
+    scheduler = make()
+    _, outputs = step(scheduler, arrival("a", 1), arrival("a", 1))
+    assert [r.code for r in outputs.rejections] == ["duplicate_request"]
+
+
+def test_results_of_another_plan_are_refused() -> None:
+    scheduler = make()
+    plan = scheduler.schedule([arrival("a", 1)], 0.0)
+    with pytest.raises(LawBroken):
+        scheduler.apply(plan, StepResult(plan.step_id, ()), 0.0)
+
+
+def test_two_plans_pages_stay_until_the_last_that_reads_them_is_applied() -> None:
+    scheduler = make()
+    pages = scheduler.cache.allocator
+    one = scheduler.schedule([arrival("a", 6)], 0.0)
+    two = scheduler.schedule([], 0.0)
+    assert work(two) == [(1, 6, 1)]
+    three = scheduler.schedule([Abort(RequestId("a"))], 0.0)
+    assert pages.num_held == 2
+    scheduler.apply(one, results(one), 0.0)
+    assert pages.num_held == 2
+    scheduler.apply(two, results(two), 0.0)
+    assert pages.num_held == 0
+    scheduler.apply(three, results(three), 0.0)
+    four, _ = step(scheduler)
+    assert four.removed == (1,)
+
+
+def test_the_table_of_states_is_complete() -> None:
+    assert set(MOVES) == set(SeqState)
+    sequence = Sequence(1, arrival("a", 1).request, 0, None, arrival_index=1, arrival_s=0.0)  # type: ignore[arg-type]
+    sequence.move(SeqState.FINISHED)
+    with pytest.raises(LawBroken):
+        sequence.move(SeqState.RUNNING)
