@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NoReturn
 
 import pydantic
@@ -22,6 +23,7 @@ from kvpaging.base.config import EngineOptions
 from kvpaging.base.errors import ConfigError
 
 ENV_PREFIX: Final = "KVPAGING_"
+DEMO_NAME: Final = "kvpaging-demo"
 
 _UNITS: Final = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12} | {
     "ki": 2**10,
@@ -98,10 +100,13 @@ class Settings(BaseModel):
     host: str = Field("127.0.0.1", description="address to listen on")
     port: Port = Field(8000, description="port to listen on; 0: any free one")
     api_key: SecretStr | None = Field(
-        None, min_length=1, description="key that clients must send; better as a variable"
+        None,
+        min_length=1,
+        description="key that clients must send, or several with commas between; "
+        "better as a variable",
     )
     max_body: Annotated[Size, Field(ge=1024, le=2**30)] = Field(
-        8 * 2**20, description="largest request body, such as 8MiB"
+        16 * 2**20, description="largest request body, such as 16MiB"
     )
     max_header: Annotated[Size, Field(ge=1024, le=2**20)] = Field(
         32 * 2**10, description="largest request line and headers together, such as 32KiB"
@@ -128,6 +133,16 @@ class Settings(BaseModel):
     def model_or_demo(self) -> str:
         """The model, or the directory of the bundled demo model."""
         return self.model or str(resources.files("kvpaging") / "demo_model")
+
+    @property
+    def model_name(self) -> str:
+        """What clients call the model: as told, else the hub id or the directory's last part."""
+        if self.served_model_name is not None:
+            return self.served_model_name
+        if self.model is None:
+            return DEMO_NAME
+        directory = Path(self.model).expanduser()
+        return directory.resolve().name if directory.is_dir() else self.model
 
     def engine_options(self) -> EngineOptions:
         """What the engine process is told."""

@@ -1,0 +1,89 @@
+"""The command `kvpaging`: serve, config, doctor, version.
+
+Imports little, so that the engine process is started before anything slow is imported.
+Exit codes: 0 well, 1 the engine crashed for good, 2 something that was asked for can't be done.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from kvpaging.base.errors import ConfigError
+from server.settings import FlagParser, Resolved, add_flags, did_you_mean, resolve
+
+COMMANDS = {
+    "serve": "serve a model over HTTP",
+    "config": "print the resolved settings and where each came from",
+    "doctor": "say what this machine can do, and what is missing",
+    "version": "print the version",
+}
+USAGE = "\n".join(
+    [
+        "usage: kvpaging COMMAND [FLAGS]",
+        "",
+        "A paged KV-cache inference server for large language models.",
+        "",
+        *(f"  {name:<8}  {what}" for name, what in COMMANDS.items()),
+        "",
+        "'kvpaging serve --help' lists every setting. Try: kvpaging serve",
+    ]
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that `argv` (default: the process's) names; give the exit code."""
+    command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    try:
+        match command:
+            case "-h" | "--help" | "help":
+                print(USAGE)
+            case "version" | "--version":
+                _parser("version").parse(rest)
+                print(_version())
+            case "serve":
+                return _serve(_resolved("serve", rest))
+            case "config":
+                print("\n".join(_resolved("config", rest).lines()))
+            case "doctor":
+                _parser("doctor").parse(rest)
+                return _doctor()
+            case _:
+                hint = did_you_mean(command, COMMANDS)
+                raise ConfigError(f"{command!r} is not a command{hint}\n{USAGE}")
+    except ConfigError as error:
+        print(f"kvpaging: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _parser(command: str) -> FlagParser:
+    return FlagParser(f"kvpaging {command}", COMMANDS[command])
+
+
+def _resolved(command: str, argv: Sequence[str]) -> Resolved:
+    parser = _parser(command)
+    add_flags(parser)
+    return resolve(vars(parser.parse(argv)), os.environ)
+
+
+def _serve(resolved: Resolved) -> int:
+    from server.launch import serve
+
+    return serve(resolved.settings)
+
+
+def _doctor() -> int:
+    from server.doctor import examine  # imports torch
+
+    print("\n".join(examine()))
+    return 0
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("kvpaging")
