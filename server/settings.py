@@ -68,9 +68,9 @@ class Settings(BaseModel):
     dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, BeforeValidator(_auto)] = (
         Field(None, description="auto, float32, bfloat16 or float16")
     )
-    device: Annotated[str | None, BeforeValidator(_auto), Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = (
-        Field(None, description="auto, cpu, cuda or cuda:N")
-    )
+    device: Annotated[
+        Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] | None, BeforeValidator(_auto)
+    ] = Field(None, description="auto, cpu, cuda or cuda:N")
     kernels: Annotated[Literal["native", "triton", "torch"] | None, BeforeValidator(_auto)] = Field(
         None, description="auto, native, triton or torch"
     )
@@ -251,7 +251,7 @@ _RULES: Final = {
     "bool_parsing": "must be true or false",
     "literal_error": "must be auto, {expected}",
     "value_error": "must be {error}",
-    "string_too_short": "must not be empty",
+    "too_short": "must not be empty",
 }
 _WORDS: Final = {
     "device": "must be auto, cpu, cuda or cuda:N",
