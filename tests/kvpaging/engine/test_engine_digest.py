@@ -268,7 +268,7 @@ def test_a_preempted_sequence_goes_before_newer_ones() -> None:
     while engine.has_work:
         engine.step()
     placed = [
-        added.token_ids[0:1] + (len(added.token_ids),) for p in executor.plans for added in p.added
+        (added.token_ids[0], len(added.token_ids)) for p in executor.plans for added in p.added
     ]
     assert engine.stats().num_preemptions > 0
     assert placed.index((1, 1)) == len(placed) - 1, "the newest was placed before a preempted one"

@@ -1,0 +1,188 @@
+"""Cached equals computed: a request's tokens and logprobs, bit for bit, whatever happens around it.
+
+Each test asserts that its hit, preemption, chunk or batch mate really happened. Prompts and
+parameters are drawn afresh; the seed is part of the test's name.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.resources import files
+
+import pytest
+
+from kernels import registry
+from kvpaging.base.config import EngineOptions
+from kvpaging.base.ids import RequestId
+from kvpaging.engine.engine import Completion, Engine
+from kvpaging.scheduling.events import Arrival
+from kvpaging.scheduling.outputs import StepOutputs
+from kvpaging.scheduling.plan import Sample
+from kvpaging.scheduling.request import Request, SamplingParams
+
+DEMO_MODEL = str(files("kvpaging") / "demo_model")
+PAGE_BYTES = {"float32": 4, "bfloat16": 2}
+SEED = random.SystemRandom().randrange(10**6)
+
+pytestmark = pytest.mark.skipif(
+    not any(path.name == "native" and path.available for path in registry.describe()),
+    reason="the native kernels are not there, and plain torch does not promise exactness",
+)
+
+
+@contextmanager
+def engine(dtype: str = "float32", num_pages: int = 256, **changes: object) -> Iterator[Engine]:
+    options = EngineOptions(
+        model=DEMO_MODEL, device="cpu", kernels="native", dtype=dtype, max_num_seqs=8, threads=2
+    )
+    page_size = changes.get("page_size", 16)
+    kv_bytes = (num_pages + 1) * 8 * 2 * 2 * page_size * 64 * PAGE_BYTES[dtype]  # type: ignore[operator]
+    defaults = {"kv_cache_memory_bytes": kv_bytes, "max_num_batched_tokens": 64}
+    made = Engine.from_options(type(options)(**(_fields(options) | defaults | changes)))
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def _fields(options: EngineOptions) -> dict[str, object]:
+    return {name: getattr(options, name) for name in options.__struct_fields__}
+
+
+def prompt(rng: random.Random, length: int) -> tuple[int, ...]:
+    return tuple(rng.randrange(10, 6000) for _ in range(length))
+
+
+def sampling(rng: random.Random, max_new: int = 12) -> SamplingParams:
+    return SamplingParams(
+        max_new_tokens=max_new,
+        seed=rng.getrandbits(64),
+        temperature=rng.choice([0.0, 0.7, 1.3]),
+        top_p=rng.choice([1.0, 0.9]),
+        repetition_penalty=rng.choice([1.0, 1.2]),
+        ignore_eos=True,
+        logprobs=3,
+    )
+
+
+def run(engine: Engine, requests: Sequence[Request]) -> dict[RequestId, list[Sample]]:
+    """Run the requests together; everything that each output 0 got."""
+    got: dict[RequestId, list[Sample]] = {request.request_id: [] for request in requests}
+
+    def take(outputs: StepOutputs) -> None:
+        assert not outputs.rejections
+        for output in outputs.outputs:
+            got[output.request_id].extend(output.samples)
+
+    take(engine.step([Arrival(request) for request in requests]))
+    while engine.has_work:
+        take(engine.step())
+    return got
+
+
+def alone(engine: Engine, tokens: Sequence[int], params: SamplingParams) -> Completion:
+    [[completion]] = engine.generate([tokens], params)
+    return completion
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def dtype(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.mark.parametrize("seed", [SEED])
+def test_batch_mates_change_nothing(dtype: str, seed: int) -> None:
+    rng = random.Random(seed)
+    tokens, params = prompt(rng, 90), sampling(rng)
+    with engine(dtype) as one:
+        reference = alone(one, tokens, params).samples
+    requests = [Request(RequestId("it"), tokens, params)] + [
+        Request(RequestId(f"{i}"), prompt(rng, rng.randint(1, 120)), sampling(rng, 20))
+        for i in range(7)
+    ]
+    rng.shuffle(requests)
+    with engine(dtype) as crowd:
+        most = 0
+        got = run(crowd, requests)
+        most = max(most, crowd.stats().step_id)
+        assert got[RequestId("it")] == reference
+        assert most < 8 * 20, "they did not run together"
+
+
+@pytest.mark.parametrize("seed", [SEED])
+def test_a_prefix_hit_changes_nothing(dtype: str, seed: int) -> None:
+    rng = random.Random(seed)
+    tokens, params = prompt(rng, 100), sampling(rng)
+    with engine(dtype) as warm:
+        cold = alone(warm, tokens, params)
+        hit = alone(warm, tokens, params)
+        assert cold.num_cached_tokens == 0
+        assert hit.num_cached_tokens == 96
+        assert hit.samples == cold.samples
+        # A longer prompt that begins with generated text, from generated pages and cold.
+        longer, more = [*tokens, *cold.token_ids, *prompt(rng, 9)], sampling(rng)
+        continued = alone(warm, longer, more)
+        assert continued.num_cached_tokens > 100
+    with engine(dtype, prefix_cache=False) as without:
+        computed = alone(without, longer, more)
+        assert computed.num_cached_tokens == 0
+        assert computed.samples == continued.samples
+
+
+@pytest.mark.parametrize("budget", [8, 13, 50, 512])
+@pytest.mark.parametrize("seed", [SEED])
+def test_chunks_and_page_sizes_change_nothing(dtype: str, budget: int, seed: int) -> None:
+    rng = random.Random(seed)
+    tokens, params = prompt(rng, 300), sampling(rng)
+    page_size = rng.choice([4, 64])
+    with engine(dtype, max_num_batched_tokens=512) as whole:
+        reference = alone(whole, tokens, params).samples
+    with engine(dtype, max_num_batched_tokens=budget, page_size=page_size) as chunked:
+        assert alone(chunked, tokens, params).samples == reference
+        num_steps = -(-300 // budget) + 12 - 1
+        assert chunked.stats().step_id in (num_steps, num_steps + 1)
+
+
+@pytest.mark.parametrize("seed", [SEED])
+def test_preemption_changes_nothing(dtype: str, seed: int) -> None:
+    rng = random.Random(seed)
+    requests = [Request(RequestId(f"{i}"), prompt(rng, 40), sampling(rng, 60)) for i in range(4)]
+    with engine(dtype) as roomy:
+        reference = {
+            r.request_id: alone(roomy, r.prompt_token_ids, r.sampling).samples for r in requests
+        }
+    with engine(dtype, num_pages=14, max_model_len=128) as tight:
+        assert run(tight, requests) == reference
+        assert tight.stats().num_preemptions > 0
+        assert tight.stats().num_recomputed_tokens > 0
+
+
+@pytest.mark.parametrize("seed", [SEED])
+def test_threads_change_nothing(dtype: str, seed: int) -> None:
+    rng = random.Random(seed)
+    tokens, params = prompt(rng, 200), sampling(rng)
+    samples = []
+    for threads in (1, 2):
+        with engine(dtype, threads=threads) as it:
+            samples.append(alone(it, tokens, params).samples)
+    assert samples[0] == samples[1]
+
+
+@pytest.mark.parametrize("seed", [SEED])
+def test_each_of_n_outputs_is_what_it_would_be_alone(dtype: str, seed: int) -> None:
+    rng = random.Random(seed)
+    tokens = prompt(rng, 21)
+    params = SamplingParams(
+        max_new_tokens=12, seed=rng.getrandbits(64), ignore_eos=True, logprobs=1
+    )
+    with engine(dtype) as it:
+        [[first]] = it.generate([tokens], params)
+        [outputs] = it.generate([tokens], params, n=3)
+        assert outputs[0].samples == first.samples
+        assert len({tuple(output.token_ids) for output in outputs}) == 3
+    with engine(dtype, num_pages=6, max_model_len=64) as tight:
+        [squeezed] = tight.generate([tokens], params, n=3)
+        assert [o.samples for o in squeezed] == [o.samples for o in outputs]
+        assert tight.stats().num_preemptions > 0 or tight.stats().num_recomputed_tokens > 0
