@@ -15,6 +15,7 @@ import torch
 
 from kernels.checks import CheckedOps
 from kernels.cpu import library
+from kernels.cpu.native_ops import NativeOps
 from kernels.errors import KernelUnavailableError
 from kernels.ops import Ops
 from kernels.reference import TorchOps
@@ -88,8 +89,7 @@ def _status(name: PathName, device: str, *, exact: bool) -> PathStatus:
 
 
 def _native(threads: int | None) -> Ops:
-    del threads
-    raise KernelUnavailableError(library.describe())
+    return NativeOps(threads=threads)
 
 
 def _triton(device: torch.device) -> Ops:

@@ -190,7 +190,7 @@ class TorchOps:
         before = weights.cumsum(dim=1) - weights
         nucleus = top_p.double().unsqueeze(1) * weights.sum(dim=1, keepdim=True)
         kept = (before < nucleus) | (top_p >= 1).unsqueeze(1) | (rank == 0)
-        kept &= weights >= min_p.double().unsqueeze(1)
+        kept &= weights >= min_p.double().clamp_max(1.0).unsqueeze(1)
         kept |= rank == 0
         weights = weights.where(kept, 0.0)
 

@@ -1,0 +1,154 @@
+// What one instruction set offers: a table of kernels, filled once per isa_*.cpp.
+//
+// The kernels are written once, over 16-lane vectors (vec_*.h), and compiled once per instruction
+// set; native.cpp splits the work and calls through the table that fits the CPU. A kernel computes
+// one block of the output and shares nothing with other blocks, so that results don't depend on
+// how the work was split.
+//
+// Every header that the kernels need stands here: an isa_*.cpp includes it before it changes the
+// compilation target, so that no function of the standard library is compiled for a newer CPU than
+// the one it may be linked for.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define KV_X86 1
+#include <immintrin.h>
+#else
+#define KV_X86 0
+#endif
+
+namespace kv {
+
+struct bf16 {
+    uint16_t bits;
+};
+struct f16 {
+    uint16_t bits;
+};
+
+// The codes that Python passes.
+enum Dtype : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
+constexpr int kNumDtypes = 3;
+
+inline int64_t dtype_bytes(int dtype) { return dtype == kFloat32 ? 4 : 2; }
+
+// Strides count elements unless a name says bytes.
+
+struct LinearTask {
+    const void* x;
+    int64_t x_stride;
+    const int64_t* rows;  // row r of the task is row rows[r] of x and out; null: row r
+    const void* weight;   // [n, k], dense
+    const void* bias;     // [n] or null
+    void* out;            // rows of n
+    int64_t n, k;
+    bool out_float32;  // out holds float32 whatever x is
+};
+
+struct NormTask {
+    const void* x;
+    int64_t x_stride;
+    void* residual;  // null: norm of x; else residual += x, then norm of the residual
+    int64_t residual_stride;
+    const void* weight;
+    int weight_dtype;
+    float weight_offset, eps;
+    void* out;
+    int64_t width;
+};
+
+enum Gate : int { kSilu = 0, kGelu = 1 };
+
+struct GatedTask {
+    const void* gate_up;
+    int64_t stride;
+    void* out;
+    int64_t width;  // of the output
+    int gate;
+};
+
+struct RopeTask {
+    const void* qkv;
+    int64_t qkv_stride;
+    const int32_t* positions;
+    const float* cos_sin;  // [max_positions, rotary_dim]: cosines, then sines
+    void *key_pages, *value_pages;
+    int64_t key_page_stride, value_page_stride;
+    const int64_t* slots;
+    const void *q_norm, *k_norm;  // [head_dim] or null
+    int q_norm_dtype, k_norm_dtype;
+    float eps, weight_offset;
+    void* query_out;  // [T, num_heads, head_dim]
+    int64_t num_heads, num_kv_heads, head_dim, page_size, rotary_dim;
+};
+
+// Keys are taken in splits of this many, at absolute positions: a query's partial sums, and the
+// order in which they are merged, depend on its position alone.
+constexpr int64_t kSplit = 256;
+// Query rows (tokens x heads) of one attention block.
+constexpr int kBlockRows = 24;
+constexpr int kMaxRows = 32;
+constexpr int64_t kMaxHeadDim = 512;
+
+struct AttentionTask {
+    const void* query;  // [T, num_heads, head_dim], dense but for the first stride
+    int64_t query_stride;
+    const void *key_pages, *value_pages;
+    int64_t key_page_stride, value_page_stride;
+    const int32_t* page_tables;
+    int64_t table_stride;
+    const int32_t* seq_lens;
+    const int32_t* query_starts;
+    void* out;  // [T, num_heads, head_dim]
+    int64_t num_heads, num_kv_heads, head_dim, page_size;
+    float scale;
+    int64_t window;  // 0: none
+    float soft_cap;  // 0: none
+    const float* sinks;
+};
+
+// A block of queries of one sequence for some heads. With several KV heads, all of their group's
+// query heads; with one, the query heads [group_begin, group_end) of its group.
+struct AttentionItem {
+    int32_t seq, query_begin, query_end;  // queries of this step, counted within the sequence
+    int32_t kv_head_begin, kv_head_end;
+    int32_t group_begin, group_end;
+    int64_t split;    // compute this split into `partials`; -1: all of them, into the output
+    float* partials;  // [rows][split - first_split][2 + head_dim]: max, sum, weighted values
+    int64_t first_split, num_splits;  // what the queries of this block can see
+};
+
+struct Kernels {
+    const char* name;
+
+    void (*linear[kNumDtypes])(const LinearTask&, int64_t row_begin, int64_t row_end,
+                               int64_t col_begin, int64_t col_end);
+    void (*norm[kNumDtypes])(const NormTask&, int64_t row_begin, int64_t row_end);
+    void (*gated[kNumDtypes])(const GatedTask&, int64_t row_begin, int64_t row_end);
+    void (*rope_store[kNumDtypes])(const RopeTask&, int64_t row_begin, int64_t row_end);
+    void (*attend[kNumDtypes])(const AttentionTask&, const AttentionItem&);
+    // Merges an item's partials of all splits, in split order, into the output.
+    void (*merge_splits[kNumDtypes])(const AttentionTask&, const AttentionItem&);
+
+    void (*log_softmax)(const float* logits, float* out, int64_t width);
+    // The largest number of a row (NaN apart), and the largest of each kMaxBlock of them.
+    float (*block_max)(const float* logits, int64_t width, float* maxima);
+    // exp((logit - max) * inverse_temperature); 1 where equal to max, 0 for NaN. Returns nothing;
+    // the sums of each kMaxBlock weights go to `sums`.
+    void (*weights)(const float* logits, int64_t width, float max, float inverse_temperature,
+                    float* weights, double* sums);
+};
+constexpr int64_t kMaxBlock = 64;
+
+// Null where the compiler can't build it for this architecture.
+extern const Kernels* const kPortable;
+extern const Kernels* const kAvx2;
+extern const Kernels* const kAvx512;
+extern const Kernels* const kAvx512Bf16;
+
+}  // namespace kv

@@ -1,0 +1,385 @@
+// The C ABI: picks the kernels for this CPU, splits the work, and shares it out.
+//
+// Every function of work takes a context first, returns 0, or 1 when memory ran out (nothing was
+// promised about the outputs then). How work is split depends on sizes and threads, and changes
+// when things are computed, never what.
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <new>
+#include <utility>
+#include <vector>
+
+#include "isa.h"
+#include "pool.h"
+#include "sample.h"
+
+#define KV_API extern "C" __attribute__((visibility("default")))
+
+namespace kv {
+
+namespace {
+
+// Weight bytes of one piece of a linear: some pieces a thread, and within a core's own cache.
+constexpr int64_t kPieceBytes = 96 << 10;
+constexpr int64_t kActivationBytes = 256 << 10;
+// Less work than this (about 10 microseconds) isn't worth another thread.
+constexpr int64_t kMinProducts = 1 << 18;  // multiply-adds
+constexpr int64_t kMinElements = 1 << 15;  // elements read, of row operations
+
+struct Context {
+    Pool pool;
+    const Kernels& kernels;
+
+    Context(int threads, const Kernels& k) : pool(threads), kernels(k) {}
+
+    // Threads worth waking for `work`, of which `least` deserves one.
+    int threads_for(int64_t work, int64_t least) const {
+        return static_cast<int>(std::min<int64_t>(pool.threads(), 1 + work / least));
+    }
+};
+
+template <typename F>
+int guarded(F f) noexcept {
+    try {
+        f();
+        return 0;
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+bool cpu_has_avx2() {
+#if KV_X86
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __builtin_cpu_supports("f16c");
+#else
+    return false;
+#endif
+}
+bool cpu_has_avx512() {
+#if KV_X86
+    return cpu_has_avx2() && __builtin_cpu_supports("avx512f") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq");
+#else
+    return false;
+#endif
+}
+bool cpu_has_avx512_bf16() {
+#if KV_X86
+    return cpu_has_avx512() && __builtin_cpu_supports("avx512bf16");
+#else
+    return false;
+#endif
+}
+
+// Best first; null where this CPU can't.
+const Kernels* usable(int i) {
+    switch (i) {
+        case 0:
+            return cpu_has_avx512_bf16() ? kAvx512Bf16 : nullptr;
+        case 1:
+            return cpu_has_avx512() ? kAvx512 : nullptr;
+        case 2:
+            return cpu_has_avx2() ? kAvx2 : nullptr;
+        case 3:
+            return kPortable;
+        default:
+            return nullptr;
+    }
+}
+constexpr int kNumIsas = 4;
+
+// One linear after the other, cut into blocks of columns and rows.
+void run_linear(Context& context, int dtype, const LinearTask* tasks, const int64_t* num_rows,
+                int64_t num_tasks) {
+    if (num_tasks == 0) return;
+    const int64_t n = tasks[0].n, k = std::max<int64_t>(tasks[0].k, 1);
+    const int64_t row_bytes = k * dtype_bytes(dtype);
+    const int64_t cols = std::clamp<int64_t>(kPieceBytes / row_bytes / 16 * 16, 16, 1024);
+    const int64_t rows = std::clamp<int64_t>(kActivationBytes / row_bytes / 24 * 24, 24, 384);
+
+    struct Piece {
+        int64_t task, row, col;
+    };
+    std::vector<Piece> pieces;
+    int64_t products = 0;
+    for (int64_t t = 0; t < num_tasks; ++t) {
+        products += num_rows[t] * n * k;
+        for (int64_t col = 0; col < n; col += cols) {
+            for (int64_t row = 0; row < num_rows[t]; row += rows) pieces.push_back({t, row, col});
+        }
+    }
+    const auto kernel = context.kernels.linear[dtype];
+    context.pool.run(static_cast<int64_t>(pieces.size()),
+                     context.threads_for(products, kMinProducts), [&](int64_t i) {
+                         const Piece& p = pieces[static_cast<size_t>(i)];
+                         kernel(tasks[p.task], p.row, std::min(p.row + rows, num_rows[p.task]),
+                                p.col, std::min(p.col + cols, n));
+                     });
+}
+
+// f(begin, end) over blocks of rows that are `width` wide.
+template <typename F>
+void run_rows(Context& context, int64_t rows, int64_t width, F f) {
+    const int threads = context.threads_for(rows * width, kMinElements);
+    const int64_t block =
+        std::max<int64_t>(1, std::min(ceil_div(rows, 4 * threads), ceil_div(kMinElements, width)));
+    context.pool.run(ceil_div(rows, block), threads, [&](int64_t i) {
+        f(i * block, std::min(rows, (i + 1) * block));
+    });
+}
+
+void run_attention(Context& context, int dtype, const AttentionTask& task, int64_t num_seqs) {
+    const int64_t group = task.num_heads / task.num_kv_heads;
+    const int64_t heads_at_once = std::min<int64_t>(group, kBlockRows);
+    const int64_t row_floats = 2 + task.head_dim;
+
+    // Keys times queries of each sequence, so that long ones can be cut into splits.
+    const auto num_queries = [&](int64_t b) {
+        return int64_t{task.query_starts[b + 1]} - task.query_starts[b];
+    };
+    const auto keys_of = [&](int64_t b, int64_t query_begin, int64_t query_end) {
+        const int64_t first = task.seq_lens[b] - num_queries(b);
+        const int64_t begin =
+            task.window ? std::max<int64_t>(0, first + query_begin - task.window + 1) : 0;
+        return std::pair<int64_t, int64_t>{begin, first + query_end};
+    };
+    int64_t total = 0;
+    for (int64_t b = 0; b < num_seqs; ++b) {
+        const auto [begin, end] = keys_of(b, 0, num_queries(b));
+        total += num_queries(b) * std::max<int64_t>(0, end - begin);
+    }
+    const int64_t products = total * task.num_heads * task.head_dim * 2;
+    const int threads = context.threads_for(products, kMinProducts);
+    const int64_t share = ceil_div(total * task.num_kv_heads, int64_t{4} * threads);
+
+    std::vector<AttentionItem> items, merges;
+    int64_t partial_floats = 0;
+    for (int64_t b = 0; b < num_seqs; ++b) {
+        const int64_t queries = num_queries(b);
+        const int64_t block = std::max<int64_t>(1, kBlockRows / heads_at_once);
+        for (int64_t q = 0; q < queries; q += block) {
+            const int64_t q_end = std::min(queries, q + block);
+            const auto [begin, end] = keys_of(b, q, q_end);
+            const int64_t first_split = begin / kSplit;
+            const int64_t num_splits = ceil_div(end, kSplit) - first_split;
+            // Few queries: several KV heads at once, which lie side by side in a page.
+            const int64_t rows = (q_end - q) * heads_at_once;
+            const int64_t work = (q_end - q) * (end - begin);
+            int64_t kv_heads = heads_at_once < group ? 1 : std::max<int64_t>(1, kBlockRows / rows);
+            kv_heads = std::min(kv_heads, task.num_kv_heads);
+            const bool cut = threads > 1 && num_splits > 1 && work * kv_heads > share;
+            if (threads > 1 && !cut) {
+                kv_heads = std::max<int64_t>(1, std::min(kv_heads, share / std::max<int64_t>(work, 1)));
+            }
+            for (int64_t h = 0; h < task.num_kv_heads; h += kv_heads) {
+                for (int64_t g = 0; g < group; g += heads_at_once) {
+                    AttentionItem item{};
+                    item.seq = static_cast<int32_t>(b);
+                    item.query_begin = static_cast<int32_t>(q);
+                    item.query_end = static_cast<int32_t>(q_end);
+                    item.kv_head_begin = static_cast<int32_t>(h);
+                    item.kv_head_end = static_cast<int32_t>(std::min(task.num_kv_heads, h + kv_heads));
+                    item.group_begin = static_cast<int32_t>(g);
+                    item.group_end = static_cast<int32_t>(std::min(group, g + heads_at_once));
+                    item.first_split = first_split;
+                    item.num_splits = num_splits;
+                    item.split = -1;
+                    if (!cut) {
+                        items.push_back(item);
+                        continue;
+                    }
+                    const int64_t item_rows = (q_end - q) * (item.group_end - item.group_begin) *
+                                              (item.kv_head_end - item.kv_head_begin);
+                    // An offset for now: the buffer comes when its size is known.
+                    item.partials = nullptr;
+                    merges.push_back(item);
+                    merges.back().split = partial_floats;
+                    partial_floats += item_rows * num_splits * row_floats;
+                }
+            }
+        }
+    }
+    std::vector<float> partials(static_cast<size_t>(partial_floats));
+    std::vector<AttentionItem> pieces;
+    for (AttentionItem& merge : merges) {
+        merge.partials = partials.data() + merge.split;
+        for (int64_t s = 0; s < merge.num_splits; ++s) {
+            pieces.push_back(merge);
+            pieces.back().split = merge.first_split + s;
+        }
+    }
+    pieces.insert(pieces.end(), items.begin(), items.end());
+    context.pool.run(static_cast<int64_t>(pieces.size()), threads, [&](int64_t i) {
+        context.kernels.attend[dtype](task, pieces[static_cast<size_t>(i)]);
+    });
+    context.pool.run(static_cast<int64_t>(merges.size()), threads, [&](int64_t i) {
+        context.kernels.merge_splits[dtype](task, merges[static_cast<size_t>(i)]);
+    });
+}
+
+}  // namespace
+
+}  // namespace kv
+
+using kv::Context;
+
+// Raised with every change of this interface: Python refuses a library of another version.
+KV_API int kv_version() { return 1; }
+
+// The i-th instruction set, best first, or null: unusable here. Ends with i == kv_num_isas().
+KV_API int kv_num_isas() { return kv::kNumIsas; }
+KV_API const char* kv_isa(int i) {
+    const kv::Kernels* kernels = kv::usable(i);
+    return kernels ? kernels->name : nullptr;
+}
+
+// Null if the instruction set isn't usable here.
+KV_API Context* kv_create(int threads, const char* isa) {
+    for (int i = 0; i < kv::kNumIsas; ++i) {
+        const kv::Kernels* kernels = kv::usable(i);
+        if (kernels && std::strcmp(kernels->name, isa) == 0) {
+            return new (std::nothrow) Context(threads, *kernels);
+        }
+    }
+    return nullptr;
+}
+KV_API void kv_destroy(Context* context) { delete context; }
+
+KV_API int kv_linear(Context* context, int dtype, const void* x, int64_t x_stride, int64_t rows,
+                     const void* weight, const void* bias, int64_t n, int64_t k, void* out,
+                     int out_float32) {
+    return kv::guarded([&] {
+        const kv::LinearTask task{x, x_stride, nullptr, weight, bias, out, n, k, out_float32 != 0};
+        kv::run_linear(*context, dtype, &task, &rows, 1);
+    });
+}
+
+KV_API int kv_grouped_linear(Context* context, int dtype, const void* x, int64_t x_stride,
+                             int64_t rows, const int64_t* expert_of_row, const void* const* weights,
+                             const void* const* biases, int64_t num_experts, int64_t n, int64_t k,
+                             void* out) {
+    return kv::guarded([&] {
+        // The rows of each expert side by side, in their order.
+        std::vector<std::vector<int64_t>> rows_of(static_cast<size_t>(num_experts));
+        for (int64_t r = 0; r < rows; ++r) {
+            rows_of[static_cast<size_t>(expert_of_row[r])].push_back(r);
+        }
+        std::vector<kv::LinearTask> tasks;
+        std::vector<int64_t> num_rows;
+        for (size_t e = 0; e < rows_of.size(); ++e) {
+            if (rows_of[e].empty()) continue;
+            tasks.push_back(
+                {x, x_stride, rows_of[e].data(), weights[e], biases[e], out, n, k, false});
+            num_rows.push_back(static_cast<int64_t>(rows_of[e].size()));
+        }
+        kv::run_linear(*context, dtype, tasks.data(), num_rows.data(),
+                       static_cast<int64_t>(tasks.size()));
+    });
+}
+
+KV_API int kv_norm(Context* context, int dtype, const void* x, int64_t x_stride, void* residual,
+                   int64_t residual_stride, int64_t rows, int64_t width, const void* weight,
+                   int weight_dtype, float weight_offset, float eps, void* out) {
+    const kv::NormTask task{x,       x_stride,     residual,      residual_stride,
+                            weight,  weight_dtype, weight_offset, eps,
+                            out,     width};
+    kv::run_rows(*context, rows, width, [&](int64_t begin, int64_t end) {
+        context->kernels.norm[dtype](task, begin, end);
+    });
+    return 0;
+}
+
+KV_API int kv_gated(Context* context, int dtype, int gate, const void* gate_up, int64_t stride,
+                    int64_t rows, int64_t width, void* out) {
+    const kv::GatedTask task{gate_up, stride, out, width, gate};
+    kv::run_rows(*context, rows, 4 * width, [&](int64_t begin, int64_t end) {
+        context->kernels.gated[dtype](task, begin, end);
+    });
+    return 0;
+}
+
+KV_API int kv_rope_store(Context* context, int dtype, const void* qkv, int64_t qkv_stride,
+                         int64_t rows, const int32_t* positions, const float* cos_sin,
+                         int64_t rotary_dim, void* key_pages, int64_t key_page_stride,
+                         void* value_pages, int64_t value_page_stride, int64_t page_size,
+                         const int64_t* slots, const void* q_norm, int q_norm_dtype,
+                         const void* k_norm, int k_norm_dtype, float eps, float weight_offset,
+                         int64_t num_heads, int64_t num_kv_heads, int64_t head_dim,
+                         void* query_out) {
+    const kv::RopeTask task{
+        qkv,          qkv_stride,   positions,       cos_sin,           key_pages,
+        value_pages,  key_page_stride, value_page_stride, slots,        q_norm,
+        k_norm,       q_norm_dtype, k_norm_dtype,    eps,               weight_offset,
+        query_out,    num_heads,    num_kv_heads,    head_dim,          page_size,
+        rotary_dim};
+    const int64_t width = (num_heads + 2 * num_kv_heads) * head_dim;
+    kv::run_rows(*context, rows, 2 * width, [&](int64_t begin, int64_t end) {
+        context->kernels.rope_store[dtype](task, begin, end);
+    });
+    return 0;
+}
+
+KV_API int kv_paged_attention(Context* context, int dtype, const void* query, int64_t query_stride,
+                              const void* key_pages, int64_t key_page_stride,
+                              const void* value_pages, int64_t value_page_stride,
+                              const int32_t* page_tables, int64_t table_stride,
+                              const int32_t* seq_lens, const int32_t* query_starts,
+                              int64_t num_seqs, int64_t num_heads, int64_t num_kv_heads,
+                              int64_t head_dim, int64_t page_size, float scale, int64_t window,
+                              float soft_cap, const float* sinks, void* out) {
+    return kv::guarded([&] {
+        const kv::AttentionTask task{query,           query_stride, key_pages,    value_pages,
+                                     key_page_stride, value_page_stride, page_tables, table_stride,
+                                     seq_lens,        query_starts, out,          num_heads,
+                                     num_kv_heads,    head_dim,     page_size,    scale,
+                                     window,          soft_cap,     sinks};
+        kv::run_attention(*context, dtype, task, num_seqs);
+    });
+}
+
+KV_API int kv_log_softmax(Context* context, const float* logits, int64_t stride, int64_t rows,
+                          int64_t width, float* out) {
+    kv::run_rows(*context, rows, 4 * width, [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; ++r) {
+            context->kernels.log_softmax(logits + r * stride, out + r * width, width);
+        }
+    });
+    return 0;
+}
+
+KV_API int kv_sample(Context* context, const float* logits, int64_t stride, int64_t rows,
+                     int64_t width, const float* temperature, const int32_t* top_k,
+                     const float* top_p, const float* min_p, const int64_t* seeds,
+                     const int32_t* output_indices, const int32_t* positions, int64_t* out) {
+    std::atomic<int> failed{0};
+    kv::run_rows(*context, rows, 4 * width, [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; ++r) {
+            failed |= kv::guarded([&] {
+                out[r] = kv::sample(context->kernels,
+                                    {logits + r * stride, width, temperature[r], top_k[r], top_p[r],
+                                     min_p[r], static_cast<uint64_t>(seeds[r]),
+                                     static_cast<uint32_t>(output_indices[r]),
+                                     static_cast<uint32_t>(positions[r])});
+            });
+        }
+    });
+    return failed;
+}
+
+KV_API int kv_copy_pages(Context* context, char* pool, int64_t page_stride_bytes,
+                         int64_t page_bytes, const int64_t* sources, const int64_t* targets,
+                         int64_t pages) {
+    kv::run_rows(*context, pages, page_bytes, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            std::memcpy(pool + targets[i] * page_stride_bytes, pool + sources[i] * page_stride_bytes,
+                        static_cast<size_t>(page_bytes));
+        }
+    });
+    return 0;
+}

@@ -1,0 +1,386 @@
+"""The operations by the native library: shapes and pointers in, one call each.
+
+A row's bits depend on its own inputs alone: see the comments of linear.h and attention.h. The
+library keeps weights as they come, so a prepared weight is the tensor itself. Knows the C
+signatures, and nothing about how the work is split.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import os
+import weakref
+
+import torch
+
+from kernels.cpu import library as native
+from kernels.errors import KernelUnavailableError, ShapeError
+from kernels.ops import Linear
+
+_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_SILU, _GELU = 0, 1
+_MAX_HEAD_DIM = 512
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class NativeLinear:
+    """The weight as it came, with what each call needs of it."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    in_features: int
+    out_features: int
+    pointer: int
+    bias_pointer: int | None
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.weight[ids]
+
+
+class NativeOps:
+    """`kernels.ops.Ops` on a CPU, in C++."""
+
+    exact = True
+
+    def __init__(
+        self,
+        *,
+        threads: int | None = None,
+        isa: str | None = None,
+        library: ctypes.CDLL | None = None,
+    ) -> None:
+        """Start the threads.
+
+        Args:
+            threads: the caller's included; all that this process may use if not given.
+            isa: the instruction set; the best that this CPU has if not given.
+            library: another build than the installed one.
+
+        Raises:
+            KernelUnavailableError: there is no library, or it or this CPU lacks `isa`.
+        """
+        self._library = library or native.load()
+        usable = native.instruction_sets(self._library)
+        self.isa = isa or usable[0]
+        if self.isa not in usable:
+            raise KernelUnavailableError(f"no {self.isa} kernels here; there are: {usable}")
+        self.threads = threads or len(os.sched_getaffinity(0))
+        self.name = f"native {self.isa}"
+        context = self._library.kv_create(self.threads, self.isa.encode())
+        if context is None:
+            raise MemoryError("the native kernels can't start")
+        self._context: int = context
+        weakref.finalize(self, self._library.kv_destroy, context)
+        # Looked up once: attribute access on a CDLL is slow the first time only, but not free.
+        self._linear = self._library.kv_linear
+        self._norm = self._library.kv_norm
+        self._gated_rows = self._library.kv_gated
+        self._rope_store = self._library.kv_rope_store
+        self._attention = self._library.kv_paged_attention
+
+    def prepare_linear(
+        self, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> NativeLinear:
+        weight = weight.contiguous()
+        return NativeLinear(
+            weight,
+            bias,
+            in_features=weight.shape[1],
+            out_features=weight.shape[0],
+            pointer=weight.data_ptr(),
+            bias_pointer=None if bias is None else bias.data_ptr(),
+        )
+
+    def linear(self, x: torch.Tensor, weight: Linear) -> torch.Tensor:
+        return self._run_linear(x, weight, x.dtype)
+
+    def linear_float32(self, x: torch.Tensor, weight: Linear) -> torch.Tensor:
+        return self._run_linear(x, weight, torch.float32)
+
+    def rms_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, *, weight_offset: float = 0.0
+    ) -> torch.Tensor:
+        rows, width = x.shape
+        out = torch.empty(rows, width, dtype=x.dtype)
+        _check(
+            self._norm(
+                self._context,
+                _CODES[x.dtype],
+                x.data_ptr(),
+                x.stride(0),
+                None,
+                0,
+                rows,
+                width,
+                weight.data_ptr(),
+                _CODES[weight.dtype],
+                weight_offset,
+                eps,
+                out.data_ptr(),
+            )
+        )
+        return out
+
+    def add_rms_norm(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        *,
+        weight_offset: float = 0.0,
+    ) -> torch.Tensor:
+        rows, width = x.shape
+        out = torch.empty(rows, width, dtype=x.dtype)
+        _check(
+            self._norm(
+                self._context,
+                _CODES[x.dtype],
+                x.data_ptr(),
+                x.stride(0),
+                residual.data_ptr(),
+                residual.stride(0),
+                rows,
+                width,
+                weight.data_ptr(),
+                _CODES[weight.dtype],
+                weight_offset,
+                eps,
+                out.data_ptr(),
+            )
+        )
+        return out
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return self._gated(gate_up, _SILU)
+
+    def gelu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return self._gated(gate_up, _GELU)
+
+    def rope_store(
+        self,
+        qkv: torch.Tensor,
+        positions: torch.Tensor,
+        cos_sin: torch.Tensor,
+        key_pages: torch.Tensor,
+        value_pages: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        *,
+        q_norm: torch.Tensor | None = None,
+        k_norm: torch.Tensor | None = None,
+        norm_eps: float = 0.0,
+        norm_weight_offset: float = 0.0,
+    ) -> torch.Tensor:
+        _, num_kv_heads, page_size, head_dim = key_pages.shape
+        tokens, width = qkv.shape
+        num_heads = width // head_dim - 2 * num_kv_heads
+        out = torch.empty(tokens, num_heads, head_dim, dtype=qkv.dtype)
+        _check(
+            self._rope_store(
+                self._context,
+                _CODES[qkv.dtype],
+                qkv.data_ptr(),
+                qkv.stride(0),
+                tokens,
+                positions.data_ptr(),
+                cos_sin.data_ptr(),
+                cos_sin.shape[1],
+                key_pages.data_ptr(),
+                key_pages.stride(0),
+                value_pages.data_ptr(),
+                value_pages.stride(0),
+                page_size,
+                slot_mapping.data_ptr(),
+                None if q_norm is None else q_norm.data_ptr(),
+                0 if q_norm is None else _CODES[q_norm.dtype],
+                None if k_norm is None else k_norm.data_ptr(),
+                0 if k_norm is None else _CODES[k_norm.dtype],
+                norm_eps,
+                norm_weight_offset,
+                num_heads,
+                num_kv_heads,
+                head_dim,
+                out.data_ptr(),
+            )
+        )
+        return out
+
+    def paged_attention(
+        self,
+        query: torch.Tensor,
+        key_pages: torch.Tensor,
+        value_pages: torch.Tensor,
+        page_tables: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_starts: torch.Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+        soft_cap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        _, num_kv_heads, page_size, head_dim = key_pages.shape
+        if head_dim > _MAX_HEAD_DIM:
+            raise ShapeError(f"head size {head_dim}; native attention goes to {_MAX_HEAD_DIM}")
+        tokens, num_heads, _ = query.shape
+        out = torch.empty(tokens, num_heads, head_dim, dtype=query.dtype)
+        _check(
+            self._attention(
+                self._context,
+                _CODES[query.dtype],
+                query.data_ptr(),
+                query.stride(0),
+                key_pages.data_ptr(),
+                key_pages.stride(0),
+                value_pages.data_ptr(),
+                value_pages.stride(0),
+                page_tables.data_ptr(),
+                page_tables.stride(0),
+                seq_lens.data_ptr(),
+                query_starts.data_ptr(),
+                page_tables.shape[0],
+                num_heads,
+                num_kv_heads,
+                head_dim,
+                page_size,
+                scale,
+                window or 0,
+                soft_cap or 0.0,
+                None if sinks is None else sinks.data_ptr(),
+                out.data_ptr(),
+            )
+        )
+        return out
+
+    def grouped_linear(
+        self, x: torch.Tensor, weights: list[Linear], expert_of_row: torch.Tensor
+    ) -> torch.Tensor:
+        experts = [_own(weight, x) for weight in weights]
+        first = experts[0]
+        out = torch.empty(x.shape[0], first.out_features, dtype=x.dtype)
+        pointers = ctypes.c_void_p * len(experts)
+        _check(
+            self._library.kv_grouped_linear(
+                self._context,
+                _CODES[x.dtype],
+                x.data_ptr(),
+                x.stride(0),
+                x.shape[0],
+                expert_of_row.data_ptr(),
+                pointers(*[expert.pointer for expert in experts]),
+                pointers(*[expert.bias_pointer for expert in experts]),
+                len(experts),
+                first.out_features,
+                first.in_features,
+                out.data_ptr(),
+            )
+        )
+        return out
+
+    def sample(
+        self,
+        logits: torch.Tensor,
+        temperature: torch.Tensor,
+        top_k: torch.Tensor,
+        top_p: torch.Tensor,
+        min_p: torch.Tensor,
+        seeds: torch.Tensor,
+        output_indices: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> torch.Tensor:
+        rows, width = logits.shape
+        out = torch.empty(rows, dtype=torch.int64)
+        _check(
+            self._library.kv_sample(
+                self._context,
+                logits.data_ptr(),
+                logits.stride(0),
+                rows,
+                width,
+                temperature.data_ptr(),
+                top_k.data_ptr(),
+                top_p.data_ptr(),
+                min_p.data_ptr(),
+                seeds.data_ptr(),
+                output_indices.data_ptr(),
+                positions.data_ptr(),
+                out.data_ptr(),
+            )
+        )
+        return out
+
+    def log_softmax(self, logits: torch.Tensor) -> torch.Tensor:
+        rows, width = logits.shape
+        out = torch.empty(rows, width)
+        _check(
+            self._library.kv_log_softmax(
+                self._context, logits.data_ptr(), logits.stride(0), rows, width, out.data_ptr()
+            )
+        )
+        return out
+
+    def copy_pages(self, pool: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        page_bytes = pool[0].numel() * pool.element_size()
+        _check(
+            self._library.kv_copy_pages(
+                self._context,
+                pool.data_ptr(),
+                pool.stride(0) * pool.element_size(),
+                page_bytes,
+                sources.data_ptr(),
+                targets.data_ptr(),
+                sources.shape[0],
+            )
+        )
+
+    def _run_linear(self, x: torch.Tensor, weight: Linear, dtype: torch.dtype) -> torch.Tensor:
+        linear = _own(weight, x)
+        rows = x.shape[0]
+        out = torch.empty(rows, linear.out_features, dtype=dtype)
+        _check(
+            self._linear(
+                self._context,
+                _CODES[x.dtype],
+                x.data_ptr(),
+                x.stride(0),
+                rows,
+                linear.pointer,
+                linear.bias_pointer,
+                linear.out_features,
+                linear.in_features,
+                out.data_ptr(),
+                dtype == torch.float32,
+            )
+        )
+        return out
+
+    def _gated(self, gate_up: torch.Tensor, gate: int) -> torch.Tensor:
+        rows, width = gate_up.shape
+        out = torch.empty(rows, width // 2, dtype=gate_up.dtype)
+        _check(
+            self._gated_rows(
+                self._context,
+                _CODES[gate_up.dtype],
+                gate,
+                gate_up.data_ptr(),
+                gate_up.stride(0),
+                rows,
+                width // 2,
+                out.data_ptr(),
+            )
+        )
+        return out
+
+
+def _own(weight: Linear, x: torch.Tensor) -> NativeLinear:
+    if not isinstance(weight, NativeLinear):
+        raise TypeError(f"a weight prepared by another path: {type(weight).__name__}")
+    if weight.weight.dtype != x.dtype:
+        raise ShapeError(f"x is {x.dtype}, but the weight {weight.weight.dtype}")
+    return weight
+
+
+def _check(failed: int) -> None:
+    if failed:
+        raise MemoryError("a native kernel ran out of memory")

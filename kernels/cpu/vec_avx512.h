@@ -1,0 +1,150 @@
+// Sixteen float lanes in one AVX-512 register.
+#pragma once
+
+namespace {
+using namespace kv;
+
+#define KV_INLINE inline __attribute__((always_inline))
+
+struct Vec {
+    __m512 v;
+};
+
+KV_INLINE __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1); }
+
+KV_INLINE Vec set1(float x) { return {_mm512_set1_ps(x)}; }
+KV_INLINE Vec iota() {
+    return {_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)};
+}
+KV_INLINE Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+KV_INLINE Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+KV_INLINE Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+KV_INLINE Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
+KV_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+// b where either is NaN.
+KV_INLINE Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+KV_INLINE Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
+// yes where a < b, else no.
+KV_INLINE Vec where_less(Vec a, Vec b, Vec yes, Vec no) {
+    return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), no.v, yes.v)};
+}
+KV_INLINE Vec where_equal(Vec a, Vec b, Vec yes, Vec no) {
+    return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ), no.v, yes.v)};
+}
+KV_INLINE Vec round_even(Vec a) {
+    return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+// 2^n for whole numbers n in [-126, 127].
+KV_INLINE Vec pow2(Vec n) {
+    __m512i i = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(i, 23))};
+}
+
+KV_INLINE Vec widen(__m256i bits, bf16) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+}
+KV_INLINE Vec widen(__m256i bits, f16) { return {_mm512_cvtph_ps(bits)}; }
+KV_INLINE __m256i narrow(Vec a, bf16) {
+    const __m512i bits = _mm512_castps_si512(a.v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+    rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+}
+KV_INLINE __m256i narrow(Vec a, f16) {
+    return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+// The first n lanes (n < 16), zeros behind; nothing past them is touched.
+KV_INLINE Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+KV_INLINE Vec load_n(const float* p, int n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
+KV_INLINE void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
+KV_INLINE void store_n(float* p, Vec a, int n) { _mm512_mask_storeu_ps(p, first(n), a.v); }
+template <typename T>
+KV_INLINE Vec load(const T* p) {
+    return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), T{});
+}
+template <typename T>
+KV_INLINE Vec load_n(const T* p, int n) {
+    return widen(_mm256_maskz_loadu_epi16(first(n), p), T{});
+}
+template <typename T>
+KV_INLINE void store(T* p, Vec a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(a, T{}));
+}
+template <typename T>
+KV_INLINE void store_n(T* p, Vec a, int n) {
+    _mm256_mask_storeu_epi16(p, first(n), narrow(a, T{}));
+}
+
+// out[i] = the sum of the lanes of the i-th vector, each over the same tree.
+KV_INLINE void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
+    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a.v, b.v), _mm512_unpackhi_ps(a.v, b.v));
+    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c.v, d.v), _mm512_unpackhi_ps(c.v, d.v));
+    const __m512 low = _mm512_shuffle_ps(ab, cd, _MM_SHUFFLE(1, 0, 1, 0));
+    const __m512 high = _mm512_shuffle_ps(ab, cd, _MM_SHUFFLE(3, 2, 3, 2));
+    const __m512 quarters = _mm512_add_ps(low, high);
+    const __m256 halves =
+        _mm256_add_ps(_mm512_castps512_ps256(quarters), _mm512_extractf32x8_ps(quarters, 1));
+    _mm_storeu_ps(out,
+                  _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
+}
+KV_INLINE float max_lane(Vec a) { return _mm512_reduce_max_ps(a.v); }
+
+// What one step of a dot product loads of a row.
+template <typename T>
+struct Operand {
+    static constexpr int kStep = 16;
+    Vec v;
+    static KV_INLINE Operand load(const T* p) { return {::load(p)}; }
+    static KV_INLINE Operand load_n(const T* p, int n) { return {::load_n(p, n)}; }
+    static KV_INLINE Vec dot(Vec sum, Operand a, Operand b) { return fma(a.v, b.v, sum); }
+};
+
+#if defined(KV_BF16_DOT)
+template <>
+struct Operand<bf16> {
+    static constexpr int kStep = 32;
+    __m512i v;
+    static KV_INLINE Operand load(const bf16* p) { return {_mm512_loadu_si512(p)}; }
+    static KV_INLINE Operand load_n(const bf16* p, int n) {
+        return {_mm512_maskz_loadu_epi16((__mmask32{1} << n) - 1, p)};
+    }
+    static KV_INLINE Vec dot(Vec sum, Operand a, Operand b) {
+        return {_mm512_dpbf16_ps(sum.v, (__m512bh)a.v, (__m512bh)b.v)};
+    }
+};
+constexpr int kBf16TileRows = 6;
+#else
+// Pairs: the even elements in the upper halves of one vector, the odd ones of the other.
+template <>
+struct Operand<bf16> {
+    static constexpr int kStep = 32;
+    Vec even, odd;
+    static KV_INLINE Operand split(__m512i pairs) {
+        return {{_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16))},
+                {_mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(-65536)))}};
+    }
+    static KV_INLINE Operand load(const bf16* p) { return split(_mm512_loadu_si512(p)); }
+    static KV_INLINE Operand load_n(const bf16* p, int n) {
+        return split(_mm512_maskz_loadu_epi16((__mmask32{1} << n) - 1, p));
+    }
+    static KV_INLINE Vec dot(Vec sum, Operand a, Operand b) {
+        return fma(a.odd, b.odd, fma(a.even, b.even, sum));
+    }
+};
+constexpr int kBf16TileRows = 4;
+#endif
+
+// Register tiles: kTileCols rows of a weight (or keys) by this many rows of activations (queries).
+constexpr int kTileCols = 4;
+template <typename T>
+constexpr int kTileRows = 6;
+template <>
+constexpr int kTileRows<bf16> = kBf16TileRows;
+// Of the product with the values: rows by vectors.
+constexpr int kValueRows = 6;
+constexpr int kValueCols = 4;
+
+}  // namespace
