@@ -1,0 +1,18 @@
+"""One module a dialect: from a validated request to orders, from deltas to its wire format.
+
+Routes decide nothing: limits are the engine's, endings are `server.generation`'s.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from fastapi import APIRouter
+
+from server.routes import generate, operations, tgi
+
+ROUTERS: Final[tuple[APIRouter, ...]] = (
+    generate.router,
+    tgi.router,
+    operations.router,
+)

@@ -1,0 +1,16 @@
+"""The wire formats: what a client may send, validated, and what it gets back.
+
+Requests are pydantic models; answers are typed dictionaries, so that a token's event costs no
+validation. Knows no engine state.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from pydantic import BaseModel
+
+from server.schemas.generate import GenerateRequest
+from server.schemas.tgi import TgiRequest
+
+REQUEST_MODELS: Final[tuple[type[BaseModel], ...]] = (GenerateRequest, TgiRequest)

@@ -1,0 +1,144 @@
+"""What the routes share: one engine, its text, its limits, and the door.
+
+Knows no wire format.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Annotated, cast
+
+from fastapi import Depends, Request
+
+from kvpaging.base.config import EngineConfig
+from kvpaging.base.errors import BadRequest, Overloaded
+from kvpaging.scheduling import admission
+from server.client import EngineClient, EngineState
+from server.envelope import bearer_key
+from server.errors import ApiError, answer_to, draining, loading
+from server.generation import Done, Order, TextDelta, generate
+from server.observe.metrics import Metrics
+from server.observe.record import RequestRecord
+from server.sse import StreamLimits
+from server.text import Text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AppConfig:
+    """What the operator decides about HTTP."""
+
+    served_model_name: str
+    api_keys: tuple[str, ...] = ()
+    """None: everybody may ask."""
+    max_body_bytes: int = 16 * 1024 * 1024
+    body_timeout_s: float = 30.0
+    """For a request's whole body to arrive."""
+    default_max_new_tokens: int = 128
+    """For `/generate` and TGI's dialect; what fits if that is less."""
+    stream: StreamLimits = field(default_factory=StreamLimits)
+    drain_retry_s: float = 5.0
+    """What `Retry-After` says while the server is going away."""
+
+
+class Service:
+    """One engine behind HTTP. Lives on the event loop's thread."""
+
+    def __init__(self, config: AppConfig, client: EngineClient, text: Text | None):
+        self.config = config
+        self.client = client
+        self.metrics = Metrics(client.status)
+        self.created = int(time.time())
+        self.is_draining = False
+        self._text = text
+        self._text_lock = asyncio.Lock()
+
+    def drain(self) -> None:
+        """Refuse new generation requests from now on; running ones go on."""
+        self.is_draining = True
+
+    def require_not_draining(self) -> None:
+        """Raise `ApiError` (503) once `drain` was called."""
+        if self.is_draining:
+            raise draining(self.config.drain_retry_s)
+
+    def engine_config(self) -> EngineConfig:
+        """Give the engine's limits. Raises `ApiError` (503) while there is no engine."""
+        status = self.client.status()
+        if status.config is None or status.state in (EngineState.LOADING, EngineState.DEAD):
+            raise loading(f"{status.state}: {status.detail}")
+        return status.config
+
+    async def text(self) -> Text:
+        """Give the model's text, read at the first call if it was not given at the start."""
+        if self._text is None:
+            model_dir = self.engine_config().model_dir
+            async with self._text_lock:
+                if self._text is None:
+                    self._text = await asyncio.to_thread(Text.load, model_dir)
+        return self._text
+
+    def open_door(self, record: RequestRecord) -> EngineConfig:
+        """Let a generation request in, or raise `ApiError` (503)."""
+        try:
+            self.require_not_draining()
+            return self.engine_config()
+        except ApiError as error:
+            self.metrics.rejected(error.code)
+            raise
+
+    def max_new_tokens(self, num_prompt_tokens: int, asked: int | None, default: int | None) -> int:
+        """Give the length of an output: what was asked, else what fits, at most `default`.
+
+        What was asked and does not fit is refused later, with the numbers; so is a prompt that
+        leaves no room for even one token.
+        """
+        if asked is not None:
+            return asked
+        fits = admission.max_new_tokens_that_fit(num_prompt_tokens, self.engine_config().scheduler)
+        return max(1, fits if default is None else min(default, fits))
+
+    async def generate(
+        self, orders: Sequence[Order], record: RequestRecord
+    ) -> AsyncGenerator[TextDelta | Done, None]:
+        """See `server.generation.generate`."""
+        try:
+            news = generate(
+                self.client, await self.text(), orders, metrics=self.metrics, record=record
+            )
+            async with aclosing(news):
+                async for item in news:
+                    yield item
+        except (BadRequest, Overloaded) as error:
+            self.metrics.rejected(answer_to(error).code)
+            raise
+
+    async def prompt_ids(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
+        """Give the prompt as the model reads it; token ids are taken as they are.
+
+        Raises `BadRequest` when it is empty.
+        """
+        if not prompt:
+            raise BadRequest("the prompt is empty; it needs at least 1 token", param="prompt")
+        if not isinstance(prompt, str):
+            return tuple(prompt)
+        text = await self.text()
+        return tuple(await text.tokenizer.encode_async(prompt))
+
+    def namespace_of(self, request: Request) -> bytes:
+        """Whose pages a request may find: with several API keys, its own key's only."""
+        if len(self.config.api_keys) < 2:
+            return b""
+        return hashlib.sha256(bearer_key(request.headers).encode()).digest()[:16]
+
+
+def service_of(request: Request) -> Service:
+    """Give the service of the app that this request came to."""
+    return cast(Service, request.app.state.service)
+
+
+ServiceDep = Annotated[Service, Depends(service_of)]

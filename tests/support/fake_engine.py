@@ -1,0 +1,196 @@
+"""An `EngineClient` without an engine: scripted tokens, delays, groupings and failures."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import cycle
+
+from kvpaging.base.config import EngineConfig, SchedulerConfig
+from kvpaging.base.errors import EngineDied, Overloaded
+from kvpaging.base.ids import RequestId
+from kvpaging.engine.messages import EngineStats, PagePicture
+from kvpaging.scheduling import admission
+from kvpaging.scheduling.outputs import Finished, FinishReason, SequenceOutput, Timings
+from kvpaging.scheduling.plan import Sample
+from kvpaging.scheduling.request import Request
+from server.client import EngineState, EngineStatus
+
+Script = Callable[[Request, int, int], int]
+"""(request, output index, position) -> token id."""
+
+
+def echo(request: Request, output_index: int, position: int) -> int:
+    """The prompt again and again."""
+    return request.prompt_token_ids[position % len(request.prompt_token_ids)]
+
+
+def script(*token_ids: int) -> Script:
+    """These tokens, then the last one for ever."""
+    return lambda request, index, position: token_ids[min(position, len(token_ids) - 1)]
+
+
+def engine_config(
+    *,
+    vocab_size: int = 512,
+    eos_token_ids: tuple[int, ...] = (0,),
+    max_model_len: int = 256,
+    num_pages: int = 64,
+    page_size: int = 16,
+    max_num_seqs: int = 8,
+    model_dir: str = "",
+) -> EngineConfig:
+    return EngineConfig(
+        model_dir=model_dir,
+        architecture="FakeForCausalLM",
+        device="cpu",
+        dtype="float32",
+        threads=1,
+        kernels="none",
+        exact=True,
+        kv_cache_bytes=0,
+        vocab_size=vocab_size,
+        eos_token_ids=eos_token_ids,
+        scheduler=SchedulerConfig(
+            num_pages=num_pages,
+            page_size=page_size,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=256,
+            max_model_len=max_model_len,
+            max_num_waiting=16,
+        ),
+    )
+
+
+@dataclass
+class FakeEngineClient:
+    config: EngineConfig | None = field(default_factory=engine_config)
+    script: Script = echo
+    groups: tuple[int, ...] = (1,)
+    """Tokens a step, over and over."""
+    delay_s: float = 0.0
+    """Before each step."""
+    dies_after: int | None = None
+    """Steps of a request, then `EngineDied`."""
+    fails_after: int | None = None
+    """Steps of a request, then its output ends with `ERROR`."""
+    crashes_after: int | None = None
+    """Steps of a request, then an exception that nobody expects."""
+    is_full: bool = False
+    state: EngineState = EngineState.READY
+    stats: EngineStats = field(default_factory=EngineStats)
+    num_restarts: int = 0
+    num_cached_tokens: int = 0
+    late_steps: int = 0
+    """Steps that an output still makes after it was told to finish."""
+
+    open: dict[RequestId, Request] = field(default_factory=dict)
+    seen: list[Request] = field(default_factory=list)
+    aborted: list[RequestId] = field(default_factory=list)
+    finishes: list[tuple[RequestId, int, int]] = field(default_factory=list)
+
+    def status(self) -> EngineStatus:
+        return EngineStatus(self.state, "as told", self.config, self.stats, self.num_restarts)
+
+    async def submit(self, request: Request) -> AsyncGenerator[SequenceOutput, None]:
+        if self.config is None or self.state is EngineState.DEAD:
+            raise EngineDied("there is no engine")
+        admission.check(request, self.config.scheduler, self.config.vocab_size)
+        if self.is_full:
+            raise Overloaded("16 requests are waiting, and the limit is 16", retry_after_s=2.4)
+        self.open[request.request_id] = request
+        self.seen.append(request)
+        outputs = [_Output(self, request, index) for index in range(request.n)]
+        try:
+            num_steps = 0
+            while outputs:
+                await asyncio.sleep(self.delay_s)
+                if num_steps == self.dies_after:
+                    raise EngineDied("the engine process ended (killed by SIGKILL)")
+                if num_steps == self.crashes_after:
+                    raise ZeroDivisionError("secret prompt text")
+                for output in outputs:
+                    yield output.step(fails=num_steps == self.fails_after)
+                outputs = [output for output in outputs if not output.is_finished]
+                num_steps += 1
+        finally:
+            del self.open[request.request_id]
+            if outputs:
+                self.aborted.append(request.request_id)
+
+    def finish(self, request_id: RequestId, output_index: int, num_tokens: int) -> None:
+        self.finishes.append((request_id, output_index, num_tokens))
+
+    async def pages(self) -> PagePicture:
+        return PagePicture(0, 16, ())
+
+    async def close(self) -> None:
+        self.state = EngineState.DEAD
+
+
+class _Output:
+    def __init__(self, client: FakeEngineClient, request: Request, index: int):
+        self._client = client
+        self._request = request
+        self._index = index
+        self._num_tokens = 0
+        self._late_steps = client.late_steps
+        self._groups: Iterator[int] = cycle(client.groups)
+        self.is_finished = False
+
+    @property
+    def _is_told_to_finish(self) -> bool:
+        return any(
+            (request_id, index) == (self._request.request_id, self._index)
+            for request_id, index, _ in self._client.finishes
+        )
+
+    def step(self, *, fails: bool) -> SequenceOutput:
+        if fails:
+            return self._give([], FinishReason.ERROR, None)
+        if self._is_told_to_finish:
+            if self._late_steps == 0:
+                return self._give([], FinishReason.STOP, None)
+            self._late_steps -= 1
+        sampling, samples = self._request.sampling, []
+        for _ in range(next(self._groups)):
+            token_id = self._client.script(self._request, self._index, self._num_tokens)
+            self._num_tokens += 1
+            samples.append(self._sample(token_id))
+            may_stop = self._num_tokens >= sampling.min_new_tokens
+            if may_stop and self._is_stop(token_id):
+                return self._give(samples, FinishReason.STOP, token_id)
+            if self._num_tokens == sampling.max_new_tokens:
+                return self._give(samples, FinishReason.LENGTH, None)
+        return self._give(samples, None, None)
+
+    def _is_stop(self, token_id: int) -> bool:
+        sampling = self._request.sampling
+        assert self._client.config is not None
+        is_eos = token_id in self._client.config.eos_token_ids and not sampling.ignore_eos
+        return is_eos or token_id in sampling.stop_token_ids
+
+    def _sample(self, token_id: int) -> Sample:
+        num_top = self._request.sampling.logprobs
+        if num_top is None:
+            return Sample(token_id)
+        others = [(token_id + k, -0.5 - k) for k in range(num_top)]
+        return Sample(token_id, -0.5, tuple(others))
+
+    def _give(
+        self, samples: list[Sample], reason: FinishReason | None, stop_token_id: int | None
+    ) -> SequenceOutput:
+        finished = None
+        if reason is not None:
+            self.is_finished = True
+            message = "its logits were not finite" if reason is FinishReason.ERROR else None
+            timings = Timings(0.001, 0.002, 0.003)
+            finished = Finished(reason, stop_token_id, timings, 0, 0, message)
+        return SequenceOutput(
+            self._request.request_id,
+            self._index,
+            tuple(samples),
+            self._client.num_cached_tokens,
+            finished,
+        )
