@@ -73,9 +73,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     activation: str
     """`silu` or `gelu_tanh`."""
     tie_word_embeddings: bool
-    qkv_bias: bool
-    output_bias: bool
-    """Of the attention's output projection."""
+    attention_bias: bool
+    """On all of the attention's projections."""
     mlp_bias: bool
     attention_scale: float
     attention_soft_cap: float | None
@@ -141,6 +140,8 @@ _ACTIVATIONS: Final = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
 }
+HEAD_DIM_MULTIPLE: Final = 8
+"""What the attention kernels take."""
 _ROPE_KINDS: Final = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 _DTYPES: Final = ("float32", "bfloat16", "float16")
 
@@ -295,7 +296,6 @@ class _Parser:
         self._refuse_features()
         layer_types = self._layer_types()
         ropes, rope_of_layer = self._ropes(layer_types)
-        attention_bias = fields.flag("attention_bias", default=False)
         scale = fields.optional_number("query_pre_attn_scalar")
         vocab_size = fields.integer("vocab_size")
         return ModelConfig(
@@ -310,9 +310,7 @@ class _Parser:
             rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
             activation=self._activation(),
             tie_word_embeddings=fields.flag("tie_word_embeddings", default=False),
-            # Qwen2 has a bias on queries, keys and values whatever its configuration says.
-            qkv_bias=attention_bias or self._architecture == "Qwen2ForCausalLM",
-            output_bias=attention_bias,
+            attention_bias=fields.flag("attention_bias", default=False),
             mlp_bias=fields.flag("mlp_bias", default=False),
             attention_scale=(scale if scale is not None else self._head_dim) ** -0.5,
             attention_soft_cap=fields.optional_number("attn_logit_softcapping"),
@@ -327,14 +325,18 @@ class _Parser:
         )
 
     def _read_head_dim(self) -> int:
-        if self._fields.has("head_dim"):
-            return self._fields.integer("head_dim")
-        if self._hidden_size % self._num_heads:
+        if not self._fields.has("head_dim") and self._hidden_size % self._num_heads:
             raise ConfigError(
                 f"config.json: hidden_size ({self._hidden_size}) must be a multiple of "
                 f"num_attention_heads ({self._num_heads}) where head_dim is not given"
             )
-        return self._hidden_size // self._num_heads
+        head_dim = self._fields.integer("head_dim", self._hidden_size // self._num_heads)
+        if head_dim % HEAD_DIM_MULTIPLE:
+            raise UnsupportedModel(
+                f"config.json: head_dim {head_dim} is not supported; it must be a multiple of "
+                f"{HEAD_DIM_MULTIPLE}"
+            )
+        return head_dim
 
     def _refuse_features(self) -> None:
         if self._fields.flag("use_bidirectional_attention", default=False):

@@ -6,7 +6,7 @@ inner size, `V` vocabulary. Knows no family by name.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import ClassVar, Final, Protocol
 
 import torch
@@ -47,17 +47,18 @@ class Attention:
         parameters: Parameters,
         *,
         fused_name: str | None = None,
+        qkv_bias: bool = False,
         has_head_norms: bool = False,
         norm_weight_offset: float = 0.0,
     ) -> None:
         """Load the projections of layer `index` from `parameters` (at the attention's prefix).
 
         `fused_name` is set where the checkpoint keeps queries, keys and values as one tensor;
-        `has_head_norms` where each head of queries and keys has an RMS norm.
+        `qkv_bias` where they have biases whatever the configuration says; `has_head_norms` where
+        each head of queries and keys has an RMS norm.
         """
         query_size = config.num_heads * config.head_dim
         kv_size = config.num_kv_heads * config.head_dim
-        sizes = (query_size, kv_size, kv_size)
         self._ops = parameters.ops
         self._index = index
         self._cos_sin = cos_sin
@@ -66,19 +67,17 @@ class Attention:
         self._soft_cap = config.attention_soft_cap
         self._norm_eps = config.rms_norm_eps
         self._norm_weight_offset = norm_weight_offset
-        if fused_name is None:
-            names: Sequence[str] = ("q_proj", "k_proj", "v_proj")
-        else:
-            names, sizes = (fused_name,), (sum(sizes),)  # type: ignore[assignment]
-        self._qkv = parameters.linear(names, sizes, config.hidden_size, bias=config.qkv_bias)
+        names, sizes = ["q_proj", "k_proj", "v_proj"], [query_size, kv_size, kv_size]
+        if fused_name is not None:
+            names, sizes = [fused_name], [sum(sizes)]
+        bias = config.attention_bias
+        self._qkv = parameters.linear(names, sizes, config.hidden_size, bias=bias or qkv_bias)
         self._q_norm: torch.Tensor | None = None
         self._k_norm: torch.Tensor | None = None
         if has_head_norms:
             self._q_norm = parameters.vector("q_norm.weight", config.head_dim)
             self._k_norm = parameters.vector("k_norm.weight", config.head_dim)
-        self._output = parameters.linear(
-            ("o_proj",), (config.hidden_size,), query_size, bias=config.output_bias
-        )
+        self._output = parameters.linear(("o_proj",), (config.hidden_size,), query_size, bias=bias)
 
     def __call__(self, x: torch.Tensor, batch: DeviceBatch, kv: KVPool) -> torch.Tensor:
         """`[T, H] -> [T, H]`; writes the tokens' keys and values to their slots in `kv`."""
@@ -136,6 +135,33 @@ class GatedMLP:
         """`[T, H] -> [T, H]`."""
         ops = self._ops
         return ops.linear(self._activation(ops.linear(x, self._gate_up)), self._down)
+
+
+class PreNormLayer:
+    """Attention, then an MLP, each after a norm: the layer of most families."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        parameters: Parameters,
+        attention: Attention,
+        mlp: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        """Load the norms from `parameters` (at the layer's prefix)."""
+        self._ops = parameters.ops
+        self._eps = config.rms_norm_eps
+        self._attention = attention
+        self._mlp = mlp
+        self.input_norm = parameters.vector("input_layernorm.weight", config.hidden_size)
+        self._mlp_norm = parameters.vector("post_attention_layernorm.weight", config.hidden_size)
+
+    def __call__(
+        self, x: torch.Tensor, residual: torch.Tensor, batch: DeviceBatch, kv: KVPool
+    ) -> torch.Tensor:
+        """See `DecoderLayer`."""
+        x = self._attention(x, batch, kv)
+        x = self._ops.add_rms_norm(x, residual, self._mlp_norm, self._eps)
+        return self._mlp(x)
 
 
 class CausalLM:
