@@ -8,10 +8,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
 from fastapi import Depends, Request
 
@@ -26,6 +26,7 @@ from server.observe.metrics import Metrics
 from server.observe.record import RequestRecord
 from server.sse import StreamLimits
 from server.text import Text
+from server.text.tokenizer import LONG_TEXT_CHARS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,10 +104,19 @@ class Service:
         return max(1, fits if default is None else min(default, fits))
 
     async def generate(
-        self, orders: Sequence[Order], record: RequestRecord
+        self,
+        orders: Sequence[Order],
+        record: RequestRecord,
+        field_names: Mapping[str, str] | None = None,
     ) -> AsyncGenerator[TextDelta | Done, None]:
-        """See `server.generation.generate`."""
+        """See `server.generation.generate`.
+
+        Limits are checked for all orders before the first one begins. `field_names` are the
+        dialect's words for the engine's fields, for the errors.
+        """
         try:
+            for order in orders:
+                self._check_limits(order, field_names or {})
             news = generate(
                 self.client, await self.text(), orders, metrics=self.metrics, record=record
             )
@@ -116,6 +126,43 @@ class Service:
         except (BadRequest, Overloaded) as error:
             self.metrics.rejected(answer_to(error).code)
             raise
+
+    def _check_limits(self, order: Order, field_names: Mapping[str, str]) -> None:
+        config = self.engine_config()
+        try:
+            admission.check(order.request(), config.scheduler, config.vocab_size)
+        except BadRequest as error:
+            message, param = error.message, error.param
+            for ours, theirs in field_names.items():
+                if "_" in ours:  # else it may be a word of a sentence
+                    message = message.replace(ours, theirs)
+                param = theirs if param == ours else param
+            raise BadRequest(message, param=param, code=error.code) from error
+
+    async def chat_ids(
+        self, messages: Sequence[Mapping[str, str]], variables: Mapping[str, Any]
+    ) -> tuple[int, ...]:
+        """Give a conversation as the model reads it.
+
+        Raises `BadRequest` when the model has no chat template, or its template refuses.
+        """
+        text = await self.text()
+        template, tokenizer = text.chat_template, text.tokenizer
+        if template is None:
+            raise BadRequest(
+                "this model has no chat template; use /v1/completions or /generate",
+                param="messages",
+                code="no_chat_template",
+            )
+
+        def render_and_encode() -> list[int]:
+            prompt = template.render(messages, variables=variables)
+            # The template writes the special tokens itself.
+            return tokenizer.encode(prompt, add_special_tokens=False)
+
+        if sum(len(message["content"]) for message in messages) <= LONG_TEXT_CHARS:
+            return tuple(render_and_encode())
+        return tuple(await asyncio.to_thread(render_and_encode))
 
     async def prompt_ids(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
         """Give the prompt as the model reads it; token ids are taken as they are.

@@ -9,10 +9,14 @@ from typing import Final
 
 from fastapi import APIRouter
 
-from server.routes import generate, operations, tgi
+from server.routes import chat, completions, generate, openai, operations, tgi, tokens
 
 ROUTERS: Final[tuple[APIRouter, ...]] = (
     generate.router,
     tgi.router,
+    openai.router,
+    completions.router,
+    chat.router,
+    tokens.router,
     operations.router,
 )

@@ -45,6 +45,8 @@ from server.text import Tokenizer
 
 router: Final = APIRouter(tags=["tgi"])
 
+FIELD_NAMES: Final = {"prompt": "inputs"}
+
 TGI_ERRORS: Final[dict[int | str, dict[str, Any]]] = {
     422 if status == 400 else status: described | {"model": TgiErrorResponse}
     for status, described in GENERATION_ERRORS.items()
@@ -90,7 +92,7 @@ async def respond(
     tokenizer = (await service.text()).tokenizer
     order = await _order(asked, parameters, service, request, is_stream=is_stream)
     record.generation_id, record.stream = order.request_id, is_stream
-    news = service.generate([order], record)
+    news = service.generate([order], record, FIELD_NAMES)
     prefix = asked.inputs if parameters.return_full_text else ""
     if is_stream:
         frame = _framer(order, parameters, tokenizer, prefix)

@@ -11,6 +11,16 @@ from typing import Final
 from pydantic import BaseModel
 
 from server.schemas.generate import GenerateRequest
+from server.schemas.openai import ChatCompletionRequest, CompletionRequest
 from server.schemas.tgi import TgiRequest
+from server.schemas.tokens import DetokenizeRequest, TgiTokenizeRequest, TokenizeRequest
 
-REQUEST_MODELS: Final[tuple[type[BaseModel], ...]] = (GenerateRequest, TgiRequest)
+REQUEST_MODELS: Final[tuple[type[BaseModel], ...]] = (
+    GenerateRequest,
+    TgiRequest,
+    CompletionRequest,
+    ChatCompletionRequest,
+    TokenizeRequest,
+    TgiTokenizeRequest,
+    DetokenizeRequest,
+)
