@@ -18,7 +18,7 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -28,7 +28,7 @@ from kvpaging.base import logs
 from kvpaging.base.errors import ConfigError, EngineDied
 from server.announcement import LoadingProgress, announcement
 from server.settings import Settings, flag_of
-from server.supervisor import EngineProcess, EngineSupervisor, SupervisorLimits
+from server.supervisor import ENGINE_COMMAND, EngineProcess, EngineSupervisor, SupervisorLimits
 
 if TYPE_CHECKING:
     import uvicorn
@@ -45,16 +45,18 @@ POLL_S: Final = 0.05
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
 
-def serve(settings: Settings) -> int:
+def serve(settings: Settings, engine_command: Sequence[str] = ENGINE_COMMAND) -> int:
     """Serve until a signal comes or the engine is given up; give the exit code.
 
-    Raises `ConfigError` when the port or the model can't be used.
+    Raises `ConfigError` when the port or the model can't be used. Call from the main thread.
     """
     signal.signal(signal.SIGTERM, _exit_quietly)  # until the event loop handles it
     logs.configure(settings.log_format)
     listener = listen(settings.host, settings.port)
     _warn_if_open(settings)
-    spawn = partial(EngineProcess.spawn, settings.engine_options(), settings.log_format)
+    spawn = partial(
+        EngineProcess.spawn, settings.engine_options(), settings.log_format, engine_command
+    )
     process = spawn()
     try:
         return asyncio.run(_Server(settings, listener, spawn).run(process))

@@ -1,4 +1,4 @@
-"""The supervisor against a real engine process with a fake engine in it (`fake_engine.py`)."""
+"""The supervisor against real engine processes, with the engine of `engine_on_command.py`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from kvpaging.scheduling.request import Request, SamplingParams
 from server.client import EngineState
 from server.supervisor import EngineProcess, EngineSupervisor, SupervisorLimits
 
-COMMAND = (sys.executable, str(Path(__file__).with_name("fake_engine.py")))
+COMMAND = (sys.executable, str(Path(__file__).with_name("engine_on_command.py")))
 COUNT, RAISE, HANG, KILL, WAIT, FLOOD, REJECT = range(1, 8)
 _ids = count()
 
