@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+import tiny_text
+
+from kvpaging.base.errors import ConfigError
+from server.text import Text, Tokenizer
+from server.text.tokenizer import LONG_TEXT_CHARS
+
+
+def save(directory: Path, backend: object, **config: object) -> Path:
+    backend.save(str(directory / "tokenizer.json"))  # type: ignore[attr-defined]
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return directory
+
+
+def test_the_post_processor_decides_what_goes_before_a_prompt(tmp_path: Path) -> None:
+    save(tmp_path, tiny_text.byte_level(adds_bos=True), bos_token="<bos>", add_bos_token=True)
+    tokenizer = Text.load(tmp_path).tokenizer
+    assert tokenizer.encode("hi")[0] == tiny_text.BOS
+    assert tokenizer.encode("hi").count(tiny_text.BOS) == 1
+    assert tiny_text.BOS not in tokenizer.encode("hi", add_special_tokens=False)
+
+
+def test_add_bos_token_is_followed_where_the_post_processor_is_silent(tmp_path: Path) -> None:
+    bos = {"content": "<bos>", "special": True}
+    save(tmp_path, tiny_text.byte_level(), bos_token=bos, add_bos_token=True)
+    assert Text.load(tmp_path).tokenizer.encode("hi")[0] == tiny_text.BOS
+
+
+def test_without_either_nothing_goes_before_a_prompt(tmp_path: Path) -> None:
+    save(tmp_path, tiny_text.byte_level(), bos_token="<bos>")
+    assert tiny_text.BOS not in Text.load(tmp_path).tokenizer.encode("hi")
+
+
+def test_special_tokens_may_stand_in_their_own_file(tmp_path: Path) -> None:
+    save(tmp_path, tiny_text.byte_level(), chat_template="{{ bos_token }}{{ eos_token }}")
+    names = {"bos_token": "<bos>", "eos_token": {"content": "<eos>"}}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(names))
+    template = Text.load(tmp_path).chat_template
+    assert template is not None
+    assert template.render([]) == "<bos><eos>"
+
+
+def test_a_saved_truncation_does_not_cut_prompts(tmp_path: Path) -> None:
+    backend = tiny_text.byte_level()
+    backend.enable_truncation(4)
+    backend.enable_padding(length=8)
+    save(tmp_path, backend)
+    assert Text.load(tmp_path).tokenizer.decode(
+        Text.load(tmp_path).tokenizer.encode("The quick brown fox")
+    ) == ("The quick brown fox")
+
+
+def test_long_texts_give_the_same_ids_from_a_thread() -> None:
+    tokenizer = tiny_text.text().tokenizer
+    text = "the quick dog " * LONG_TEXT_CHARS
+    assert asyncio.run(tokenizer.encode_async(text)) == tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("content", [None, "", "{", '{"model": 3}'])
+def test_an_unusable_tokenizer_is_named(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"tokenizer\.json"):
+        Text.load(tmp_path)
+
+
+def test_an_unusable_tokenizer_config_is_named(tmp_path: Path) -> None:
+    tiny_text.byte_level().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text("[1]")
+    with pytest.raises(ConfigError, match="tokenizer_config"):
+        Text.load(tmp_path)
+
+
+def test_bytes_of_one_token() -> None:
+    tokenizer = Tokenizer(tiny_text.byte_level(vocab_size=258))
+    assert b"".join(map(tokenizer.token_bytes, tokenizer.encode("é😀"))) == "é😀".encode()
+    assert tokenizer.token_text(tiny_text.EOS) == "<eos>"
+    assert tokenizer.token_bytes(10_000) == b""
+    pieces = Tokenizer(tiny_text.sentencepiece())
+    assert [pieces.token_bytes(i) for i in pieces.encode(" €")][-3:] == [b"\xe2", b"\x82", b"\xac"]
+    assert pieces.token_text(pieces.encode("a")[0]) == " a"
+
+
+def test_spans_are_places_in_the_text() -> None:
+    tokenizer = tiny_text.text().tokenizer
+    text = "the café dog"
+    assert {text[start:end] for _, start, end in tokenizer.spans(text)} >= {" dog"}
+    assert [i for i, _, _ in tokenizer.spans(text)] == tokenizer.encode(text)
