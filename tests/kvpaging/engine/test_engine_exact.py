@@ -114,7 +114,7 @@ def test_batch_mates_change_nothing(dtype: str, seed: int) -> None:
 @pytest.mark.parametrize("seed", [SEED])
 def test_a_prefix_hit_changes_nothing(dtype: str, seed: int) -> None:
     rng = random.Random(seed)
-    tokens, params = prompt(rng, 100), sampling(rng)
+    tokens, params = prompt(rng, 100), sampling(rng, 20)
     with engine(dtype) as warm:
         cold = alone(warm, tokens, params)
         hit = alone(warm, tokens, params)
@@ -124,7 +124,7 @@ def test_a_prefix_hit_changes_nothing(dtype: str, seed: int) -> None:
         # A longer prompt that begins with generated text, from generated pages and cold.
         longer, more = [*tokens, *cold.token_ids, *prompt(rng, 9)], sampling(rng)
         continued = alone(warm, longer, more)
-        assert continued.num_cached_tokens > 100
+        assert continued.num_cached_tokens == 112
     with engine(dtype, prefix_cache=False) as without:
         computed = alone(without, longer, more)
         assert computed.num_cached_tokens == 0
@@ -182,7 +182,7 @@ def test_each_of_n_outputs_is_what_it_would_be_alone(dtype: str, seed: int) -> N
         [outputs] = it.generate([tokens], params, n=3)
         assert outputs[0].samples == first.samples
         assert len({tuple(output.token_ids) for output in outputs}) == 3
-    with engine(dtype, num_pages=6, max_model_len=64) as tight:
+    with engine(dtype, num_pages=3, max_model_len=40) as tight:
         [squeezed] = tight.generate([tokens], params, n=3)
         assert [o.samples for o in squeezed] == [o.samples for o in outputs]
-        assert tight.stats().num_preemptions > 0 or tight.stats().num_recomputed_tokens > 0
+        assert tight.stats().num_recomputed_tokens > 0
