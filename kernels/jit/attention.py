@@ -1,0 +1,738 @@
+"""Paged attention: decode with the keys split over programs, extend with the queries tiled.
+
+Both kernels walk the keys of a row in tiles at absolute positions, restart their sums at absolute
+multiples of `SPLIT` keys, and merge the splits in order with the same formulas. So a row's bits
+depend on neither which kernel computed it, nor its batch mates, nor how its prompt was cut.
+The queries of one sequence that share a key-value head are packed into the rows of a tile:
+row = query * GROUP + head within the group.
+
+Two exact facts carry the design: a tile that a row can't see changes nothing of that row (its
+weights are 0 and its rescaling is 1), and neither does merging an empty split.
+
+Knows pages as tensors; nothing about who owns them.
+"""
+# mypy: disallow-untyped-defs=False, disallow-untyped-calls=False, disallow-untyped-decorators=False
+# ruff: noqa: N803, N806
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.jit.launch import Launch, Schedule, Target
+
+SPLIT = 256
+"""Keys after which a row's sums start anew, at absolute positions. A part of the numerics."""
+
+_LOG2_E = math.log2(math.e)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Tiles:
+    """Sizes of one attention kernel's tiles."""
+
+    block_m: int
+    """Rows: queries times the heads of a group."""
+    tile: int
+    """Keys of a step."""
+    schedule: Schedule
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class AttentionTiles:
+    """The two kernels' tiles for one head size."""
+
+    decode: Tiles
+    extend: Tiles
+
+
+def choose_tiles(
+    target: Target, head_dim: int, group: int, dtype: torch.dtype, *, exact: bool
+) -> AttentionTiles:
+    """Tiles that fit the target without spilling registers (see docs/kernels-gpu.md).
+
+    With `exact`, both kernels use the same step and the same kind of matrix instruction.
+    """
+    width = max(16, triton.next_power_of_2(head_dim))
+    if dtype == torch.float32:  # no matrix instructions at full precision: small tiles
+        rows = max(16, triton.next_power_of_2(group))
+        tiles = Tiles(rows, 32 if width <= 128 else 16, Schedule(num_warps=4, num_stages=1))
+        return AttentionTiles(tiles, tiles)
+    tile = 64 if width <= 128 else 32
+    step_bytes = 2 * 2 * tile * width  # keys and values of one step
+    least_rows = triton.next_power_of_2(group)
+
+    def stages(block_m: int, wanted: int) -> int:
+        spare = target.shared_bytes - 2 * block_m * max(width, 64)
+        return max(1, min(wanted, spare // step_bytes))
+
+    one_class = exact and target.has_large_tile_instructions
+    decode_rows = max(64 if one_class else 16, least_rows)
+    decode = Tiles(decode_rows, tile, Schedule(num_warps=4, num_stages=stages(decode_rows, 3)))
+    extend_rows = max(128 if width <= 128 and target.shared_bytes > (99 << 10) else 64, least_rows)
+    extend = Tiles(
+        extend_rows,
+        tile,
+        Schedule(
+            num_warps=8 if extend_rows >= 128 or width > 128 else 4,
+            num_stages=stages(extend_rows, 2),
+        ),
+    )
+    return AttentionTiles(decode, extend)
+
+
+# --- what both kernels share ----------------------------------------------------------------------
+
+
+@triton.jit
+def _attend(
+    acc,
+    maximum,
+    total,
+    query,
+    query_position,
+    key_head,
+    value_head,
+    page_table,
+    key_page_stride,
+    value_page_stride,
+    begin,
+    end,
+    visible_begin,
+    visible_end,
+    scale_log2,
+    soft_cap,
+    window,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    MASKED: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFT_CAP: tl.constexpr,
+):
+    """Online softmax (Milakov and Gimelshein 2018) of keys begin .. end, in base 2.
+
+    `begin` is a multiple of TILE. Unless MASKED, every row sees every key of the range.
+    Slots outside visible_begin .. visible_end are never read, so what they hold can't show.
+    """
+    step = tl.arange(0, TILE)
+    column = tl.arange(0, BLOCK_D)
+    for start in tl.range(begin, end, TILE):
+        position = start + step
+        inside = (position >= visible_begin) & (position < visible_end)
+        if MASKED:
+            page = tl.load(page_table + position // PAGE_SIZE, mask=inside, other=0)
+        else:
+            page = tl.load(page_table + position // PAGE_SIZE)
+        page = page.to(tl.int64)
+        in_page = (position % PAGE_SIZE) * HEAD_DIM
+        key_at = key_head + (page * key_page_stride + in_page)[None, :] + column[:, None]
+        value_at = value_head + (page * value_page_stride + in_page)[:, None] + column[None, :]
+        if MASKED:
+            key = tl.load(key_at, mask=inside[None, :] & (column < HEAD_DIM)[:, None], other=0.0)
+        elif BLOCK_D != HEAD_DIM:
+            key = tl.load(key_at, mask=(column < HEAD_DIM)[:, None], other=0.0)
+        else:
+            key = tl.load(key_at)
+
+        score = tl.dot(query, key, input_precision="ieee") * scale_log2
+        if HAS_SOFT_CAP:
+            # soft_cap is given in base 2 as well. tanh by the exponential that can't overflow.
+            fall = tl.exp2(tl.abs(score) * (-2.0 * 1.4426950408889634 / soft_cap))
+            capped = soft_cap * ((1.0 - fall) / (1.0 + fall))
+            score = tl.where(score < 0, -capped, capped)
+        if MASKED:
+            seen = inside[None, :] & (position[None, :] <= query_position[:, None])
+            if HAS_WINDOW:
+                seen = seen & (position[None, :] > query_position[:, None] - window)
+            score = tl.where(seen, score, float("-inf"))
+
+        highest = tl.maximum(maximum, tl.max(score, 1))
+        # A row that has seen nothing yet: -inf - -inf would be NaN.
+        anchor = tl.where(highest == float("-inf"), 0.0, highest)
+        weight = tl.exp2(score - anchor[:, None])
+        shrink = tl.exp2(maximum - anchor)
+        total = total * shrink + tl.sum(weight, 1)
+        acc = acc * shrink[:, None]
+        maximum = highest
+
+        if MASKED:  # values too: 0 * NaN is NaN
+            value = tl.load(
+                value_at, mask=inside[:, None] & (column < HEAD_DIM)[None, :], other=0.0
+            )
+        elif BLOCK_D != HEAD_DIM:
+            value = tl.load(value_at, mask=(column < HEAD_DIM)[None, :], other=0.0)
+        else:
+            value = tl.load(value_at)
+        acc = tl.dot(weight.to(value.dtype), value, acc, input_precision="ieee")
+    return acc, maximum, total
+
+
+@triton.jit
+def _merge(acc, maximum, total, other_acc, other_maximum, other_total):
+    """Both parts' sums under one maximum. An empty part (maximum -inf) changes nothing."""
+    highest = tl.maximum(maximum, other_maximum)
+    anchor = tl.where(highest == float("-inf"), 0.0, highest)
+    shrink = tl.exp2(maximum - anchor)
+    other_shrink = tl.exp2(other_maximum - anchor)
+    acc = acc * shrink[:, None] + other_acc * other_shrink[:, None]
+    return acc, highest, total * shrink + other_total * other_shrink
+
+
+@triton.jit
+def _normalise(acc, maximum, total, sink_log2, HAS_SINKS: tl.constexpr):
+    """The weighted mean; a sink takes weight and gives no value, once for a row."""
+    if HAS_SINKS:
+        highest = tl.maximum(maximum, sink_log2)
+        shrink = tl.exp2(maximum - highest)
+        acc = acc * shrink[:, None]
+        total = total * shrink + tl.exp2(sink_log2 - highest)
+    # A row that sees nothing (padding) would divide by 0.
+    return acc / tl.where(total == 0.0, 1.0, total)[:, None]
+
+
+@triton.jit
+def _first_visible(position, window, HAS_WINDOW: tl.constexpr):
+    """The first key that a query at `position` sees."""
+    if HAS_WINDOW:
+        return tl.maximum(position - window + 1, 0)
+    else:
+        return position * 0
+
+
+# --- decode ---------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["max_queries", "window", "max_splits"])
+def decode_kernel(
+    out,
+    part_acc,
+    part_state,
+    query,
+    key_pages,
+    value_pages,
+    page_tables,
+    seq_lens,
+    query_starts,
+    sinks,
+    query_stride,
+    key_page_stride,
+    value_page_stride,
+    page_table_stride,
+    max_queries,
+    max_splits,
+    scale_log2,
+    soft_cap,
+    window,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    TILE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    ROW_IS_SEQUENCE: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFT_CAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+):
+    """Program (kv head, sequence, split): the sequence's queries over one split of its keys.
+
+    Writes the result where the queries see one split only, else the split's sums for
+    `combine_kernel`. Sequences with more than max_queries queries are left to `extend_kernel`.
+    """
+    kv_head = tl.program_id(0)
+    sequence = tl.program_id(1)
+    split = tl.program_id(2)
+    first_query = tl.load(query_starts + sequence)
+    num_queries = tl.load(query_starts + sequence + 1) - first_query
+    if num_queries > max_queries:
+        return
+    seq_len = tl.load(seq_lens + sequence)
+    if split * SPLIT >= seq_len:
+        return
+
+    BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
+    row = tl.arange(0, BLOCK_M)
+    column = tl.arange(0, BLOCK_D)
+    page_table = page_tables + sequence.to(tl.int64) * page_table_stride
+    key_head = key_pages + kv_head * (PAGE_SIZE * HEAD_DIM)
+    value_head = value_pages + kv_head * (PAGE_SIZE * HEAD_DIM)
+    head = kv_head * GROUP + row % GROUP
+
+    for first in tl.range(0, num_queries, BLOCK_Q, num_stages=1):
+        query_index = first + row // GROUP
+        is_row = (row < BLOCK_Q * GROUP) & (query_index < num_queries)
+        query_position = tl.where(is_row, seq_len - num_queries + query_index, -1)
+        # The keys that any query of the block sees, and what of them lies in this split.
+        block_first = seq_len - num_queries + first
+        visible_end = tl.minimum(block_first + BLOCK_Q, seq_len)
+        visible_begin = _first_visible(block_first, window, HAS_WINDOW)
+        begin = tl.maximum(split * SPLIT, visible_begin // TILE * TILE)
+        end = tl.minimum(split * SPLIT + SPLIT, visible_end)
+        if begin < end:
+            at = (first_query + query_index).to(tl.int64) * query_stride + head * HEAD_DIM
+            mask = is_row[:, None] & (column < HEAD_DIM)[None, :]
+            queries = tl.load(query + at[:, None] + column[None, :], mask=mask, other=0.0)
+            acc, maximum, total = _attend(
+                tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32),
+                tl.full([BLOCK_M], float("-inf"), dtype=tl.float32),
+                tl.zeros([BLOCK_M], dtype=tl.float32),
+                queries,
+                query_position,
+                key_head,
+                value_head,
+                page_table,
+                key_page_stride,
+                value_page_stride,
+                begin,
+                end,
+                visible_begin,
+                visible_end,
+                scale_log2,
+                soft_cap,
+                window,
+                HEAD_DIM,
+                BLOCK_D,
+                PAGE_SIZE,
+                TILE,
+                True,
+                HAS_WINDOW,
+                HAS_SOFT_CAP,
+            )
+            if visible_begin // SPLIT == (visible_end - 1) // SPLIT:
+                if HAS_SINKS:
+                    sink = tl.load(sinks + head) * 1.4426950408889634
+                else:
+                    sink = maximum
+                result = _normalise(acc, maximum, total, sink, HAS_SINKS)
+                out_at = ((first_query + query_index).to(tl.int64) * HEADS + head) * HEAD_DIM
+                tl.store(
+                    out + out_at[:, None] + column[None, :],
+                    result.to(out.dtype.element_ty),
+                    mask=mask,
+                )
+            else:
+                part_row = query_index + first_query
+                if ROW_IS_SEQUENCE:
+                    part_row = query_index + sequence
+                part = (part_row.to(tl.int64) * HEADS + head) * max_splits + split
+                tl.store(part_acc + part[:, None] * HEAD_DIM + column[None, :], acc, mask=mask)
+                tl.store(part_state + part * 2, maximum, mask=is_row)
+                tl.store(part_state + part * 2 + 1, total, mask=is_row)
+
+
+@triton.jit(do_not_specialize=["max_queries", "window", "max_splits"])
+def combine_kernel(
+    out,
+    part_acc,
+    part_state,
+    seq_lens,
+    query_starts,
+    sinks,
+    max_queries,
+    max_splits,
+    window,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    SPLIT: tl.constexpr,
+    UNROLL: tl.constexpr,
+    ROW_IS_SEQUENCE: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+):
+    """Program (kv head, sequence): merge the splits of each query in ascending order."""
+    kv_head = tl.program_id(0)
+    sequence = tl.program_id(1)
+    first_query = tl.load(query_starts + sequence)
+    num_queries = tl.load(query_starts + sequence + 1) - first_query
+    if num_queries > max_queries:
+        return
+    seq_len = tl.load(seq_lens + sequence)
+    if seq_len <= SPLIT:
+        return
+
+    in_group = tl.arange(0, BLOCK_G)
+    column = tl.arange(0, BLOCK_D)
+    is_head = in_group < GROUP
+    head = kv_head * GROUP + in_group
+    mask = is_head[:, None] & (column < HEAD_DIM)[None, :]
+    if HAS_SINKS:
+        sink = tl.load(sinks + head, mask=is_head, other=0.0) * 1.4426950408889634
+    else:
+        sink = tl.zeros([BLOCK_G], dtype=tl.float32)
+
+    for query_index in tl.range(0, num_queries, 1, num_stages=1):
+        # The same ranges as in `decode_kernel`.
+        block_first = seq_len - num_queries + query_index // BLOCK_Q * BLOCK_Q
+        visible_end = tl.minimum(block_first + BLOCK_Q, seq_len)
+        visible_begin = _first_visible(block_first, window, HAS_WINDOW)
+        first_split = visible_begin // SPLIT
+        last_split = (visible_end - 1) // SPLIT
+        if first_split < last_split:
+            acc = tl.zeros([BLOCK_G, BLOCK_D], dtype=tl.float32)
+            maximum = tl.full([BLOCK_G], float("-inf"), dtype=tl.float32)
+            total = tl.zeros([BLOCK_G], dtype=tl.float32)
+            part_row = query_index + first_query
+            if ROW_IS_SEQUENCE:
+                part_row = query_index + sequence
+            row_part = (part_row.to(tl.int64) * HEADS + head) * max_splits
+            for some_split in tl.range(first_split, last_split + 1, UNROLL, num_stages=1):
+                for ahead in tl.static_range(UNROLL):
+                    split = some_split + ahead
+                    part = row_part + split
+                    has_part = is_head & (split <= last_split)
+                    other_acc = tl.load(
+                        part_acc + part[:, None] * HEAD_DIM + column[None, :],
+                        mask=mask & (split <= last_split),
+                        other=0.0,
+                    )
+                    other_maximum = tl.load(
+                        part_state + part * 2, mask=has_part, other=float("-inf")
+                    )
+                    other_total = tl.load(part_state + part * 2 + 1, mask=has_part, other=0.0)
+                    acc, maximum, total = _merge(
+                        acc, maximum, total, other_acc, other_maximum, other_total
+                    )
+            result = _normalise(acc, maximum, total, sink, HAS_SINKS)
+            out_at = ((first_query + query_index).to(tl.int64) * HEADS + head) * HEAD_DIM
+            tl.store(
+                out + out_at[:, None] + column[None, :], result.to(out.dtype.element_ty), mask=mask
+            )
+
+
+# --- extend ---------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["num_seqs", "min_queries", "window"])
+def extend_kernel(
+    out,
+    query,
+    key_pages,
+    value_pages,
+    page_tables,
+    seq_lens,
+    query_starts,
+    sinks,
+    query_stride,
+    key_page_stride,
+    value_page_stride,
+    page_table_stride,
+    num_seqs,
+    min_queries,
+    scale_log2,
+    soft_cap,
+    window,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    TILE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    EXACT: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFT_CAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+):
+    """Program (query block, kv head): BLOCK_M // GROUP queries over all keys that they see.
+
+    Block i of sequence s is number query_starts[s] // BLOCK_Q + s + i: the host needs to know only
+    how many queries and sequences there are. Later blocks see more keys and start first.
+    Sequences with fewer than min_queries queries are left to `decode_kernel`.
+    """
+    BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    kv_head = tl.program_id(1)
+    low = tl.program_id(0) * 0
+    high = low + num_seqs
+    while high - low > 1:
+        middle = (low + high) // 2
+        is_after = tl.load(query_starts + middle) // BLOCK_Q + middle <= block
+        low = tl.where(is_after, middle, low)
+        high = tl.where(is_after, high, middle)
+    sequence = low
+
+    first_query = tl.load(query_starts + sequence)
+    num_queries = tl.load(query_starts + sequence + 1) - first_query
+    first = (block - first_query // BLOCK_Q - sequence) * BLOCK_Q
+    if (num_queries < min_queries) | (first >= num_queries):
+        return
+    seq_len = tl.load(seq_lens + sequence)
+
+    row = tl.arange(0, BLOCK_M)
+    column = tl.arange(0, BLOCK_D)
+    query_index = first + row // GROUP
+    is_row = (row < BLOCK_Q * GROUP) & (query_index < num_queries)
+    query_position = tl.where(is_row, seq_len - num_queries + query_index, -1)
+    head = kv_head * GROUP + row % GROUP
+    token = (first_query + query_index).to(tl.int64)
+    mask = is_row[:, None] & (column < HEAD_DIM)[None, :]
+    query_at = (token * query_stride + head * HEAD_DIM)[:, None] + column[None, :]
+    queries = tl.load(query + query_at, mask=mask, other=0.0)
+
+    page_table = page_tables + sequence.to(tl.int64) * page_table_stride
+    key_head = key_pages + kv_head * (PAGE_SIZE * HEAD_DIM)
+    value_head = value_pages + kv_head * (PAGE_SIZE * HEAD_DIM)
+    block_first = seq_len - num_queries + first
+    visible_end = tl.minimum(block_first + BLOCK_Q, seq_len)
+    visible_begin = _first_visible(block_first, window, HAS_WINDOW)
+    # Up to here every row of the block sees every key: no mask is needed.
+    plain_end = (block_first + 1) // TILE * TILE
+    if HAS_WINDOW:
+        plain_end = visible_begin * 0
+
+    all_acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    all_maximum = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    all_total = tl.zeros([BLOCK_M], dtype=tl.float32)
+    if EXACT:
+        stretch = SPLIT
+    else:
+        stretch = visible_end + TILE  # one stretch for all keys
+    for split_begin in tl.range(
+        visible_begin // stretch * stretch, visible_end, stretch, num_stages=1
+    ):
+        begin = tl.maximum(split_begin, visible_begin // TILE * TILE)
+        end = tl.minimum(split_begin + stretch, visible_end)
+        plain = tl.maximum(tl.minimum(end, plain_end), begin)
+        acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+        maximum = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+        total = tl.zeros([BLOCK_M], dtype=tl.float32)
+        if not HAS_WINDOW:
+            acc, maximum, total = _attend(
+                acc,
+                maximum,
+                total,
+                queries,
+                query_position,
+                key_head,
+                value_head,
+                page_table,
+                key_page_stride,
+                value_page_stride,
+                begin,
+                plain,
+                visible_begin,
+                visible_end,
+                scale_log2,
+                soft_cap,
+                window,
+                HEAD_DIM,
+                BLOCK_D,
+                PAGE_SIZE,
+                TILE,
+                False,
+                HAS_WINDOW,
+                HAS_SOFT_CAP,
+            )
+        acc, maximum, total = _attend(
+            acc,
+            maximum,
+            total,
+            queries,
+            query_position,
+            key_head,
+            value_head,
+            page_table,
+            key_page_stride,
+            value_page_stride,
+            plain,
+            end,
+            visible_begin,
+            visible_end,
+            scale_log2,
+            soft_cap,
+            window,
+            HEAD_DIM,
+            BLOCK_D,
+            PAGE_SIZE,
+            TILE,
+            True,
+            HAS_WINDOW,
+            HAS_SOFT_CAP,
+        )
+        if EXACT:
+            all_acc, all_maximum, all_total = _merge(
+                all_acc, all_maximum, all_total, acc, maximum, total
+            )
+        else:
+            all_acc, all_maximum, all_total = acc, maximum, total
+
+    if HAS_SINKS:
+        sink = tl.load(sinks + head) * 1.4426950408889634
+    else:
+        sink = all_maximum
+    result = _normalise(all_acc, all_maximum, all_total, sink, HAS_SINKS)
+    out_at = ((token * HEADS + head) * HEAD_DIM)[:, None] + column[None, :]
+    tl.store(out + out_at, result.to(out.dtype.element_ty), mask=mask)
+
+
+# --- launches -------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Attention:
+    """One call of `Ops.paged_attention`, with the memory that it may use."""
+
+    query: torch.Tensor
+    key_pages: torch.Tensor
+    value_pages: torch.Tensor
+    page_tables: torch.Tensor
+    seq_lens: torch.Tensor
+    query_starts: torch.Tensor
+    scale: float
+    window: int | None
+    soft_cap: float | None
+    sinks: torch.Tensor | None
+    tiles: AttentionTiles
+    exact: bool
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a key-value head."""
+        return self.query.shape[1] // self.key_pages.shape[1]
+
+    @property
+    def max_splits(self) -> int:
+        """Splits of the longest sequence that the page tables can hold."""
+        return max(1, -(-self.page_tables.shape[1] * self.key_pages.shape[2] // SPLIT))
+
+    @property
+    def is_decode(self) -> bool:
+        """Few queries: the decode kernel takes all of them, however they are shared out."""
+        queries_of_block = self.tiles.decode.block_m // self.group
+        return self.query.shape[0] <= max(self.page_tables.shape[0], queries_of_block)
+
+    @property
+    def part_rows(self) -> int:
+        """Queries whose keys may lie in several splits."""
+        if self.max_splits == 1:
+            return 0
+        if self.is_decode:
+            return self.query.shape[0]
+        return self.page_tables.shape[0] if self.page_tables.shape[0] > 1 else 0
+
+    def launches(
+        self, out: torch.Tensor, part_acc: torch.Tensor, part_state: torch.Tensor
+    ) -> list[Launch]:
+        """What fills `out [T, HQ, D]`, in order.
+
+        part_acc:   float32 [part_rows, HQ, max_splits, D], any contents
+        part_state: float32 [part_rows, HQ, max_splits, 2]: maximum and total of a split
+        """
+        num_tokens, num_seqs = self.query.shape[0], self.page_tables.shape[0]
+        if num_tokens == 0 or num_seqs == 0:
+            return []
+        if self.is_decode:
+            return self._decode(out, part_acc, part_state, max_queries=num_tokens)
+        if num_seqs == 1:
+            return [self._extend(out, min_queries=1)]
+        return [
+            self._extend(out, min_queries=2),
+            *self._decode(out, part_acc, part_state, max_queries=1),
+        ]
+
+    def _decode(
+        self,
+        out: torch.Tensor,
+        part_acc: torch.Tensor,
+        part_state: torch.Tensor,
+        max_queries: int,
+    ) -> list[Launch]:
+        tiles, num_kv_heads = self.tiles.decode, self.key_pages.shape[1]
+        grid = (num_kv_heads, self.page_tables.shape[0])
+        parts = {
+            "part_acc": part_acc,
+            "part_state": part_state,
+            "max_queries": max_queries,
+            "max_splits": self.max_splits,
+            "ROW_IS_SEQUENCE": not self.is_decode,
+        }
+        decode = Launch(
+            decode_kernel,
+            (*grid, self.max_splits),
+            {**self._common(out), **self._keys(), **parts, **_tile_arguments(tiles)},
+            tiles.schedule,
+        )
+        if self.max_splits == 1:
+            return [decode]
+        block_g = triton.next_power_of_2(self.group)
+        combine = Launch(
+            combine_kernel,
+            grid,
+            {
+                **self._common(out),
+                **parts,
+                "BLOCK_G": block_g,
+                "BLOCK_Q": tiles.block_m // self.group,
+                "UNROLL": 4 if block_g <= 8 else 1,
+            },
+            Schedule(num_warps=4, num_stages=1),
+        )
+        return [decode, combine]
+
+    def _extend(self, out: torch.Tensor, min_queries: int) -> Launch:
+        tiles, num_seqs = self.tiles.extend, self.page_tables.shape[0]
+        # Each sequence fills at most one block only in part.
+        num_blocks = self.query.shape[0] // (tiles.block_m // self.group) + num_seqs
+        return Launch(
+            extend_kernel,
+            (num_blocks, self.key_pages.shape[1]),
+            {
+                **self._common(out),
+                **self._keys(),
+                **_tile_arguments(tiles),
+                "num_seqs": num_seqs,
+                "min_queries": min_queries,
+                "EXACT": self.exact,
+            },
+            tiles.schedule,
+        )
+
+    def _common(self, out: torch.Tensor) -> dict[str, object]:
+        head_dim = self.query.shape[2]
+        return {
+            "out": out,
+            "seq_lens": self.seq_lens,
+            "query_starts": self.query_starts,
+            "sinks": self.sinks,
+            "window": self.window or 0,
+            "HEADS": self.query.shape[1],
+            "GROUP": self.group,
+            "HEAD_DIM": head_dim,
+            "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+            "SPLIT": SPLIT,
+            "HAS_WINDOW": self.window is not None,
+            "HAS_SINKS": self.sinks is not None,
+        }
+
+    def _keys(self) -> dict[str, object]:
+        return {
+            "query": self.query,
+            "key_pages": self.key_pages,
+            "value_pages": self.value_pages,
+            "page_tables": self.page_tables,
+            "query_stride": self.query.stride(0),
+            "key_page_stride": self.key_pages.stride(0),
+            "value_page_stride": self.value_pages.stride(0),
+            "page_table_stride": self.page_tables.stride(0),
+            "scale_log2": self.scale * _LOG2_E,
+            "soft_cap": (self.soft_cap or 0.0) * _LOG2_E,
+            "PAGE_SIZE": self.key_pages.shape[2],
+            "HAS_SOFT_CAP": self.soft_cap is not None,
+        }
+
+
+def _tile_arguments(tiles: Tiles) -> dict[str, object]:
+    return {"BLOCK_M": tiles.block_m, "TILE": tiles.tile}

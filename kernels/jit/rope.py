@@ -1,0 +1,158 @@
+"""Between the QKV projection and attention: head norms, rotation, and the store to the pages.
+
+One pass over the projection's output (Su et al. 2021 for the rotation, two-halves layout).
+"""
+# mypy: disallow-untyped-defs=False, disallow-untyped-calls=False, disallow-untyped-decorators=False
+# ruff: noqa: N803, N806
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.jit.launch import Launch, Schedule
+
+_BLOCK_H = 8
+"""Heads of one program."""
+
+
+@triton.jit
+def rope_store_kernel(
+    query_out,
+    qkv,
+    positions,
+    cos_sin,
+    key_pages,
+    value_pages,
+    slot_mapping,
+    q_norm,
+    k_norm,
+    qkv_stride,
+    key_page_stride,
+    value_page_stride,
+    norm_eps,
+    norm_weight_offset,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROTARY_HALF: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    HAS_Q_NORM: tl.constexpr,
+    HAS_K_NORM: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """Program (token, BLOCK_H of its query, key and value heads)."""
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    column = tl.arange(0, BLOCK_D)
+    is_query = head < HEADS
+    is_key = (head >= HEADS) & (head < HEADS + KV_HEADS)
+    is_value = (head >= HEADS + KV_HEADS) & (head < HEADS + 2 * KV_HEADS)
+    in_head = column < HEAD_DIM
+    mask = (head < HEADS + 2 * KV_HEADS)[:, None] & in_head[None, :]
+
+    # The column that turns with each: the halves swap, the rest stays.
+    is_first = column < ROTARY_HALF
+    is_turned = column < 2 * ROTARY_HALF
+    partner = tl.where(is_first, column + ROTARY_HALF, column - ROTARY_HALF)
+    partner = tl.where(is_turned, partner, column)
+    source = qkv + token * qkv_stride + head[:, None] * HEAD_DIM
+    own = tl.load(source + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    other = tl.load(source + partner[None, :], mask=mask, other=0.0).to(tl.float32)
+
+    if HAS_Q_NORM or HAS_K_NORM:
+        scale = tl.rsqrt(tl.sum(own * own, 1) / HEAD_DIM + norm_eps)[:, None]
+        if HAS_Q_NORM:
+            normed = is_query[:, None]
+            weight = tl.load(q_norm + column, mask=in_head, other=0.0).to(tl.float32)
+            partner_weight = tl.load(q_norm + partner, mask=in_head, other=0.0).to(tl.float32)
+            own = tl.where(normed, own * scale * (norm_weight_offset + weight)[None, :], own)
+            other = tl.where(
+                normed, other * scale * (norm_weight_offset + partner_weight)[None, :], other
+            )
+        if HAS_K_NORM:
+            normed = is_key[:, None]
+            weight = tl.load(k_norm + column, mask=in_head, other=0.0).to(tl.float32)
+            partner_weight = tl.load(k_norm + partner, mask=in_head, other=0.0).to(tl.float32)
+            own = tl.where(normed, own * scale * (norm_weight_offset + weight)[None, :], own)
+            other = tl.where(
+                normed, other * scale * (norm_weight_offset + partner_weight)[None, :], other
+            )
+
+    angle = cos_sin + tl.load(positions + token).to(tl.int64) * (2 * ROTARY_HALF)
+    frequency = tl.where(is_first, column, column - ROTARY_HALF)
+    cos = tl.load(angle + frequency, mask=is_turned, other=1.0)
+    sin = tl.load(angle + ROTARY_HALF + frequency, mask=is_turned, other=0.0)
+    sin = tl.where(is_first, -sin, sin)
+    turned = own * cos[None, :] + other * sin[None, :]
+    result = tl.where(is_turned[None, :] & (head < HEADS + KV_HEADS)[:, None], turned, own)
+    result = result.to(query_out.dtype.element_ty)
+
+    query_at = (token * HEADS + head)[:, None] * HEAD_DIM + column[None, :]
+    tl.store(query_out + query_at, result, mask=is_query[:, None] & in_head[None, :])
+    slot = tl.load(slot_mapping + token)
+    if slot >= 0:
+        page = slot // PAGE_SIZE
+        in_page = slot % PAGE_SIZE
+        key_at = ((head - HEADS) * PAGE_SIZE + in_page)[:, None] * HEAD_DIM + column[None, :]
+        value_at = key_at - KV_HEADS * PAGE_SIZE * HEAD_DIM
+        tl.store(
+            key_pages + page * key_page_stride + key_at,
+            result,
+            mask=is_key[:, None] & in_head[None, :],
+        )
+        tl.store(
+            value_pages + page * value_page_stride + value_at,
+            result,
+            mask=is_value[:, None] & in_head[None, :],
+        )
+
+
+def rope_store_launch(
+    query_out: torch.Tensor,
+    qkv: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    key_pages: torch.Tensor,
+    value_pages: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    norm_eps: float,
+    norm_weight_offset: float,
+) -> Launch:
+    """Fill `query_out [T, HQ, D]` and the pages' slots."""
+    num_tokens, num_heads, head_dim = query_out.shape
+    _, num_kv_heads, page_size, _ = key_pages.shape
+    return Launch(
+        rope_store_kernel,
+        (num_tokens, triton.cdiv(num_heads + 2 * num_kv_heads, _BLOCK_H)),
+        {
+            "query_out": query_out,
+            "qkv": qkv,
+            "positions": positions,
+            "cos_sin": cos_sin,
+            "key_pages": key_pages,
+            "value_pages": value_pages,
+            "slot_mapping": slot_mapping,
+            "q_norm": q_norm,
+            "k_norm": k_norm,
+            "qkv_stride": qkv.stride(0),
+            "key_page_stride": key_pages.stride(0),
+            "value_page_stride": value_pages.stride(0),
+            "norm_eps": norm_eps,
+            "norm_weight_offset": norm_weight_offset,
+            "HEADS": num_heads,
+            "KV_HEADS": num_kv_heads,
+            "HEAD_DIM": head_dim,
+            "BLOCK_D": triton.next_power_of_2(head_dim),
+            "ROTARY_HALF": cos_sin.shape[1] // 2,
+            "PAGE_SIZE": page_size,
+            "HAS_Q_NORM": q_norm is not None,
+            "HAS_K_NORM": k_norm is not None,
+            "BLOCK_H": _BLOCK_H,
+        },
+        Schedule(num_warps=4, num_stages=1),
+    )

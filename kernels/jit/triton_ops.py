@@ -1,0 +1,296 @@
+"""`kernels.ops.Ops` by Triton kernels: allocates results and workspaces, then launches.
+
+Knows which kernel computes which operation; the tiles and grids are the kernels' own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F  # noqa: N812  (its usual name)
+
+from kernels.jit import attention, linear, pages, rope, rows, sampling
+from kernels.jit.launch import Runner, Target, current_target, runner_for
+from kernels.ops import Linear
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TritonLinear:
+    """The weight as it came: `[N, K]`, rows dense."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.weight.index_select(0, ids)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Experts:
+    """The weights of one mixture layer, held so that the addresses stay theirs."""
+
+    weights: tuple[TritonLinear, ...]
+    weight_addresses: torch.Tensor
+    bias_addresses: torch.Tensor | None
+
+
+class TritonOps:
+    """`kernels.ops.Ops` on CUDA (or ROCm) tensors.
+
+    With `exact`, a row's bits don't depend on its batch, chunks and pages. Without it, linears are
+    the vendor library's, and attention uses the tiles that suit each kernel best.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str,
+        *,
+        exact: bool = True,
+        target: Target | None = None,
+        runner: Runner | None = None,
+    ) -> None:
+        """Take a device.
+
+        Args:
+            device: where the tensors live.
+            exact: see the class.
+            target: compile for this instead of the device (tests, together with `runner`).
+            runner: takes the launches instead of running them.
+        """
+        self._target = target or current_target()
+        self._run = runner or runner_for(self._target, torch.device(device))
+        self._experts: dict[tuple[int, ...], _Experts] = {}
+        self.exact = exact
+        self.name = f"triton {self._target.arch}"
+
+    def prepare_linear(
+        self, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> TritonLinear:
+        return TritonLinear(weight.contiguous(), bias)
+
+    def linear(self, x: torch.Tensor, weight: Linear) -> torch.Tensor:
+        own = _own(weight)
+        if not self.exact:
+            return F.linear(x, own.weight, own.bias)
+        return self._linear(x, own, x.dtype)
+
+    def linear_float32(self, x: torch.Tensor, weight: Linear) -> torch.Tensor:
+        return self._linear(x, _own(weight), torch.float32)
+
+    def _linear(self, x: torch.Tensor, own: TritonLinear, dtype: torch.dtype) -> torch.Tensor:
+        out = torch.empty(x.shape[0], own.out_features, dtype=dtype, device=x.device)
+        if out.numel():
+            tiles = linear.choose_tiles(
+                self._target, x.shape[0], own.out_features, x.dtype, exact=self.exact
+            )
+            self._run(linear.linear_launch(out, x, own.weight, own.bias, tiles))
+        return out
+
+    def grouped_linear(
+        self, x: torch.Tensor, weights: list[Linear], expert_of_row: torch.Tensor
+    ) -> torch.Tensor:
+        experts = self._experts_of([_own(weight) for weight in weights])
+        num_rows, out_features = x.shape[0], experts.weights[0].out_features
+        out = x.new_empty(num_rows, out_features)
+        if out.numel():
+            ordered, row_order = expert_of_row.sort(stable=True)
+            expert_starts = torch.searchsorted(
+                ordered, torch.arange(len(weights) + 1, device=x.device)
+            )
+            # As if each expert had its fair share: on average its tiles are that full.
+            rows_of_expert = -(-num_rows // len(weights))
+            tiles = linear.choose_tiles(
+                self._target, rows_of_expert, out_features, x.dtype, exact=self.exact
+            )
+            self._run(
+                linear.grouped_linear_launch(
+                    out,
+                    x,
+                    experts.weight_addresses,
+                    experts.bias_addresses,
+                    row_order,
+                    expert_starts,
+                    tiles,
+                )
+            )
+        return out
+
+    def _experts_of(self, weights: Sequence[TritonLinear]) -> _Experts:
+        key = tuple(map(id, weights))
+        if key not in self._experts:
+            device = weights[0].weight.device
+            biases = [own.bias.data_ptr() for own in weights if own.bias is not None]
+            self._experts[key] = _Experts(
+                tuple(weights),
+                torch.tensor([own.weight.data_ptr() for own in weights], device=device),
+                torch.tensor(biases, device=device) if biases else None,
+            )
+        return self._experts[key]
+
+    def rms_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, *, weight_offset: float = 0.0
+    ) -> torch.Tensor:
+        return self._rms_norm(x, None, weight, eps, weight_offset)
+
+    def add_rms_norm(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        *,
+        weight_offset: float = 0.0,
+    ) -> torch.Tensor:
+        return self._rms_norm(x, residual, weight, eps, weight_offset)
+
+    def _rms_norm(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        weight: torch.Tensor,
+        eps: float,
+        weight_offset: float,
+    ) -> torch.Tensor:
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        if out.numel():
+            self._run(rows.rms_norm_launch(out, x, residual, weight, eps, weight_offset))
+        return out
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+        if out.numel():
+            self._run(rows.gated_launch(out, gate_up, "silu"))
+        return out
+
+    def gelu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+        if out.numel():
+            self._run(rows.gated_launch(out, gate_up, "gelu"))
+        return out
+
+    def rope_store(
+        self,
+        qkv: torch.Tensor,
+        positions: torch.Tensor,
+        cos_sin: torch.Tensor,
+        key_pages: torch.Tensor,
+        value_pages: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        *,
+        q_norm: torch.Tensor | None = None,
+        k_norm: torch.Tensor | None = None,
+        norm_eps: float = 0.0,
+        norm_weight_offset: float = 0.0,
+    ) -> torch.Tensor:
+        _, num_kv_heads, _, head_dim = key_pages.shape
+        num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
+        query = qkv.new_empty(qkv.shape[0], num_heads, head_dim)
+        if query.numel():
+            self._run(
+                rope.rope_store_launch(
+                    query,
+                    qkv,
+                    positions,
+                    cos_sin,
+                    key_pages,
+                    value_pages,
+                    slot_mapping,
+                    q_norm,
+                    k_norm,
+                    norm_eps,
+                    norm_weight_offset,
+                )
+            )
+        return query
+
+    def paged_attention(
+        self,
+        query: torch.Tensor,
+        key_pages: torch.Tensor,
+        value_pages: torch.Tensor,
+        page_tables: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_starts: torch.Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+        soft_cap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        _, num_heads, head_dim = query.shape
+        group = num_heads // key_pages.shape[1]
+        call = attention.Attention(
+            query,
+            key_pages,
+            value_pages,
+            page_tables,
+            seq_lens,
+            query_starts,
+            scale,
+            window,
+            soft_cap,
+            sinks,
+            attention.choose_tiles(self._target, head_dim, group, query.dtype, exact=self.exact),
+            self.exact,
+        )
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        parts = (call.part_rows, num_heads, call.max_splits)
+        part_acc = torch.empty(*parts, head_dim, dtype=torch.float32, device=query.device)
+        part_state = torch.empty(*parts, 2, dtype=torch.float32, device=query.device)
+        for launch in call.launches(out, part_acc, part_state):
+            self._run(launch)
+        return out
+
+    def sample(
+        self,
+        logits: torch.Tensor,
+        temperature: torch.Tensor,
+        top_k: torch.Tensor,
+        top_p: torch.Tensor,
+        min_p: torch.Tensor,
+        seeds: torch.Tensor,
+        output_indices: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> torch.Tensor:
+        out = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
+        if out.numel():
+            self._run(
+                sampling.sample_launch(
+                    out,
+                    logits,
+                    temperature,
+                    top_k,
+                    top_p,
+                    min_p,
+                    seeds,
+                    output_indices,
+                    positions,
+                )
+            )
+        return out
+
+    def log_softmax(self, logits: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        if out.numel():
+            self._run(rows.log_softmax_launch(out, logits))
+        return out
+
+    def copy_pages(self, pool: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        if sources.numel():
+            self._run(pages.copy_pages_launch(pool, sources, targets))
+
+
+def _own(weight: Linear) -> TritonLinear:
+    if not isinstance(weight, TritonLinear):
+        raise TypeError(f"a weight prepared by another path: {type(weight).__name__}")
+    return weight
