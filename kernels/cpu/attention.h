@@ -13,6 +13,10 @@ struct Range {
     int64_t begin, end;
 };
 
+// Keys and values are fetched so many tokens before they are needed: pages lie anywhere, and the
+// hardware can't guess where the next one is.
+constexpr int64_t kAhead = 16;
+
 // The rows of an item and what each sees.
 struct Block {
     const AttentionTask& task;
@@ -70,6 +74,7 @@ template <typename T>
 void score(const Block& block, Range keys, const T* const* places, float (*scores)[kSplit]) {
     const AttentionTask& task = block.task;
     constexpr int kRows = kTileRows<T>;
+    const int64_t head_span = task.page_size * task.head_dim;
     const T* query[kMaxRows];
     for (int64_t row = 0; row < block.num_rows; ++row) {
         query[row] = static_cast<const T*>(task.query) + block.token_of(row) * task.query_stride +
@@ -81,15 +86,17 @@ void score(const Block& block, Range keys, const T* const* places, float (*score
         for (int64_t h = block.item.kv_head_begin; h < block.item.kv_head_end; ++h) {
             const int64_t first_row = (h - block.item.kv_head_begin) * block.rows_per_kv;
             for (int64_t i = begin; i < end; i += kTileCols) {
-                const T* key[kTileCols];
+                const T *key[kTileCols], *next[kTileCols];
                 for (int c = 0; c < kTileCols; ++c) {
-                    key[c] = places[lesser(i + c, end - 1)] + h * task.page_size * task.head_dim;
+                    key[c] = places[lesser(i + c, end - 1)] + h * head_span;
+                    next[c] = places[lesser(i + c + kAhead, keys.end - 1)] + h * head_span;
                 }
                 const int64_t cols = lesser(kTileCols, end - i);
                 for (int64_t r = 0; r < block.rows_per_kv; r += kRows) {
                     const int rows = static_cast<int>(lesser(kRows, block.rows_per_kv - r));
                     float out[kRows * kTileCols];
-                    dot_rows<T>(rows, query + first_row + r, key, task.head_dim, out);
+                    dot_rows<T>(rows, query + first_row + r, key, task.head_dim,
+                                r == 0 ? next : nullptr, out);
                     for (int j = 0; j < rows; ++j) {
                         float* to = scores[first_row + r + j] + i;
                         for (int64_t c = 0; c < cols; ++c) to[c] = out[j * kTileCols + c];
@@ -138,6 +145,9 @@ KV_INLINE void add_values(Range keys, const T* const* places, int64_t offset, in
     }
     for (int64_t i = keys.begin; i < keys.end; ++i) {
         const T* value = places[i] + offset;
+        const T* next = places[lesser(i + kAhead, keys.end - 1)] + offset;
+#pragma GCC unroll 8
+        for (int c = 0; c < COLS; c += 64 / (16 * sizeof(T))) __builtin_prefetch(next + 16 * c);
         Vec v[COLS];
 #pragma GCC unroll 8
         for (int c = 0; c < COLS; ++c) {
@@ -157,6 +167,9 @@ KV_INLINE void add_values(Range keys, const T* const* places, int64_t offset, in
     }
 }
 
+// Vectors side by side for so many rows: few rows leave registers for more of the head.
+constexpr int value_cols(int rows) { return 2 * rows <= kValueRows ? 2 * kValueCols : kValueCols; }
+
 // The same over the whole head, for a number of rows known at run time.
 template <typename T, int ROWS = kValueRows>
 KV_INLINE void add_head(int rows, Range keys, const T* const* places, int64_t offset,
@@ -166,11 +179,12 @@ KV_INLINE void add_head(int rows, Range keys, const T* const* places, int64_t of
             return add_head<T, ROWS - 1>(rows, keys, places, offset, head_dim, weights, acc);
         }
     }
+    constexpr int kCols = value_cols(ROWS);
     int64_t d = 0;
     float* at[ROWS];
-    for (; d + 16 * kValueCols <= head_dim; d += 16 * kValueCols) {
+    for (; d + 16 * kCols <= head_dim; d += 16 * kCols) {
         for (int r = 0; r < ROWS; ++r) at[r] = acc[r] + d;
-        add_values<T, ROWS, kValueCols>(keys, places, offset + d, 16, weights, at);
+        add_values<T, ROWS, kCols>(keys, places, offset + d, 16, weights, at);
     }
     for (; d < head_dim; d += 16) {
         for (int r = 0; r < ROWS; ++r) at[r] = acc[r] + d;

@@ -6,8 +6,10 @@ namespace {
 // out[r * COLS + c] = x[r] . w[c] over k elements.
 // Each sum runs over k in steps of Operand<T>::kStep, lane by lane, and is folded over the tree of
 // sum4: its bits depend on the two rows alone, not on the tile's shape or on the place in it.
+// `next`: the rows that w will be next, fetched meanwhile; or null.
 template <typename T, int ROWS, int COLS>
-KV_INLINE void dot_tile(const T* const* x, const T* const* w, int64_t k, float* out) {
+KV_INLINE void dot_tile(const T* const* x, const T* const* w, int64_t k,
+                        const T* const* next, float* out) {
     using Op = Operand<T>;
     Vec sums[ROWS * COLS];
 #pragma GCC unroll 24
@@ -18,6 +20,10 @@ KV_INLINE void dot_tile(const T* const* x, const T* const* w, int64_t k, float* 
         Op b[COLS];
 #pragma GCC unroll 8
         for (int c = 0; c < COLS; ++c) b[c] = Op::load(w[c] + i);
+        if (next) {
+#pragma GCC unroll 8
+            for (int c = 0; c < COLS; ++c) __builtin_prefetch(next[c] + i);
+        }
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r) {
             const Op a = Op::load(x[r] + i);
@@ -50,11 +56,12 @@ KV_INLINE void dot_tile(const T* const* x, const T* const* w, int64_t k, float* 
 
 // The same for a number of rows known at run time, at most kTileRows<T>.
 template <typename T, int ROWS = kTileRows<T>>
-KV_INLINE void dot_rows(int rows, const T* const* x, const T* const* w, int64_t k, float* out) {
+KV_INLINE void dot_rows(int rows, const T* const* x, const T* const* w, int64_t k,
+                        const T* const* next, float* out) {
     if constexpr (ROWS > 1) {
-        if (rows < ROWS) return dot_rows<T, ROWS - 1>(rows, x, w, k, out);
+        if (rows < ROWS) return dot_rows<T, ROWS - 1>(rows, x, w, k, next, out);
     }
-    dot_tile<T, ROWS, kTileCols>(x, w, k, out);
+    dot_tile<T, ROWS, kTileCols>(x, w, k, next, out);
 }
 
 }  // namespace

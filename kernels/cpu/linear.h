@@ -28,9 +28,12 @@ void linear(const LinearTask& task, int64_t row_begin, int64_t row_end, int64_t 
 
     for (int64_t col = col_begin; col < col_end; col += kTileCols) {
         const int cols = static_cast<int>(lesser(kTileCols, col_end - col));
-        const T* w[kTileCols];
+        const T *w[kTileCols], *next[kTileCols];
         // Past the end the last row is computed again and not stored.
-        for (int c = 0; c < kTileCols; ++c) w[c] = weight + lesser(col + c, col_end - 1) * task.k;
+        for (int c = 0; c < kTileCols; ++c) {
+            w[c] = weight + lesser(col + c, col_end - 1) * task.k;
+            next[c] = weight + lesser(col + kTileCols + c, task.n - 1) * task.k;
+        }
 
         for (int64_t tile = 0; tile < num_tiles; ++tile) {
             const int64_t begin = row_begin + tile * num_rows / num_tiles;
@@ -42,7 +45,8 @@ void linear(const LinearTask& task, int64_t row_begin, int64_t row_end, int64_t 
                 operands[r] = x + row * task.x_stride;
             }
             float out[kRows * kTileCols];
-            dot_rows<T>(rows, operands, w, task.k, out);
+            // The first tile waits for memory; while it does, the next columns can come.
+            dot_rows<T>(rows, operands, w, task.k, tile == 0 ? next : nullptr, out);
             for (int r = 0; r < rows; ++r) {
                 store_outputs<T>(task, begin + r, col, out + r * kTileCols, cols);
             }

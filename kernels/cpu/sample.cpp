@@ -1,8 +1,9 @@
 #include "sample.h"
 
 #include <algorithm>
-#include <cmath>
+#include <functional>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 namespace kv {
@@ -40,29 +41,54 @@ struct Candidate {
 class Row {
   public:
     Row(const Kernels& kernels, const SampleRow& row) : row_(row), kernels_(kernels) {
-        maxima_.resize(static_cast<size_t>((row.width + kMaxBlock - 1) / kMaxBlock));
+        maxima_.resize(blocks(row.width));
         max_ = kernels.block_max(row.logits, row.width, maxima_.data());
     }
 
     int64_t largest() const {
-        for (int64_t i = 0; i < row_.width; ++i) {
-            if (row_.logits[i] == max_) return i;
+        for (size_t block = 0; block < maxima_.size(); ++block) {
+            if (maxima_[block] != max_) continue;
+            const int64_t end = std::min<int64_t>((block + 1) * kMaxBlock, row_.width);
+            for (int64_t i = block * kMaxBlock; i < end; ++i) {
+                if (row_.logits[i] == max_) return i;
+            }
         }
         return 0;  // all NaN
     }
 
-    int64_t draw() {
-        weights_.resize(static_cast<size_t>(row_.width));
-        sums_.resize(maxima_.size());
-        kernels_.weights(row_.logits, row_.width, max_, 1.0f / row_.temperature, weights_.data(),
-                         sums_.data());
-        const bool all = (row_.top_k <= 0 || row_.top_k >= row_.width) && row_.top_p >= 1;
-        if (!all) keep(last_kept());
-        if (row_.min_p > 0) keep_likely();
-        return invert(uniform(row_.seed, row_.output_index, row_.position));
+    int64_t draw() const {
+        const double u = uniform(row_.seed, row_.output_index, row_.position);
+        const bool all = row_.top_p >= 1 && limit() == row_.width;
+        return all ? draw_of_all(u) : draw_of(kept(), u);
     }
 
   private:
+    struct Weights {
+        std::vector<float> each;   // exp((logit - max) / temperature)
+        std::vector<double> sums;  // of each kMaxBlock of them
+        double total() const { return std::accumulate(sums.begin(), sums.end(), 0.0); }
+    };
+
+    static size_t blocks(int64_t width) {
+        return static_cast<size_t>((width + kMaxBlock - 1) / kMaxBlock);
+    }
+
+    Weights weigh(const float* logits, int64_t width) const {
+        Weights weights;
+        weights.each.resize(static_cast<size_t>(width));
+        weights.sums.resize(blocks(width));
+        kernels_.weights(logits, width, max_, 1.0f / row_.temperature, weights.each.data(),
+                         weights.sums.data());
+        return weights;
+    }
+
+    int64_t limit() const {
+        return row_.top_k > 0 ? std::min<int64_t>(row_.top_k, row_.width) : row_.width;
+    }
+
+    // Weights are relative to the largest, whose own is 1.
+    float least_weight() const { return std::min(row_.min_p, 1.0f); }
+
     // The `count` best, in order.
     std::vector<Candidate> best(int64_t count) const {
         // The count-th largest of the blocks' maxima is at most the count-th largest of all.
@@ -76,111 +102,122 @@ class Row {
         std::vector<Candidate> candidates;
         for (size_t block = 0; block < maxima_.size(); ++block) {
             if (maxima_[block] < bound) continue;
-            const int64_t begin = static_cast<int64_t>(block) * kMaxBlock;
-            const int64_t end = std::min(begin + kMaxBlock, row_.width);
-            for (int64_t i = begin; i < end; ++i) {
+            const int64_t end = std::min<int64_t>((block + 1) * kMaxBlock, row_.width);
+            for (int64_t i = block * kMaxBlock; i < end; ++i) {
                 if (row_.logits[i] >= bound) candidates.push_back({row_.logits[i], i});
             }
         }
+        if (candidates.empty()) candidates.push_back({max_, 0});  // all NaN
         const size_t kept = std::min(candidates.size(), static_cast<size_t>(count));
-        const auto middle = candidates.begin() + static_cast<std::ptrdiff_t>(kept);
-        std::nth_element(candidates.begin(), middle, candidates.end());
+        std::nth_element(candidates.begin(), candidates.begin() + static_cast<ptrdiff_t>(kept - 1),
+                         candidates.end());
         candidates.resize(kept);
         std::sort(candidates.begin(), candidates.end());
         return candidates;
     }
 
-    // The last token, in order of preference, that top_k and top_p leave.
-    Candidate last_kept() const {
-        const int64_t limit = row_.top_k > 0 ? std::min<int64_t>(row_.top_k, row_.width) : row_.width;
-        if (row_.top_p >= 1) {
-            const std::vector<Candidate> top = best(limit);
-            return top.empty() ? Candidate{max_, 0} : top.back();
+    Weights weigh(const std::vector<Candidate>& candidates) const {
+        std::vector<float> logits;
+        for (const Candidate& c : candidates) logits.push_back(c.logit);
+        return weigh(logits.data(), static_cast<int64_t>(logits.size()));
+    }
+
+    // What top_k and top_p leave, in order of preference.
+    std::vector<Candidate> kept() const {
+        if (row_.top_p >= 1) return best(limit());
+        if (limit() < row_.width) {
+            const std::vector<Candidate> top = best(limit());
+            const Weights weights = weigh(top);
+            return nucleus(top, weights, weights.total());
         }
-        double total = 0;
-        if (limit == row_.width) {
-            for (const double sum : sums_) total += sum;
-        } else {
-            for (const Candidate& c : best(limit)) total += weight(c);
-        }
-        const double nucleus = total * static_cast<double>(row_.top_p);
         // Most often a few tokens hold the nucleus: sort no more than needed.
-        for (int64_t count = std::min<int64_t>(limit, 256);; count = std::min(limit, count * 8)) {
-            const std::vector<Candidate> top = best(count);
-            double sum = 0;
-            for (const Candidate& c : top) {
-                sum += weight(c);
-                if (sum >= nucleus) return c;
-            }
-            if (count == limit) return top.empty() ? Candidate{max_, 0} : top.back();
+        const double total = weigh(row_.logits, row_.width).total();
+        for (int64_t count = 256;; count *= 8) {
+            const std::vector<Candidate> top = best(std::min(count, row_.width));
+            const std::vector<Candidate> found = nucleus(top, weigh(top), total);
+            if (found.size() < top.size() || count >= row_.width) return found;
         }
     }
 
-    double weight(const Candidate& c) const {
-        return static_cast<double>(weights_[static_cast<size_t>(c.id)]);
-    }
-
-    void keep(Candidate last) {
-        for (int64_t i = 0; i < row_.width; ++i) {
-            if (last < Candidate{row_.logits[i], i}) weights_[static_cast<size_t>(i)] = 0;
-        }
-        sum_blocks();
-    }
-
-    // Weights are relative to the largest, whose own is 1.
-    void keep_likely() {
-        const float least = std::min(row_.min_p, 1.0f);
-        for (float& w : weights_) w = w < least ? 0 : w;
-        sum_blocks();
-    }
-
-    void sum_blocks() {
-        for (size_t block = 0; block < sums_.size(); ++block) {
-            const size_t begin = block * static_cast<size_t>(kMaxBlock);
-            const size_t end = std::min(begin + static_cast<size_t>(kMaxBlock), weights_.size());
-            double sum = 0;
-            for (size_t i = begin; i < end; ++i) sum += static_cast<double>(weights_[i]);
-            sums_[block] = sum;
-        }
-    }
-
-    // The first token, by id, at which the running sum exceeds u of the total.
-    int64_t invert(double u) const {
-        double total = 0;
-        for (const double sum : sums_) total += sum;
-        const double target = u * total;
+    // The shortest beginning that holds top_p of `total`.
+    std::vector<Candidate> nucleus(std::vector<Candidate> top, const Weights& weights,
+                                   double total) const {
+        const double wanted = total * static_cast<double>(row_.top_p);
         double sum = 0;
-        size_t block = 0;
-        size_t last_block = 0;
-        for (; block < sums_.size() && sum + sums_[block] <= target; ++block) {
-            if (sums_[block] > 0) last_block = block;
-            sum += sums_[block];
+        for (size_t i = 0; i < top.size(); ++i) {
+            sum += static_cast<double>(weights.each[i]);
+            if (sum >= wanted) {
+                top.resize(i + 1);
+                break;
+            }
         }
-        if (block == sums_.size()) block = last_block;  // u * total rounded up to the total
-        size_t chosen = static_cast<size_t>(largest());
-        const size_t begin = block * static_cast<size_t>(kMaxBlock);
-        const size_t end = std::min(begin + static_cast<size_t>(kMaxBlock), weights_.size());
-        for (size_t i = begin; i < end; ++i) {
-            if (weights_[i] == 0) continue;
-            chosen = i;
-            sum += static_cast<double>(weights_[i]);
-            if (sum > target) break;
+        return top;
+    }
+
+    // The first, by id, at which the running sum exceeds u of the total.
+    int64_t draw_of(std::vector<Candidate> candidates, double u) const {
+        std::sort(candidates.begin(), candidates.end(),
+                  [](const Candidate& a, const Candidate& b) { return a.id < b.id; });
+        const Weights weights = weigh(candidates);
+        double total = 0;
+        for (const float w : weights.each) {
+            if (w >= least_weight()) total += static_cast<double>(w);
         }
-        return static_cast<int64_t>(chosen);
+        double sum = 0;
+        int64_t chosen = largest();
+        for (size_t i = 0; i < candidates.size(); ++i) {
+            const float w = weights.each[i];
+            if (w == 0 || w < least_weight()) continue;
+            chosen = candidates[i].id;
+            sum += static_cast<double>(w);
+            if (sum > u * total) break;
+        }
+        return chosen;
+    }
+
+    // The same for a whole row, a block at a time.
+    int64_t draw_of_all(double u) const {
+        Weights weights = weigh(row_.logits, row_.width);
+        if (row_.min_p > 0) {
+            std::fill(weights.sums.begin(), weights.sums.end(), 0.0);
+            for (size_t i = 0; i < weights.each.size(); ++i) {
+                float& w = weights.each[i];
+                if (w < least_weight()) w = 0;
+                weights.sums[i / kMaxBlock] += static_cast<double>(w);
+            }
+        }
+        const double target = u * weights.total();
+        double before = 0;
+        int64_t chosen = largest();
+        for (size_t block = 0; block < weights.sums.size(); ++block) {
+            const size_t begin = block * kMaxBlock;
+            const size_t end = std::min(begin + kMaxBlock, weights.each.size());
+            if (before + weights.sums[block] <= target && end < weights.each.size()) {
+                before += weights.sums[block];
+                continue;
+            }
+            double sum = before;
+            for (size_t i = begin; i < end; ++i) {
+                if (weights.each[i] == 0) continue;
+                chosen = static_cast<int64_t>(i);
+                sum += static_cast<double>(weights.each[i]);
+                if (sum > target) break;
+            }
+            return chosen;
+        }
+        return chosen;
     }
 
     const SampleRow& row_;
     const Kernels& kernels_;
     float max_;
-    std::vector<float> maxima_;   // of each kMaxBlock logits
-    std::vector<float> weights_;  // exp((logit - max) / temperature), 0 where filtered
-    std::vector<double> sums_;    // of each kMaxBlock weights
+    std::vector<float> maxima_;  // of each kMaxBlock logits
 };
 
 }  // namespace
 
 int64_t sample(const Kernels& kernels, const SampleRow& row) {
-    Row of(kernels, row);
+    const Row of(kernels, row);
     return row.temperature > 0 ? of.draw() : of.largest();
 }
 
