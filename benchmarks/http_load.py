@@ -1,7 +1,7 @@
 """Load over HTTP on any server with the OpenAI completions route.
 
-Each client sends one streamed request after the other, with fixed lengths (`ignore_eos`) and prompts
-given as token ids drawn afresh. Three workloads:
+Each client sends one streamed request after the other, with fixed lengths (`ignore_eos`) and
+prompts given as token ids drawn afresh. Three workloads:
 
     short    128 tokens in, 128 out
     long     1,024 in, 16 out
