@@ -30,6 +30,8 @@ def resolve_checkpoint(model: str) -> Path:
     A hub id that is cached works without a network. Raises `ConfigError` when there is neither a
     directory nor such a repository.
     """
+    if not model:
+        raise ConfigError("model: is empty; give a checkpoint directory or a hub id")
     path = Path(model).expanduser()
     if path.is_dir():
         return path.resolve()

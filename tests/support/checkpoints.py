@@ -16,7 +16,7 @@ import torch
 ORIGINAL_LENGTH = 128
 """Positions that a case's checkpoint was "trained" for; tests stay within them."""
 
-_SMALL = {
+SMALL = {
     "vocab_size": 128,
     "hidden_size": 64,
     "intermediate_size": 64,
@@ -63,9 +63,19 @@ _YARN = {"factor": 4.0, "original_max_position_embeddings": 32}
 
 CASES: tuple[Case, ...] = (
     Case("llama-gqa", "llama"),
-    Case("llama-mha-tied-old", "llama", {"num_key_value_heads": 4, "tie_word_embeddings": True}, True),
-    Case("llama-mqa-biases", "llama", {"num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True}),
-    Case("llama-head-80", "llama", {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 80}),
+    Case(
+        "llama-mha-tied-old", "llama", {"num_key_value_heads": 4, "tie_word_embeddings": True}, True
+    ),
+    Case(
+        "llama-mqa-biases",
+        "llama",
+        {"num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True},
+    ),
+    Case(
+        "llama-head-80",
+        "llama",
+        {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 80},
+    ),
     Case("llama-linear-old", "llama", _rope("linear", factor=4.0), True),
     Case("llama-dynamic", "llama", _rope("dynamic", factor=4.0)),
     Case(
@@ -106,7 +116,12 @@ CASES: tuple[Case, ...] = (
     Case(
         "gemma2-uncapped-bias",
         "gemma2",
-        {**_GEMMA, "attn_logit_softcapping": None, "final_logit_softcapping": None, "attention_bias": True},
+        {
+            **_GEMMA,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "attention_bias": True,
+        },
     ),
     Case(
         "gemma3",
@@ -124,7 +139,12 @@ CASES: tuple[Case, ...] = (
     Case(
         "gemma3-pattern-untied-old",
         "gemma3_text",
-        {**_GEMMA, "num_hidden_layers": 3, "sliding_window_pattern": 2, "tie_word_embeddings": False},
+        {
+            **_GEMMA,
+            "num_hidden_layers": 3,
+            "sliding_window_pattern": 2,
+            "tie_word_embeddings": False,
+        },
         True,
     ),
     Case("phi3-window-old", "phi3", {"sliding_window": 10}, True),
@@ -196,7 +216,7 @@ def make(
     """Write the case's checkpoint to `directory`; returns the reference model in `dtype`."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(case.model_type, **{**_SMALL, **case.fields})
+    config = AutoConfig.for_model(case.model_type, **{**SMALL, **case.fields})
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
     model.eval()
     _randomise(model, seed)

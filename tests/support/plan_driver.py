@@ -1,4 +1,4 @@
-"""Drives an executor with plans made by hand: several sequences, chunked prefill, shuffled pages."""
+"""Drives an executor with hand-made plans: several sequences, chunked prefill, shuffled pages."""
 
 from __future__ import annotations
 

@@ -1,0 +1,165 @@
+"""What is decided at start, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import case, make
+from ops_paths import cpu_paths
+
+from kvpaging.base.config import EngineConfig, EngineOptions
+from kvpaging.base.errors import ConfigError
+from kvpaging.execution.loading import load_executor
+from kvpaging.execution.memory import _cgroup_bytes, available_bytes
+
+KV_BYTES = 4 * 2**20
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("llama")
+    make(case("llama-gqa"), directory, dtype=torch.bfloat16)
+    return directory
+
+
+def resolved(checkpoint: Path, **options: Any) -> EngineConfig:
+    given = {"device": "cpu", "threads": 1, "kv_cache_memory_bytes": KV_BYTES, **options}
+    config, executor = load_executor(EngineOptions(model=str(checkpoint), **given))
+    executor.close()
+    return config
+
+
+def test_open_choices_are_closed_and_told(checkpoint: Path) -> None:
+    config, executor = load_executor(EngineOptions(model=str(checkpoint), device="cpu"))
+    executor.close()
+    told = "\n".join(config.decisions)
+    assert config.threads >= 1
+    assert f"threads {config.threads}" in told
+    assert f"dtype {config.dtype}" in told
+    assert config.scheduler.max_num_batched_tokens == 512
+    assert "max_num_batched_tokens 512" in told
+    assert config.scheduler.max_model_len == 128
+    assert "max_model_len 128: the checkpoint's" in told
+    assert "KV memory" in told
+    # The pool is no larger than what all sequences together can fill.
+    assert config.scheduler.num_pages == 256 * 128 // 16
+    assert f"KV pages {config.scheduler.num_pages}" in told
+    assert config.architecture == "LlamaForCausalLM"
+    assert config.vocab_size == 128
+    assert config.eos_token_ids == (2,)
+    assert config.model_dir == str(checkpoint)
+    page_bytes = 2 * 2 * 2 * 16 * 16 * (2 if config.dtype == "bfloat16" else 4)
+    assert config.kv_cache_bytes == (config.scheduler.num_pages + 1) * page_bytes
+
+
+def test_given_choices_are_kept(checkpoint: Path) -> None:
+    config = resolved(
+        checkpoint,
+        dtype="float32",
+        page_size=4,
+        max_num_seqs=3,
+        max_num_batched_tokens=7,
+        max_model_len=50,
+        max_num_waiting=9,
+        prefix_cache=False,
+    )
+    assert config.decisions == ()
+    assert config.dtype == "float32"
+    scheduler = config.scheduler
+    assert (scheduler.page_size, scheduler.max_num_seqs, scheduler.max_model_len) == (4, 3, 50)
+    assert (scheduler.max_num_batched_tokens, scheduler.max_num_waiting) == (7, 9)
+    assert not scheduler.prefix_cache
+    assert config.kv_cache_bytes <= KV_BYTES
+    assert config.kv_cache_bytes == KV_BYTES // (2 * 2 * 2 * 4 * 16 * 4) * (2 * 2 * 2 * 4 * 16 * 4)
+
+
+@pytest.mark.parametrize("path", cpu_paths())
+def test_a_dtype_that_the_machine_computes_slowly_becomes_float32(
+    checkpoint: Path, path: str, tmp_path: Path
+) -> None:
+    config = resolved(checkpoint, kernels=path)
+    is_fast = "bf16" in config.kernels
+    assert config.dtype == ("bfloat16" if is_fast else "float32")
+    assert config.exact == (path == "native")
+    make(case("llama-gqa"), tmp_path, dtype=torch.float16)
+    assert resolved(tmp_path, kernels=path).dtype == "float32"
+
+
+def test_many_sequences_raise_the_default_of_batched_tokens(checkpoint: Path) -> None:
+    assert resolved(checkpoint, max_num_seqs=700).scheduler.max_num_batched_tokens == 701
+
+
+def test_the_length_is_cut_to_what_the_pool_holds(checkpoint: Path) -> None:
+    config = resolved(checkpoint, dtype="float32", kv_cache_memory_bytes=3 * 8192)
+    assert config.scheduler.num_pages == 2
+    assert config.scheduler.max_model_len == 32
+    assert "max_model_len 32: what the pool holds, of the checkpoint's 128" in config.decisions[-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"device": "tpu"}, ["device", "tpu"]),
+        ({"device": "vulkan"}, ["device", "vulkan"]),
+        ({"dtype": "int4"}, ["dtype", "int4", "bfloat16"]),
+        ({"kernels": "magic"}, ["kernels", "magic", "native"]),
+        ({"kernels": "triton"}, ["kernels", "triton"]),
+        ({"threads": 0}, ["threads", "0"]),
+        ({"page_size": 0}, ["page_size", "0"]),
+        ({"max_num_batched_tokens": 0}, ["max_num_batched_tokens"]),
+        ({"max_model_len": 129}, ["max_model_len", "129", "128"]),
+        ({"max_model_len": 0}, ["max_model_len", "0"]),
+        ({"kv_cache_memory_bytes": 100}, ["KV memory", "100"]),
+        ({"kv_cache_memory_bytes": 20_000, "max_model_len": 128}, ["max_model_len", "128", "pool"]),
+        ({"model": "/no/such/dir"}, ["/no/such/dir"]),
+    ],
+)
+def test_what_can_not_be_is_refused(
+    checkpoint: Path, options: dict[str, Any], words: list[str]
+) -> None:
+    given = {"model": str(checkpoint), "device": "cpu", "threads": 1, **options}
+    with pytest.raises(ConfigError) as error:
+        load_executor(EngineOptions(**given))
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused(checkpoint: Path) -> None:
+    with pytest.raises(ConfigError, match="no GPU"):
+        resolved(checkpoint, device="cuda")
+
+
+def test_an_unsupported_architecture_lists_the_supported(checkpoint: Path, tmp_path: Path) -> None:
+    raw = json.loads((checkpoint / "config.json").read_text())
+    raw["architectures"] = ["Gemma3ForConditionalGeneration"]
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ConfigError, match=r"Gemma3ForConditionalGeneration.*LlamaForCausalLM"):
+        resolved(tmp_path)
+
+
+def test_the_numerics_identity_changes_with_what_changes_bits(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    before = resolved(checkpoint, dtype="float32").numerics_identity
+    assert len(before) == 32
+    assert resolved(checkpoint, dtype="float32").numerics_identity == before
+    assert resolved(checkpoint, dtype="bfloat16").numerics_identity != before
+    assert resolved(checkpoint, dtype="float32", page_size=4).numerics_identity != before
+    make(case("llama-gqa"), tmp_path, dtype=torch.bfloat16, seed=1)
+    assert resolved(tmp_path, dtype="float32").numerics_identity != before
+
+
+def test_a_container_s_limit_counts(tmp_path: Path) -> None:
+    assert available_bytes() > 0
+    assert _cgroup_bytes(tmp_path) is None
+    (tmp_path / "memory.max").write_text("max\n")
+    assert _cgroup_bytes(tmp_path) is None
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("700\n")
+    (tmp_path / "memory.stat").write_text("anon 300\ninactive_file 250\n")
+    assert _cgroup_bytes(tmp_path) == 550

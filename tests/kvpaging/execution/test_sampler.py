@@ -1,0 +1,209 @@
+"""Edits, draws and log-probabilities, each row by itself."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ops_paths import cpu_paths
+
+from kernels import registry
+from kvpaging.base.ids import SeqId
+from kvpaging.execution.sampler import Draws, Sampler
+from kvpaging.scheduling.plan import AddedSequence, Sample
+from kvpaging.scheduling.request import SamplingParams
+
+CPU = torch.device("cpu")
+VOCAB = 50
+EOS = 7
+
+
+@pytest.fixture(params=cpu_paths())
+def ops(request: pytest.FixtureRequest) -> registry.Ops:
+    return registry.select(CPU, prefer=request.param, threads=1)
+
+
+@pytest.fixture
+def sampler(ops: registry.Ops) -> Sampler:
+    return Sampler(ops, VOCAB, [EOS], CPU)
+
+
+def sequence(
+    tokens: tuple[int, ...] = (1, 2, 3), num_prompt: int = 3, **sampling: Any
+) -> AddedSequence:
+    params = SamplingParams(**{"max_new_tokens": 10, "seed": 0, "temperature": 0.0, **sampling})
+    return AddedSequence(SeqId(0), tokens, num_prompt, (), params, 0)
+
+
+def draws(rows: list[int], position: int = 3, logit_rows: list[int] | None = None) -> Draws:
+    count = len(rows)
+    return Draws(
+        rows=np.array(rows),
+        logit_rows=np.array(range(count) if logit_rows is None else logit_rows),
+        output_indices=np.arange(count, dtype=np.int32) * (logit_rows is not None),
+        positions=np.full(count, position, dtype=np.int32),
+    )
+
+
+def one(sampler: Sampler, logits: torch.Tensor, added: AddedSequence, position: int = 3) -> Sample:
+    sampler.add(0, added)
+    (sample,) = sampler.draw(logits.clone().unsqueeze(0), draws([0], position))
+    assert sample is not None
+    return sample
+
+
+def random_logits(seed: int = 0, rows: int | None = None) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (VOCAB,) if rows is None else (rows, VOCAB)
+    return torch.randn(shape, generator=generator) * 2
+
+
+def test_greedy_takes_the_largest_and_the_lowest_id_on_a_tie(sampler: Sampler) -> None:
+    logits = torch.zeros(VOCAB)
+    logits[[30, 12, 41]] = 5.0
+    assert one(sampler, logits, sequence()) == Sample(12)
+
+
+def test_bias_is_added(sampler: Sampler) -> None:
+    logits = torch.zeros(VOCAB)
+    logits[4] = 1.0
+    assert one(sampler, logits, sequence(logit_bias=((9, 1.5),))).token_id == 9
+    assert one(sampler, logits, sequence(logit_bias=((9, 0.5),))).token_id == 4
+    assert one(sampler, logits, sequence(logit_bias=((4, -100.0), (9, -1.0)))).token_id == 0
+
+
+def test_repetition_looks_at_prompt_and_output(sampler: Sampler) -> None:
+    logits = torch.full((VOCAB,), -9.0)
+    logits[2], logits[20], logits[30] = 3.0, 2.0, 1.8
+    penalised = {"repetition_penalty": 2.0}
+    assert one(sampler, logits, sequence()).token_id == 2
+    assert one(sampler, logits, sequence(**penalised)).token_id == 20  # 2 is in the prompt
+    said = sequence((1, 2, 3, 20), 3, **penalised)
+    assert one(sampler, logits, said).token_id == 30
+    negative = torch.full((VOCAB,), -9.0)
+    negative[2], negative[20] = -1.0, -1.5
+    assert one(sampler, negative, sequence(**penalised)).token_id == 20  # -1 * 2 < -1.5
+
+
+def test_presence_and_frequency_look_at_the_output_only(sampler: Sampler) -> None:
+    logits = torch.full((VOCAB,), -9.0)
+    logits[2], logits[20] = 3.0, 2.2
+    for penalty in ("presence_penalty", "frequency_penalty"):
+        assert one(sampler, logits, sequence(**{penalty: 1.0})).token_id == 2
+        assert one(sampler, logits, sequence((1, 2), 1, **{penalty: 1.0})).token_id == 20
+        twice = sequence((1, 2, 2), 1, **{penalty: 0.5})
+        assert one(sampler, logits, twice).token_id == (20 if "freq" in penalty else 2)
+
+
+def test_what_was_said_since_counts_too(sampler: Sampler) -> None:
+    logits = torch.full((VOCAB,), -9.0)
+    logits[2], logits[20], logits[30] = 3.0, 2.9, 2.8
+    sampler.add(0, sequence((1,), 1, frequency_penalty=1.0))
+    seen = []
+    for _ in range(6):
+        (sample,) = sampler.draw(logits.clone().unsqueeze(0), draws([0]))
+        assert sample is not None
+        seen.append(sample.token_id)
+        sampler.append(0, sample.token_id)
+    assert seen == [2, 20, 30, 2, 20, 30]
+
+
+def test_ends_are_forbidden_until_the_output_is_long_enough(sampler: Sampler) -> None:
+    logits = torch.zeros(VOCAB)
+    logits[EOS], logits[11], logits[12] = 9.0, 8.0, 7.0
+    sampler.add(0, sequence(min_new_tokens=2, stop_token_ids=(11,)))
+    seen = []
+    for _ in range(3):
+        (sample,) = sampler.draw(logits.clone().unsqueeze(0), draws([0]))
+        assert sample is not None
+        seen.append(sample.token_id)
+        sampler.append(0, sample.token_id)
+    assert seen == [12, 12, EOS]
+    # Two tokens of output are known already: nothing is owed.
+    assert one(sampler, logits, sequence((1, 5, 6), 1, min_new_tokens=2)).token_id == EOS
+    # An end that doesn't end anything is a token like others.
+    ignoring = sequence(min_new_tokens=2, ignore_eos=True, stop_token_ids=(11,))
+    assert one(sampler, logits, ignoring).token_id == EOS
+
+
+def test_logprobs_are_of_the_raw_logits_in_order(sampler: Sampler) -> None:
+    logits = random_logits()
+    logits[[40, 10, 25]] = 9.0  # three at the top, equal
+    expected = logits.double().log_softmax(0)
+    sample = one(sampler, logits, sequence(logprobs=4, temperature=0.7, logit_bias=((33, 100.0),)))
+    assert sample.token_id == 33
+    assert sample.logprob == pytest.approx(float(expected[33]), abs=1e-5)
+    ids = [token_id for token_id, _ in sample.top]
+    rest = expected.clone()
+    rest[[10, 25, 40]] = -math.inf
+    assert ids == [10, 25, 40, int(rest.argmax())]
+    for token_id, value in sample.top:
+        assert value == pytest.approx(float(expected[token_id]), abs=1e-5)
+
+
+def test_logprobs_zero_gives_the_chosen_one_alone(sampler: Sampler) -> None:
+    sample = one(sampler, random_logits(), sequence(logprobs=0))
+    assert sample.top == ()
+    assert sample.logprob is not None
+    assert one(sampler, random_logits(), sequence()).logprob is None
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_row_that_is_no_number_fails_alone(sampler: Sampler, bad: float) -> None:
+    logits = random_logits(rows=3)
+    for row in range(3):
+        sampler.add(row, sequence(temperature=1.0, seed=row, logprobs=2))
+    whole = sampler.draw(logits.clone(), draws([0, 1, 2]))
+    logits[1, 17] = bad
+    broken = sampler.draw(logits.clone(), draws([0, 1, 2]))
+    assert broken[1] is None
+    assert (broken[0], broken[2]) == (whole[0], whole[2])
+
+
+def test_a_row_depends_on_nothing_but_itself(sampler: Sampler) -> None:
+    logits = random_logits(rows=6)
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0.0},
+        {"temperature": 1.0, "seed": 2**64 - 1},
+        {"temperature": 0.8, "seed": 5, "top_k": 5},
+        {"temperature": 1.2, "seed": 6, "top_p": 0.6, "repetition_penalty": 1.3},
+        {"temperature": 1.0, "seed": 7, "min_p": 0.1, "logprobs": 3},
+        {"temperature": 1.0, "seed": 8, "logit_bias": ((4, 3.0),), "presence_penalty": 0.5},
+    ]
+    for row, kind in enumerate(kinds):
+        sampler.add(row, sequence(**kind))
+    together = sampler.draw(logits.clone(), draws([0, 1, 2, 3, 4, 5]))
+    backwards = sampler.draw(logits.flip(0).clone(), draws([5, 4, 3, 2, 1, 0]))
+    alone = [sampler.draw(logits[[row]].clone(), draws([row]))[0] for row in range(6)]
+    assert together == alone == backwards[::-1]
+
+
+def test_seed_output_index_and_position_decide(sampler: Sampler) -> None:
+    logits = torch.zeros(VOCAB)  # all tokens alike
+    taken = {
+        (seed, position): one(
+            sampler, logits, sequence(temperature=1.0, seed=seed), position
+        ).token_id
+        for seed in range(8)
+        for position in range(8)
+    }
+    assert len(set(taken.values())) > 20
+    sampler.add(0, sequence(temperature=1.0, seed=3))
+    forked = sampler.draw(logits.clone().unsqueeze(0), draws([0] * 8, logit_rows=[0] * 8))
+    assert len({sample.token_id for sample in forked if sample}) > 3
+    assert forked[0] == Sample(taken[3, 3])
+
+
+def test_rows_grow_and_are_reused(sampler: Sampler) -> None:
+    logits = torch.zeros(VOCAB)
+    logits[4] = 1.0
+    sampler.add(40, sequence(logit_bias=((9, 5.0),)))
+    (sample,) = sampler.draw(logits.clone().unsqueeze(0), draws([40]))
+    assert sample == Sample(9)
+    sampler.remove(40)
+    sampler.add(40, sequence())
+    (sample,) = sampler.draw(logits.clone().unsqueeze(0), draws([40]))
+    assert sample == Sample(4)
