@@ -87,8 +87,7 @@ def test_completion(http: openai.OpenAI) -> None:
 def test_forms_of_a_prompt(
     http: openai.OpenAI, prompt: Any, texts: list[str], stream: bool
 ) -> None:
-    num_tokens = len(ids("ab"))
-    assert num_tokens == 2
+    assert len(ids("ab")) == 2
     options: dict[str, Any] = {"model": MODEL, "prompt": prompt, "max_tokens": 2, "echo": True}
     expected = [
         echoed + text for echoed, text in zip(["ab", "c"][: len(texts)], texts, strict=True)
@@ -192,11 +191,10 @@ def test_an_error_in_a_stream_raises_in_the_package(
     engine: FakeEngineClient, http: openai.OpenAI
 ) -> None:
     engine.dies_after = 2
-    text = ""
+    chunks = iter(http.completions.create(model=MODEL, prompt="abc", stream=True))
+    assert [next(chunks).choices[0].text, next(chunks).choices[0].text] == ["a", "b"]
     with pytest.raises(openai.APIError, match="engine process ended"):
-        for chunk in http.completions.create(model=MODEL, prompt="abc", stream=True):
-            text += chunk.choices[0].text
-    assert text == "ab"
+        next(chunks)
 
 
 @pytest.mark.parametrize(
