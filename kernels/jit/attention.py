@@ -3,8 +3,6 @@
 Both kernels walk the keys of a row in tiles at absolute positions, restart their sums at absolute
 multiples of `SPLIT` keys, and merge the splits in order with the same formulas. So a row's bits
 depend on neither which kernel computed it, nor its batch mates, nor how its prompt was cut.
-The queries of one sequence that share a key-value head are packed into the rows of a tile:
-row = query * GROUP + head within the group.
 
 Two exact facts carry the design: a tile that a row can't see changes nothing of that row (its
 weights are 0 and its rescaling is 1), and neither does merging an empty split.
@@ -27,6 +25,9 @@ from kernels.jit.launch import Launch, Schedule, Target
 
 SPLIT = 256
 """Keys after which a row's sums start anew, at absolute positions. A part of the numerics."""
+
+_FEW_QUERIES = 16
+"""So many queries may go to the decode kernel, one program each, whoever they belong to."""
 
 _LOG2_E = math.log2(math.e)
 
@@ -133,8 +134,11 @@ def _attend(
         in_page = (position % PAGE_SIZE) * HEAD_DIM
         key_at = key_head + (page * key_page_stride + in_page)[None, :] + column[:, None]
         value_at = value_head + (page * value_page_stride + in_page)[:, None] + column[None, :]
-        if MASKED:
-            key = tl.load(key_at, mask=inside[None, :] & (column < HEAD_DIM)[:, None], other=0.0)
+        if MASKED and BLOCK_D != HEAD_DIM:
+            mask = inside[None, :] & (column < HEAD_DIM)[:, None]
+            key = tl.load(key_at, mask=mask, other=0.0)
+        elif MASKED:
+            key = tl.load(key_at, mask=inside[None, :], other=0.0)
         elif BLOCK_D != HEAD_DIM:
             key = tl.load(key_at, mask=(column < HEAD_DIM)[:, None], other=0.0)
         else:
@@ -161,10 +165,12 @@ def _attend(
         acc = acc * shrink[:, None]
         maximum = highest
 
-        if MASKED:  # values too: 0 * NaN is NaN
-            value = tl.load(
-                value_at, mask=inside[:, None] & (column < HEAD_DIM)[None, :], other=0.0
-            )
+        # Values are masked too: 0 * NaN is NaN.
+        if MASKED and BLOCK_D != HEAD_DIM:
+            mask = inside[:, None] & (column < HEAD_DIM)[None, :]
+            value = tl.load(value_at, mask=mask, other=0.0)
+        elif MASKED:
+            value = tl.load(value_at, mask=inside[:, None], other=0.0)
         elif BLOCK_D != HEAD_DIM:
             value = tl.load(value_at, mask=(column < HEAD_DIM)[None, :], other=0.0)
         else:
@@ -208,7 +214,47 @@ def _first_visible(position, window, HAS_WINDOW: tl.constexpr):
 # --- decode ---------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["max_queries", "window", "max_splits"])
+@triton.jit
+def _find_sequence(query_starts, num_seqs, place, BLOCK_Q: tl.constexpr):
+    """The sequence whose block of BLOCK_Q queries is number `place`.
+
+    Block i of sequence s is number query_starts[s] // BLOCK_Q + s + i, without the s where
+    BLOCK_Q is 1: then blocks are queries.
+    """
+    low = place * 0
+    high = low + num_seqs
+    while high - low > 1:
+        middle = (low + high) // 2
+        start = tl.load(query_starts + middle) // BLOCK_Q
+        if BLOCK_Q > 1:
+            start += middle
+        low = tl.where(start <= place, middle, low)
+        high = tl.where(start <= place, high, middle)
+    return low
+
+
+@triton.jit
+def _find_query(query_starts, num_seqs, place, BY_QUERY: tl.constexpr):
+    """(sequence, query) of a decode program; query -1 where there is nothing to do."""
+    if BY_QUERY:
+        # Nearly always each sequence has one query, and nothing must be searched.
+        query = place
+        sequence = tl.minimum(place, num_seqs - 1)
+        if (tl.load(query_starts + sequence) != place) | (
+            tl.load(query_starts + sequence + 1) != place + 1
+        ):
+            sequence = _find_sequence(query_starts, num_seqs, place, 1)
+        if place >= tl.load(query_starts + num_seqs):  # padding
+            query = place * 0 - 1
+    else:
+        sequence = place
+        query = tl.load(query_starts + sequence)
+        if tl.load(query_starts + sequence + 1) != query + 1:
+            query = place * 0 - 1
+    return sequence, query
+
+
+@triton.jit(do_not_specialize=["num_seqs", "window", "max_splits"])
 def decode_kernel(
     out,
     part_acc,
@@ -224,7 +270,7 @@ def decode_kernel(
     key_page_stride,
     value_page_stride,
     page_table_stride,
-    max_queries,
+    num_seqs,
     max_splits,
     scale_log2,
     soft_cap,
@@ -237,98 +283,83 @@ def decode_kernel(
     BLOCK_M: tl.constexpr,
     TILE: tl.constexpr,
     SPLIT: tl.constexpr,
-    ROW_IS_SEQUENCE: tl.constexpr,
+    BY_QUERY: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
 ):
-    """Program (kv head, sequence, split): the sequence's queries over one split of its keys.
+    """Program (kv head, place, split): one query's heads of a group over one split of its keys.
 
-    Writes the result where the queries see one split only, else the split's sums for
-    `combine_kernel`. Sequences with more than max_queries queries are left to `extend_kernel`.
+    A place is a query with BY_QUERY, else a sequence; then those with another number of queries
+    than one are left to `extend_kernel`. Writes the result where the query sees one split only,
+    else the split's sums for `combine_kernel`.
     """
     kv_head = tl.program_id(0)
-    sequence = tl.program_id(1)
+    place = tl.program_id(1)
     split = tl.program_id(2)
-    first_query = tl.load(query_starts + sequence)
-    num_queries = tl.load(query_starts + sequence + 1) - first_query
-    if num_queries > max_queries:
+    sequence, token = _find_query(query_starts, num_seqs, place, BY_QUERY)
+    if token < 0:
         return
-    seq_len = tl.load(seq_lens + sequence)
-    if split * SPLIT >= seq_len:
+    end_of_queries = tl.load(query_starts + sequence + 1)
+    visible_end = tl.load(seq_lens + sequence) - (end_of_queries - token - 1)
+    visible_begin = _first_visible(visible_end - 1, window, HAS_WINDOW)
+    begin = tl.maximum(split * SPLIT, visible_begin // TILE * TILE)
+    end = tl.minimum(split * SPLIT + SPLIT, visible_end)
+    if begin >= end:
         return
 
-    BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
     row = tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_D)
-    page_table = page_tables + sequence.to(tl.int64) * page_table_stride
-    key_head = key_pages + kv_head * (PAGE_SIZE * HEAD_DIM)
-    value_head = value_pages + kv_head * (PAGE_SIZE * HEAD_DIM)
-    head = kv_head * GROUP + row % GROUP
-
-    for first in tl.range(0, num_queries, BLOCK_Q, num_stages=1):
-        query_index = first + row // GROUP
-        is_row = (row < BLOCK_Q * GROUP) & (query_index < num_queries)
-        query_position = tl.where(is_row, seq_len - num_queries + query_index, -1)
-        # The keys that any query of the block sees, and what of them lies in this split.
-        block_first = seq_len - num_queries + first
-        visible_end = tl.minimum(block_first + BLOCK_Q, seq_len)
-        visible_begin = _first_visible(block_first, window, HAS_WINDOW)
-        begin = tl.maximum(split * SPLIT, visible_begin // TILE * TILE)
-        end = tl.minimum(split * SPLIT + SPLIT, visible_end)
-        if begin < end:
-            at = (first_query + query_index).to(tl.int64) * query_stride + head * HEAD_DIM
-            mask = is_row[:, None] & (column < HEAD_DIM)[None, :]
-            queries = tl.load(query + at[:, None] + column[None, :], mask=mask, other=0.0)
-            acc, maximum, total = _attend(
-                tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32),
-                tl.full([BLOCK_M], float("-inf"), dtype=tl.float32),
-                tl.zeros([BLOCK_M], dtype=tl.float32),
-                queries,
-                query_position,
-                key_head,
-                value_head,
-                page_table,
-                key_page_stride,
-                value_page_stride,
-                begin,
-                end,
-                visible_begin,
-                visible_end,
-                scale_log2,
-                soft_cap,
-                window,
-                HEAD_DIM,
-                BLOCK_D,
-                PAGE_SIZE,
-                TILE,
-                True,
-                HAS_WINDOW,
-                HAS_SOFT_CAP,
-            )
-            if visible_begin // SPLIT == (visible_end - 1) // SPLIT:
-                if HAS_SINKS:
-                    sink = tl.load(sinks + head) * 1.4426950408889634
-                else:
-                    sink = maximum
-                result = _normalise(acc, maximum, total, sink, HAS_SINKS)
-                out_at = ((first_query + query_index).to(tl.int64) * HEADS + head) * HEAD_DIM
-                tl.store(
-                    out + out_at[:, None] + column[None, :],
-                    result.to(out.dtype.element_ty),
-                    mask=mask,
-                )
-            else:
-                part_row = query_index + first_query
-                if ROW_IS_SEQUENCE:
-                    part_row = query_index + sequence
-                part = (part_row.to(tl.int64) * HEADS + head) * max_splits + split
-                tl.store(part_acc + part[:, None] * HEAD_DIM + column[None, :], acc, mask=mask)
-                tl.store(part_state + part * 2, maximum, mask=is_row)
-                tl.store(part_state + part * 2 + 1, total, mask=is_row)
+    head = kv_head * GROUP + row
+    is_row = row < GROUP
+    mask = is_row[:, None] & (column < HEAD_DIM)[None, :]
+    query_row = query + token.to(tl.int64) * query_stride
+    queries = tl.load(
+        query_row + (head * HEAD_DIM)[:, None] + column[None, :], mask=mask, other=0.0
+    )
+    acc, maximum, total = _attend(
+        tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32),
+        tl.full([BLOCK_M], float("-inf"), dtype=tl.float32),
+        tl.zeros([BLOCK_M], dtype=tl.float32),
+        queries,
+        tl.zeros([BLOCK_M], dtype=tl.int32) + (visible_end - 1),
+        key_pages + kv_head * (PAGE_SIZE * HEAD_DIM),
+        value_pages + kv_head * (PAGE_SIZE * HEAD_DIM),
+        page_tables + sequence.to(tl.int64) * page_table_stride,
+        key_page_stride,
+        value_page_stride,
+        begin,
+        end,
+        visible_begin,
+        visible_end,
+        scale_log2,
+        soft_cap,
+        window,
+        HEAD_DIM,
+        BLOCK_D,
+        PAGE_SIZE,
+        TILE,
+        True,
+        HAS_WINDOW,
+        HAS_SOFT_CAP,
+    )
+    if visible_begin // SPLIT == (visible_end - 1) // SPLIT:
+        if HAS_SINKS:
+            sink = tl.load(sinks + head, mask=is_row, other=0.0) * 1.4426950408889634
+        else:
+            sink = maximum
+        result = _normalise(acc, maximum, total, sink, HAS_SINKS)
+        out_row = out + token.to(tl.int64) * (HEADS * HEAD_DIM)
+        out_at = out_row + (head * HEAD_DIM)[:, None] + column[None, :]
+        tl.store(out_at, result.to(out.dtype.element_ty), mask=mask)
+    else:
+        part = (place.to(tl.int64) * HEADS + head) * max_splits + split
+        tl.store(part_acc + part[:, None] * HEAD_DIM + column[None, :], acc, mask=mask)
+        tl.store(part_state + part * 2, maximum, mask=is_row)
+        tl.store(part_state + part * 2 + 1, total, mask=is_row)
 
 
-@triton.jit(do_not_specialize=["max_queries", "window", "max_splits"])
+@triton.jit(do_not_specialize=["num_seqs", "window", "max_splits"])
 def combine_kernel(
     out,
     part_acc,
@@ -336,7 +367,7 @@ def combine_kernel(
     seq_lens,
     query_starts,
     sinks,
-    max_queries,
+    num_seqs,
     max_splits,
     window,
     HEADS: tl.constexpr,
@@ -344,22 +375,24 @@ def combine_kernel(
     BLOCK_G: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
     SPLIT: tl.constexpr,
     UNROLL: tl.constexpr,
-    ROW_IS_SEQUENCE: tl.constexpr,
+    BY_QUERY: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SINKS: tl.constexpr,
 ):
-    """Program (kv head, sequence): merge the splits of each query in ascending order."""
+    """Program (kv head, place): merge the splits of a place's query in ascending order."""
     kv_head = tl.program_id(0)
-    sequence = tl.program_id(1)
-    first_query = tl.load(query_starts + sequence)
-    num_queries = tl.load(query_starts + sequence + 1) - first_query
-    if num_queries > max_queries:
+    place = tl.program_id(1)
+    sequence, token = _find_query(query_starts, num_seqs, place, BY_QUERY)
+    if token < 0:
         return
-    seq_len = tl.load(seq_lens + sequence)
-    if seq_len <= SPLIT:
+    end_of_queries = tl.load(query_starts + sequence + 1)
+    visible_end = tl.load(seq_lens + sequence) - (end_of_queries - token - 1)
+    visible_begin = _first_visible(visible_end - 1, window, HAS_WINDOW)
+    first_split = visible_begin // SPLIT
+    last_split = (visible_end - 1) // SPLIT
+    if first_split >= last_split:
         return
 
     in_group = tl.arange(0, BLOCK_G)
@@ -367,48 +400,31 @@ def combine_kernel(
     is_head = in_group < GROUP
     head = kv_head * GROUP + in_group
     mask = is_head[:, None] & (column < HEAD_DIM)[None, :]
+    acc = tl.zeros([BLOCK_G, BLOCK_D], dtype=tl.float32)
+    maximum = tl.full([BLOCK_G], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([BLOCK_G], dtype=tl.float32)
+    row_part = (place.to(tl.int64) * HEADS + head) * max_splits
+    for some_split in tl.range(first_split, last_split + 1, UNROLL, num_stages=1):
+        for ahead in tl.static_range(UNROLL):
+            split = some_split + ahead
+            part = row_part + split
+            has_part = is_head & (split <= last_split)
+            other_acc = tl.load(
+                part_acc + part[:, None] * HEAD_DIM + column[None, :],
+                mask=mask & (split <= last_split),
+                other=0.0,
+            )
+            other_maximum = tl.load(part_state + part * 2, mask=has_part, other=float("-inf"))
+            other_total = tl.load(part_state + part * 2 + 1, mask=has_part, other=0.0)
+            acc, maximum, total = _merge(acc, maximum, total, other_acc, other_maximum, other_total)
     if HAS_SINKS:
         sink = tl.load(sinks + head, mask=is_head, other=0.0) * 1.4426950408889634
     else:
-        sink = tl.zeros([BLOCK_G], dtype=tl.float32)
-
-    for query_index in tl.range(0, num_queries, 1, num_stages=1):
-        # The same ranges as in `decode_kernel`.
-        block_first = seq_len - num_queries + query_index // BLOCK_Q * BLOCK_Q
-        visible_end = tl.minimum(block_first + BLOCK_Q, seq_len)
-        visible_begin = _first_visible(block_first, window, HAS_WINDOW)
-        first_split = visible_begin // SPLIT
-        last_split = (visible_end - 1) // SPLIT
-        if first_split < last_split:
-            acc = tl.zeros([BLOCK_G, BLOCK_D], dtype=tl.float32)
-            maximum = tl.full([BLOCK_G], float("-inf"), dtype=tl.float32)
-            total = tl.zeros([BLOCK_G], dtype=tl.float32)
-            part_row = query_index + first_query
-            if ROW_IS_SEQUENCE:
-                part_row = query_index + sequence
-            row_part = (part_row.to(tl.int64) * HEADS + head) * max_splits
-            for some_split in tl.range(first_split, last_split + 1, UNROLL, num_stages=1):
-                for ahead in tl.static_range(UNROLL):
-                    split = some_split + ahead
-                    part = row_part + split
-                    has_part = is_head & (split <= last_split)
-                    other_acc = tl.load(
-                        part_acc + part[:, None] * HEAD_DIM + column[None, :],
-                        mask=mask & (split <= last_split),
-                        other=0.0,
-                    )
-                    other_maximum = tl.load(
-                        part_state + part * 2, mask=has_part, other=float("-inf")
-                    )
-                    other_total = tl.load(part_state + part * 2 + 1, mask=has_part, other=0.0)
-                    acc, maximum, total = _merge(
-                        acc, maximum, total, other_acc, other_maximum, other_total
-                    )
-            result = _normalise(acc, maximum, total, sink, HAS_SINKS)
-            out_at = ((first_query + query_index).to(tl.int64) * HEADS + head) * HEAD_DIM
-            tl.store(
-                out + out_at[:, None] + column[None, :], result.to(out.dtype.element_ty), mask=mask
-            )
+        sink = maximum
+    result = _normalise(acc, maximum, total, sink, HAS_SINKS)
+    out_row = out + token.to(tl.int64) * (HEADS * HEAD_DIM)
+    out_at = out_row + (head * HEAD_DIM)[:, None] + column[None, :]
+    tl.store(out_at, result.to(out.dtype.element_ty), mask=mask)
 
 
 # --- extend ---------------------------------------------------------------------------------------
@@ -448,22 +464,15 @@ def extend_kernel(
 ):
     """Program (query block, kv head): BLOCK_M // GROUP queries over all keys that they see.
 
-    Block i of sequence s is number query_starts[s] // BLOCK_Q + s + i: the host needs to know only
-    how many queries and sequences there are. Later blocks see more keys and start first.
-    Sequences with fewer than min_queries queries are left to `decode_kernel`.
+    The queries of one sequence that share a key-value head are packed into the rows of a tile:
+    row = query * GROUP + head within the group. Blocks are numbered as in `_find_sequence`, so the
+    host needs to know only how many queries and sequences there are. Later blocks see more keys
+    and start first. Sequences with fewer than min_queries queries are left to `decode_kernel`.
     """
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head = tl.program_id(1)
-    low = tl.program_id(0) * 0
-    high = low + num_seqs
-    while high - low > 1:
-        middle = (low + high) // 2
-        is_after = tl.load(query_starts + middle) // BLOCK_Q + middle <= block
-        low = tl.where(is_after, middle, low)
-        high = tl.where(is_after, high, middle)
-    sequence = low
-
+    sequence = _find_sequence(query_starts, num_seqs, block, BLOCK_Q)
     first_query = tl.load(query_starts + sequence)
     num_queries = tl.load(query_starts + sequence + 1) - first_query
     first = (block - first_query // BLOCK_Q - sequence) * BLOCK_Q
@@ -611,17 +620,14 @@ class Attention:
     @property
     def is_decode(self) -> bool:
         """Few queries: the decode kernel takes all of them, however they are shared out."""
-        queries_of_block = self.tiles.decode.block_m // self.group
-        return self.query.shape[0] <= max(self.page_tables.shape[0], queries_of_block)
+        return self.query.shape[0] <= max(self.page_tables.shape[0], _FEW_QUERIES)
 
     @property
     def part_rows(self) -> int:
         """Queries whose keys may lie in several splits."""
         if self.max_splits == 1:
             return 0
-        if self.is_decode:
-            return self.query.shape[0]
-        return self.page_tables.shape[0] if self.page_tables.shape[0] > 1 else 0
+        return self.query.shape[0] if self.is_decode else self.page_tables.shape[0]
 
     def launches(
         self, out: torch.Tensor, part_acc: torch.Tensor, part_state: torch.Tensor
@@ -635,29 +641,23 @@ class Attention:
         if num_tokens == 0 or num_seqs == 0:
             return []
         if self.is_decode:
-            return self._decode(out, part_acc, part_state, max_queries=num_tokens)
+            return self._decode(out, part_acc, part_state, num_tokens)
         if num_seqs == 1:
             return [self._extend(out, min_queries=1)]
         return [
             self._extend(out, min_queries=2),
-            *self._decode(out, part_acc, part_state, max_queries=1),
+            *self._decode(out, part_acc, part_state, num_seqs),
         ]
 
     def _decode(
-        self,
-        out: torch.Tensor,
-        part_acc: torch.Tensor,
-        part_state: torch.Tensor,
-        max_queries: int,
+        self, out: torch.Tensor, part_acc: torch.Tensor, part_state: torch.Tensor, places: int
     ) -> list[Launch]:
-        tiles, num_kv_heads = self.tiles.decode, self.key_pages.shape[1]
-        grid = (num_kv_heads, self.page_tables.shape[0])
+        tiles, grid = self.tiles.decode, (self.key_pages.shape[1], places)
         parts = {
             "part_acc": part_acc,
             "part_state": part_state,
-            "max_queries": max_queries,
             "max_splits": self.max_splits,
-            "ROW_IS_SEQUENCE": not self.is_decode,
+            "BY_QUERY": self.is_decode,
         }
         decode = Launch(
             decode_kernel,
@@ -675,7 +675,6 @@ class Attention:
                 **self._common(out),
                 **parts,
                 "BLOCK_G": block_g,
-                "BLOCK_Q": tiles.block_m // self.group,
                 "UNROLL": 4 if block_g <= 8 else 1,
             },
             Schedule(num_warps=4, num_stages=1),
@@ -693,7 +692,6 @@ class Attention:
                 **self._common(out),
                 **self._keys(),
                 **_tile_arguments(tiles),
-                "num_seqs": num_seqs,
                 "min_queries": min_queries,
                 "EXACT": self.exact,
             },
@@ -707,6 +705,7 @@ class Attention:
             "seq_lens": self.seq_lens,
             "query_starts": self.query_starts,
             "sinks": self.sinks,
+            "num_seqs": self.page_tables.shape[0],
             "window": self.window or 0,
             "HEADS": self.query.shape[1],
             "GROUP": self.group,

@@ -5,7 +5,7 @@ split of K, one BLOCK_K for every number of rows. Only the tile's height and wid
 of rows. With `grouped_linear_kernel` each tile takes the weight of its rows' expert.
 """
 # mypy: disallow-untyped-defs=False, disallow-untyped-calls=False, disallow-untyped-decorators=False
-# ruff: noqa: N803, N806
+# ruff: noqa: N803
 
 from __future__ import annotations
 

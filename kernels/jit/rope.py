@@ -3,7 +3,7 @@
 One pass over the projection's output (Su et al. 2021 for the rotation, two-halves layout).
 """
 # mypy: disallow-untyped-defs=False, disallow-untyped-calls=False, disallow-untyped-decorators=False
-# ruff: noqa: N803, N806
+# ruff: noqa: N803
 
 from __future__ import annotations
 

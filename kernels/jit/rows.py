@@ -4,7 +4,7 @@ One row per program (activations: one stretch of a row), blocks fixed by the row
 bits know nothing of the others. Arithmetic in float32, rounded once.
 """
 # mypy: disallow-untyped-defs=False, disallow-untyped-calls=False, disallow-untyped-decorators=False
-# ruff: noqa: N803, N806
+# ruff: noqa: N803
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ last logit and the last id with that logit, which a search over the logits' bit 
 Meaning: `kernels.ops.Ops.sample`. Knows nothing of penalties and grammars.
 """
 # mypy: disallow-untyped-defs=False, disallow-untyped-calls=False, disallow-untyped-decorators=False
-# ruff: noqa: N803, N806
+# ruff: noqa: N803
 
 from __future__ import annotations
 
