@@ -129,21 +129,25 @@ def _threads(options: EngineOptions, decisions: list[str]) -> int:
         decisions.append(f"threads {threads}: the cores that this process may use")
     if threads < 1:
         raise ConfigError(f"threads: must be at least 1, is {threads}")
-    torch.set_num_threads(threads)
     return threads
 
 
 def _ops(options: EngineOptions, device: torch.device, threads: int) -> Ops:
+    """The path that computes, and torch's own thread count beside it."""
     if options.kernels not in (None, "native", "triton", "torch"):
         raise ConfigError(f"kernels: {options.kernels!r} is none of native, triton, torch")
     try:
-        return registry.select(
+        ops = registry.select(
             device,
             prefer=options.kernels,  # type: ignore[arg-type]  # checked above
             threads=threads,
         )
     except KernelUnavailableError as error:
         raise ConfigError(f"kernels: {options.kernels} can't run here: {error}") from error
+    # The native path has threads of its own, and a second pool would only take cores from it:
+    # what is left to torch there is small.
+    torch.set_num_threads(1 if ops.name.startswith("native") else threads)
+    return ops
 
 
 def _page_size(options: EngineOptions) -> int:

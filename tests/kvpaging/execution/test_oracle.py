@@ -51,6 +51,7 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(case: Case, tmp_path
     reference = make(case, tmp_path)
     for path in cpu_paths():
         model, ops = load(tmp_path, path)
+        variants = []
         for page_size, chunk in ((4, 5), (16, 1_000), (64, 16)):
             recording = RecordingModel(model)
             num_pages = len(PROMPTS) * -(-ORIGINAL_LENGTH // page_size)
@@ -63,9 +64,13 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(case: Case, tmp_path
             )
             tracks = [driver.track(prompt) for prompt in PROMPTS]
             driver.finish(tracks, NUM_TOKENS, chunk=chunk)
+            variants.append([torch.stack(track.logits) for track in tracks])
             for track in tracks:
                 expected = reference_logits(reference, track.tokens)[len(track.prompt) - 1 : -1]
                 agree(torch.stack(track.logits), track.output, expected)
+        if ops.exact:  # pages, chunks and batch mates change no bit
+            for variant in variants[1:]:
+                assert all(map(torch.equal, variant, variants[0]))
 
 
 def agree(logits: torch.Tensor, tokens: list[int], expected: torch.Tensor) -> None:
