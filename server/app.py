@@ -12,16 +12,18 @@ from typing import Any, Final
 
 from fastapi import FastAPI, Request
 from fastapi.openapi.utils import get_openapi
+from pydantic import TypeAdapter
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import Match, Route
 
 from server.client import EngineClient
 from server.envelope import Envelope, KeyCheck, error_response
 from server.errors import answer_to
 from server.observe.record import record_of
 from server.routes import ROUTERS
-from server.schemas import REQUEST_MODELS
+from server.schemas import EVENTS, REQUEST_MODELS
 from server.service import AppConfig, Service
 from server.text import Text
 from server.version import version
@@ -29,6 +31,7 @@ from server.version import version
 __all__ = ["AppConfig", "create_app"]
 
 TITLE: Final = "kvpaging"
+SCHEMA_REF: Final = "#/components/schemas/{model}"
 
 
 def create_app(config: AppConfig, client: EngineClient, text: Text | None = None) -> FastAPI:
@@ -61,11 +64,14 @@ class _App(FastAPI):
                 routes=self.routes,
             )
             _, definitions = models_json_schema(
-                [(model, "validation") for model in REQUEST_MODELS],
-                ref_template="#/components/schemas/{model}",
+                [(model, "validation") for model in REQUEST_MODELS], ref_template=SCHEMA_REF
             )
             schemas = document.setdefault("components", {}).setdefault("schemas", {})
             schemas.update(definitions["$defs"])
+            for event in EVENTS:
+                schema = TypeAdapter(event).json_schema(ref_template=SCHEMA_REF)
+                schemas.update(schema.pop("$defs", {}))
+                schemas[schema["title"]] = schema
             self.openapi_schema = document
         return self.openapi_schema
 
@@ -73,6 +79,19 @@ class _App(FastAPI):
 async def _answer_http_exception(request: Request, error: Exception) -> Response:
     """No such route, or not with this method."""
     answer = answer_to(error)
+    if answer.status == 405:
+        answer.headers["Allow"] = ", ".join(sorted(_methods_of(request)))
     record = record_of(request.scope)
     record.error = answer.code
     return error_response(answer, record.dialect)
+
+
+def _methods_of(request: Request) -> set[str]:
+    """Give the methods of all routes of this path; each route by itself knows only its own."""
+    return {
+        method
+        for router in ROUTERS
+        for route in router.routes
+        if isinstance(route, Route) and route.matches(request.scope)[0] is Match.PARTIAL
+        for method in route.methods or ()
+    }

@@ -19,7 +19,7 @@ from server.routes.answers import (
     stream_response,
 )
 from server.routes.openai import NO_SUCH_MODEL, Call, begin, order_for, usage_of
-from server.schemas.body import json_body, parse
+from server.schemas.body import event_stream, json_body, parse
 from server.schemas.openai import (
     FIELD_NAMES,
     ChatChoice,
@@ -43,7 +43,14 @@ CHAT_FIELD_NAMES: Final = FIELD_NAMES | {"prompt": "messages"}
     "/chat/completions",
     summary="Continue a conversation (OpenAI)",
     openapi_extra=json_body(ChatCompletionRequest),
-    responses={200: {"model": ChatCompletionResponse}, **GENERATION_ERRORS, **NO_SUCH_MODEL},
+    responses={
+        200: {
+            "model": ChatCompletionResponse,
+            **event_stream("`data` is a `ChatCompletionChunk`, or `[DONE]`"),
+        },
+        **GENERATION_ERRORS,
+        **NO_SUCH_MODEL,
+    },
 )
 async def complete(request: Request, service: ServiceDep) -> Response:
     """Continue a conversation, written as a prompt by the model's own chat template."""

@@ -19,7 +19,7 @@ from server.routes.answers import (
     stream_response,
 )
 from server.routes.openai import NO_SUCH_MODEL, Call, begin, order_for, usage_of
-from server.schemas.body import json_body, parse
+from server.schemas.body import event_stream, json_body, parse
 from server.schemas.openai import (
     FIELD_NAMES,
     CompletionChoice,
@@ -41,7 +41,14 @@ DEFAULT_MAX_TOKENS: Final = 16
     "/completions",
     summary="Complete prompts (OpenAI)",
     openapi_extra=json_body(CompletionRequest),
-    responses={200: {"model": CompletionResponse}, **GENERATION_ERRORS, **NO_SUCH_MODEL},
+    responses={
+        200: {
+            "model": CompletionResponse,
+            **event_stream("`data` is a `CompletionResponse`, or `[DONE]`"),
+        },
+        **GENERATION_ERRORS,
+        **NO_SUCH_MODEL,
+    },
 )
 async def complete(request: Request, service: ServiceDep) -> Response:
     """Complete one or several prompts; choice `i * n + k` is output `k` of prompt `i`."""

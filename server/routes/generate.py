@@ -21,7 +21,7 @@ from server.routes.answers import (
     read_body,
     stream_response,
 )
-from server.schemas.body import JsonObject, json_body, parse
+from server.schemas.body import JsonObject, event_stream, json_body, parse
 from server.schemas.generate import (
     GenerateEnd,
     GenerateEvent,
@@ -32,7 +32,7 @@ from server.schemas.generate import (
     GenerateUsage,
     TokenLogprob,
 )
-from server.schemas.tgi import TgiRequest
+from server.schemas.tgi import TgiRequest, TgiResponse
 from server.service import Service, ServiceDep
 from server.sse import data_event, until_gone
 
@@ -43,7 +43,14 @@ router: Final = APIRouter(tags=["generate"])
     "/generate",
     summary="Complete a prompt",
     openapi_extra=json_body([GenerateRequest, TgiRequest]),
-    responses={200: {"model": GenerateResponse}, **GENERATION_ERRORS},
+    responses={
+        200: {
+            "model": GenerateResponse | TgiResponse,
+            **event_stream("`data` is a `GenerateEvent`, the `GenerateEnd`, or `[DONE]`"),
+        },
+        **GENERATION_ERRORS,
+        422: tgi.TGI_ERRORS[422],
+    },
 )
 async def generate(request: Request, service: ServiceDep) -> Response:
     """Complete a prompt; with `stream`, as server-sent events.

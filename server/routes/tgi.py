@@ -29,7 +29,7 @@ from server.routes.answers import (
     read_body,
     stream_response,
 )
-from server.schemas.body import JsonObject, json_body, parse
+from server.schemas.body import JsonObject, event_stream, json_body, parse
 from server.schemas.errors import TgiErrorResponse
 from server.schemas.tgi import (
     TgiDetails,
@@ -57,7 +57,10 @@ TGI_ERRORS: Final[dict[int | str, dict[str, Any]]] = {
     "/",
     summary="Complete a text (TGI)",
     openapi_extra=json_body(TgiRequest),
-    responses={200: {"model": TgiResponse}, **TGI_ERRORS},
+    responses={
+        200: {"model": TgiResponse, **event_stream("`data` is a `TgiStreamEvent`")},
+        **TGI_ERRORS,
+    },
 )
 async def complete(request: Request, service: ServiceDep) -> Response:
     """Complete a text; with `stream`, as server-sent events."""
@@ -69,7 +72,7 @@ async def complete(request: Request, service: ServiceDep) -> Response:
     summary="Complete a text as a stream (TGI)",
     openapi_extra=json_body(TgiRequest),
     responses={
-        200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
+        200: event_stream("`data` is a `TgiStreamEvent`"),
         **TGI_ERRORS,
     },
     response_class=Response,

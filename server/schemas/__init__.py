@@ -10,9 +10,9 @@ from typing import Final
 
 from pydantic import BaseModel
 
-from server.schemas.generate import GenerateRequest
-from server.schemas.openai import ChatCompletionRequest, CompletionRequest
-from server.schemas.tgi import TgiRequest
+from server.schemas.generate import GenerateEnd, GenerateEvent, GenerateRequest
+from server.schemas.openai import ChatCompletionChunk, ChatCompletionRequest, CompletionRequest
+from server.schemas.tgi import TgiRequest, TgiStreamEvent
 from server.schemas.tokens import DetokenizeRequest, TgiTokenizeRequest, TokenizeRequest
 
 REQUEST_MODELS: Final[tuple[type[BaseModel], ...]] = (
@@ -24,3 +24,6 @@ REQUEST_MODELS: Final[tuple[type[BaseModel], ...]] = (
     TgiTokenizeRequest,
     DetokenizeRequest,
 )
+
+EVENTS: Final[tuple[type, ...]] = (GenerateEvent, GenerateEnd, ChatCompletionChunk, TgiStreamEvent)
+"""What streams carry; the answers that come whole are named by their routes."""

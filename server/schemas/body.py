@@ -142,6 +142,17 @@ def _kind(value: object) -> str:
     return names.get(type(value), "a number")
 
 
+def event_stream(description: str) -> dict[str, Any]:
+    """Describe, for OpenAPI, an answer that may come as server-sent events."""
+    event = {
+        "type": "object",
+        "properties": {"data": {"type": "string"}, "event": {"type": "string"}},
+        "required": ["data"],
+        "description": description,
+    }
+    return {"content": {"text/event-stream": {"schema": event}}}
+
+
 def json_body(model: type[BaseModel] | Sequence[type[BaseModel]]) -> dict[str, Any]:
     """Describe the request body for OpenAPI; `server.app` adds the models' definitions."""
     models = [model] if isinstance(model, type) else list(model)

@@ -101,9 +101,7 @@ def _prompts(value: Any) -> Any:
             raise ValueError(f"at most {MAX_PROMPTS} prompts in one call, not {len(value)}")
         if all(isinstance(item, str) for item in value) or all(map(_is_token_ids, value)):
             return value
-    raise ValueError(
-        "must be a text, texts, token ids, or lists of token ids"
-    )
+    raise ValueError("must be a text, texts, token ids, or lists of token ids")
 
 
 def _is_token_ids(value: Any) -> bool:
