@@ -14,33 +14,37 @@ from typing import Any, Final
 
 from tqdm import tqdm
 
+from kvpaging.base.clock import Clock, monotonic
 from kvpaging.base.config import EngineConfig
 from kvpaging.engine.messages import Loading
 from server.settings import Settings
 
 _logger = logging.getLogger(__name__)
 
+LINE_INTERVAL_S: Final = 5.0
 EXAMPLE: Final = {"prompt": "def read_lines(path):\n", "max_new_tokens": 48, "temperature": 0}
 
 
 class LoadingProgress:
-    """A bar on a terminal; elsewhere a log line at each new stage and each quarter of it."""
+    """A bar on a terminal; elsewhere a log line at each new stage, and now and then in it."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock = monotonic) -> None:
+        self._clock = clock
         self._is_terminal = sys.stderr.isatty()
         self._bar: Any = None  # tqdm has no types
-        self._said: tuple[str, int] = ("", 0)
+        self._stage = ""
+        self._said_at = 0.0
 
     def report(self, loading: Loading) -> None:
         """Show one report of the engine."""
         if self._is_terminal and loading.total_bytes:
             self._draw(loading)
             return
-        quarter = 4 * loading.done_bytes // loading.total_bytes if loading.total_bytes else 0
-        if (loading.stage, quarter) != self._said:
-            self._said = (loading.stage, quarter)
-            percent = f" {25 * quarter} %" if loading.total_bytes else ""
-            _logger.info("%s%s", loading.stage, percent)
+        now = self._clock()
+        if loading.stage != self._stage or now - self._said_at >= LINE_INTERVAL_S:
+            self._stage, self._said_at = loading.stage, now
+            share = loading.done_bytes / loading.total_bytes if loading.total_bytes else None
+            _logger.info("%s%s", loading.stage, "" if share is None else f" {share:.0%}")
 
     def _draw(self, loading: Loading) -> None:
         if self._bar is None or self._bar.desc != loading.stage + ": ":

@@ -172,11 +172,15 @@ class Resolved:
 
     def lines(self) -> list[str]:
         """One line a setting: name, value, origin. Secrets are masked by their type."""
-        width = max(map(len, Settings.model_fields))
+        values = {name: getattr(self.settings, name) for name in Settings.model_fields}
+        values["model"] = self.settings.model_or_demo
+        values["served_model_name"] = self.settings.model_name
+        if self.settings.api_key is None:
+            values["api_key"] = "none"
+        width = max(map(len, values))
         return [
-            f"{name:<{width}}  {_shown(getattr(self.settings, name)):<12}  "
-            f"{self.origins.get(name, 'default')}"
-            for name in Settings.model_fields
+            f"{name:<{width}}  {_shown(value):<12}  {self.origins.get(name, 'default')}"
+            for name, value in values.items()
         ]
 
 

@@ -36,6 +36,8 @@ class Start(StrEnum):
     RAISE = "raise"
     KILLED = "killed"
     SLOWLY = "slowly"
+    HANG = "hang"
+    """It says nothing more, as an engine does that is busy in native code."""
     GARBAGE = "garbage"
 
 
@@ -162,6 +164,8 @@ def make_engine(options: EngineOptions, on_progress: process.OnProgress) -> Fake
             for done in range(100):
                 on_progress("loading weights", done, 100)
                 time.sleep(0.1)
+        case Start.HANG:
+            time.sleep(3600)
         case Start.GARBAGE:
             os.write(int(sys.argv[1]), b"\xff" * 64)
     scheduler = SchedulerConfig(

@@ -31,7 +31,7 @@ TICK = os.sysconf("SC_CLK_TCK")
 class Served:
     """A server process: what it printed, and where it listens."""
 
-    def __init__(self, command: tuple[str, ...], *flags: str):
+    def __init__(self, command: tuple[str, ...], *flags: str, cwd: Path | None = None):
         environment = {k: v for k, v in os.environ.items() if not k.startswith("KVPAGING_")}
         self.begun = time.monotonic()
         self.popen = subprocess.Popen(
@@ -40,6 +40,7 @@ class Served:
             stderr=subprocess.PIPE,
             text=True,
             env=environment,
+            cwd=cwd,
         )
         self.errors: list[str] = []
         self._reader = threading.Thread(target=self._read_errors, daemon=True)
@@ -77,8 +78,8 @@ class Served:
 
 
 @contextlib.contextmanager
-def served(command: tuple[str, ...], *flags: str) -> Iterator[Served]:
-    server = Served(command, *flags)
+def served(command: tuple[str, ...], *flags: str, cwd: Path | None = None) -> Iterator[Served]:
+    server = Served(command, *flags, cwd=cwd)
     try:
         yield server
     finally:
@@ -237,6 +238,29 @@ def test_a_crash_loop_ends_the_server_with_1() -> None:
     assert "crashed 3 times" in "".join(server.errors)
 
 
+def test_a_stream_under_kill_9_of_the_engine_ends_in_an_error_and_the_server_recovers() -> None:
+    with served(ON_COMMAND) as server:
+        server.until_ready()
+        with (
+            server.client() as client,
+            client.stream("POST", "/generate", json=order(COUNT, 90_000)) as answer,
+        ):
+            lines = answer.iter_lines()
+            next(lines)
+            os.kill(server.processes()[1], signal.SIGKILL)
+            events = [line for line in lines if line]
+        assert events[-2] == "event: error"
+        assert "data: [DONE]" not in events
+        deadline = time.monotonic() + 10
+        while httpx.get(server.url + "/health", timeout=5).status_code != 200:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        again = httpx.post(server.url + "/generate", json=order(COUNT, 2, False), timeout=10)
+        assert again.json()["outputs"][0]["token_ids"] == [0, 1]
+        server.popen.terminate()
+        assert server.ended() == 0
+
+
 def test_the_engine_never_outlives_the_api() -> None:
     with served(ON_COMMAND) as server:
         server.until_ready()
@@ -249,7 +273,7 @@ def test_the_engine_never_outlives_the_api() -> None:
 
 
 def test_an_engine_that_loads_does_not_outlive_the_api_either() -> None:
-    with served(ON_COMMAND, "--model", "slowly") as server:
+    with served(ON_COMMAND, "--model", "hang") as server:
         deadline = time.monotonic() + 10
         while len(server.processes()) < 2:
             assert time.monotonic() < deadline
@@ -279,8 +303,12 @@ def test_listening_beyond_loopback_without_a_key_is_warned_of() -> None:
 
 
 @pytest.fixture(scope="module")
-def demo() -> Iterator[tuple[Served, str]]:
-    with served(REAL) as server:
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Served, str]]:
+    """In a directory whose modules neither process may import."""
+    decoys = tmp_path_factory.mktemp("decoys")
+    for name in ("kvpaging", "kernels", "torch", "json"):
+        (decoys / f"{name}.py").write_text("raise SystemExit('a decoy was imported')")
+    with served(REAL, cwd=decoys) as server:
         yield server, server.until_ready()
         server.popen.terminate()
         assert server.ended() == 0
