@@ -74,7 +74,7 @@ def listen(host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        return socket.create_server(address[:2], family=family, backlog=BACKLOG)
+        listener = socket.create_server(address[:2], family=family, backlog=BACKLOG)
     except socket.gaierror as error:
         raise ConfigError(f"{flag_of('host')} {host!r} is no address: {error.strerror}") from None
     except (OSError, UnicodeError) as error:
@@ -82,6 +82,10 @@ def listen(host: str, port: int) -> socket.socket:
         raise ConfigError(
             f"can't listen on {host}:{port}: {reason}; choose another port with {flag_of('port')}"
         ) from None
+    # Connections inherit it. Without it an event waits for the client to acknowledge the one before
+    # (40 ms), since asyncio sets it only on sockets that name their protocol, as this one does not.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
 
 
 class _Server:

@@ -71,6 +71,7 @@ def events(response: httpx.Response) -> list[Any]:
 def listening(app: FastAPI) -> Iterator[str]:
     """Run the application on a free port; gives its base URL."""
     listener = socket.create_server(("127.0.0.1", 0))
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     server = uvicorn.Server(
         uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1)
     )
