@@ -52,38 +52,44 @@ class AttentionTiles:
 
 
 def choose_tiles(
-    target: Target, head_dim: int, group: int, dtype: torch.dtype, *, exact: bool
+    target: Target,
+    head_dim: int,
+    group: int,
+    dtype: torch.dtype,
+    *,
+    exact: bool,
+    is_plain: bool,
 ) -> AttentionTiles:
-    """Tiles that fit the target without spilling registers (see docs/kernels-gpu.md).
+    """Tiles that spill no registers (docs/kernels-gpu.md has what the compiler made of each).
 
-    With `exact`, both kernels use the same step and the same kind of matrix instruction.
+    With `exact` both kernels take the same step, and lay a row out over threads in the same way, so
+    that its sums add up in the same order. `is_plain`: neither window nor soft cap.
     """
     width = max(16, triton.next_power_of_2(head_dim))
-    if dtype == torch.float32:  # no matrix instructions at full precision: small tiles
-        rows = max(16, triton.next_power_of_2(group))
-        tiles = Tiles(rows, 32 if width <= 128 else 16, Schedule(num_warps=4, num_stages=1))
-        return AttentionTiles(tiles, tiles)
-    tile = 64 if width <= 128 else 32
-    step_bytes = 2 * 2 * tile * width  # keys and values of one step
     least_rows = triton.next_power_of_2(group)
 
-    def stages(block_m: int, wanted: int) -> int:
+    def tiles(block_m: int, tile: int, num_warps: int, num_stages: int) -> Tiles:
+        block_m = max(block_m, least_rows)
+        step_bytes = 2 * 2 * tile * width  # keys and values of one step
         spare = target.shared_bytes - 2 * block_m * max(width, 64)
-        return max(1, min(wanted, spare // step_bytes))
+        fitting = num_stages if target.backend == "hip" else spare // step_bytes
+        return Tiles(block_m, tile, Schedule(num_warps, max(1, min(num_stages, fitting))))
 
-    one_class = exact and target.has_large_tile_instructions
-    decode_rows = max(64 if one_class else 16, least_rows)
-    decode = Tiles(decode_rows, tile, Schedule(num_warps=4, num_stages=stages(decode_rows, 3)))
-    extend_rows = max(128 if width <= 128 and target.shared_bytes > (99 << 10) else 64, least_rows)
-    extend = Tiles(
-        extend_rows,
-        tile,
-        Schedule(
-            num_warps=8 if extend_rows >= 128 or width > 128 else 4,
-            num_stages=stages(extend_rows, 2),
-        ),
-    )
-    return AttentionTiles(decode, extend)
+    if dtype == torch.float32:  # no matrix instructions at full precision
+        both = Tiles(max(16, least_rows), 32 if width <= 128 else 16, Schedule(4, 1))
+        return AttentionTiles(both, both)
+    if exact:
+        if width > 128:
+            return AttentionTiles(tiles(32, 32, 8, 3), tiles(32, 32, 8, 2))
+        if target.arch == "sm_90":  # one warp group for 64 rows, two for 128
+            tile = 64 if is_plain else 32
+            return AttentionTiles(tiles(64, tile, 4, 3), tiles(128, tile, 8, 2))
+        num_warps = 4 if target.backend == "hip" else 8
+        stages = 2 if target.backend == "hip" else 3
+        return AttentionTiles(tiles(64, 32, num_warps, stages), tiles(64, 32, num_warps, 2))
+    if width > 128 or target.shared_bytes < (160 << 10):
+        return AttentionTiles(tiles(16, 32, 4, 3), tiles(64, 32, 8, 2))
+    return AttentionTiles(tiles(16, 64, 4, 3), tiles(128, 64, 8, 2))
 
 
 # --- what both kernels share ----------------------------------------------------------------------
