@@ -8,6 +8,8 @@ sockets, processes and settings.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import AsyncIterator
 from typing import Any, Final
 
 from fastapi import FastAPI, Request
@@ -39,7 +41,9 @@ def create_app(config: AppConfig, client: EngineClient, text: Text | None = None
 
     Without `text` it is read from the engine's model directory when the first request needs it.
     """
-    app = _App(title=TITLE, version=version(), separate_input_output_schemas=False)
+    app = _App(
+        title=TITLE, version=version(), separate_input_output_schemas=False, lifespan=_prepare
+    )
     app.state.service = Service(config, client, text)
     app.state.drain = app.state.service.drain
     for router in ROUTERS:
@@ -49,6 +53,13 @@ def create_app(config: AppConfig, client: EngineClient, text: Text | None = None
         app.add_middleware(KeyCheck, keys=config.api_keys)
     app.add_middleware(Envelope)
     return app
+
+
+@contextlib.asynccontextmanager
+async def _prepare(app: FastAPI) -> AsyncIterator[None]:
+    """Make now, while the engine loads, what FastAPI would make in the first request (0.1 s)."""
+    app.openapi()
+    yield
 
 
 class _App(FastAPI):

@@ -9,6 +9,7 @@ import hmac
 import logging
 from collections.abc import Sequence
 from typing import Final
+from urllib.parse import quote
 
 import msgspec
 from starlette.datastructures import Headers, MutableHeaders
@@ -24,6 +25,7 @@ OPEN_PATHS: Final = frozenset({"/live", "/health", "/ready"})
 """For load balancers and orchestrators, which have no key."""
 TGI_PATHS: Final = frozenset({"/", "/generate_stream"})
 """Errors here are in TGI's words even before the body is read."""
+MAX_SHOWN_PATH_CHARS: Final = 200
 
 _access_log: Final = logging.getLogger("server.access")
 _logger: Final = logging.getLogger(__name__)
@@ -79,7 +81,7 @@ class Envelope:
             _logger.error(
                 "%s %s failed",
                 scope["method"],
-                scope["path"],
+                _shown_path(scope),
                 exc_info=error,
                 extra={"request_id": record.request_id},
             )
@@ -94,10 +96,15 @@ def _log_access(scope: Scope, record: RequestRecord) -> None:
     _access_log.info(
         "%s %s %d",
         scope["method"],
-        scope["path"],
+        _shown_path(scope),
         record.status,
         extra={"request_id": record.request_id} | record.fields(),
     )
+
+
+def _shown_path(scope: Scope) -> str:
+    """Give the path for a log line: quoted, so that it can't look like another line, and short."""
+    return quote(scope["path"])[:MAX_SHOWN_PATH_CHARS]
 
 
 class KeyCheck:

@@ -97,6 +97,14 @@ def test_an_error_is_in_the_line(caplog: pytest.LogCaptureFixture) -> None:
     assert (lost.getMessage(), vars(lost)["error"]) == ("GET /nowhere 404", "not_found")
 
 
+def test_a_path_can_not_forge_a_line(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    Caller(make_app(FakeEngineClient())).get("/a%0AERROR%20b" + "c" * 500)
+    (line,) = access_lines(caplog)
+    assert line.getMessage().startswith("GET /a%0AERROR%20bccc")
+    assert len(line.getMessage()) < 250
+
+
 def test_a_crash_is_logged_with_its_traceback_and_answered_with_one_body(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

@@ -133,6 +133,9 @@ def test_a_body_over_the_limit(app: FastAPI) -> None:
     http = Caller(make_app(FakeEngineClient(), max_body_bytes=1000))
     assert http.post("/generate", {"prompt": "x" * 900}).status_code == 400
 
+    large = b'{"prompt": "x"}' + b" " * (12 << 20)
+    assert Caller(app).post("/generate", content=large).status_code == 200
+
     async def chunks() -> Any:
         for _ in range(11):
             yield b" " * 100
