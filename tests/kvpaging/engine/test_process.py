@@ -105,12 +105,15 @@ class Api:
     def send(self, *messages: ToEngine) -> None:
         self.sock.sendall(b"".join(map(encode_frame, messages)))
 
+    def read(self, num_bytes: int) -> None:
+        data = self.sock.recv(num_bytes)
+        if not data:
+            raise EOFError
+        self._inbox += self._splitter.feed(data)
+
     def receive(self) -> FromEngine:
         while not self._inbox:
-            data = self.sock.recv(1 << 20)
-            if not data:
-                raise EOFError
-            self._inbox = self._splitter.feed(data)
+            self.read(1 << 20)
         return self._inbox.pop(0)
 
     def greet(self) -> None:
@@ -208,6 +211,10 @@ def test_an_api_that_does_not_read_stops_the_steps_and_not_the_process(start: St
         num_steps = engine.num_steps
         time.sleep(0.1)
     assert 0 < num_steps <= MAX_UNSENT_BYTES // (1 << 20) + 2
+    for _ in range(5):
+        api.read(100_000)
+        time.sleep(0.02)
+    assert engine.num_steps <= num_steps + 1  # half a message read makes room for one at most
     received = [api.receive() for _ in range(100)]
     assert [step.stats.step_id for step in received if isinstance(step, StepDone)] == [
         *range(1, 101)

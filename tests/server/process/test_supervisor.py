@@ -319,6 +319,8 @@ async def test_no_step_with_a_request_open_is_a_stall() -> None:
         await asyncio.sleep(0.3)
         assert client.status().state is EngineState.READY  # idle is no stall
         stuck = asyncio.create_task(tokens_of(client, request(HANG)))
+        await until(lambda: client.num_open_requests == 1)
+        assert client.status().state is EngineState.READY  # and idling before does not count
         await until(lambda: client.status().state is EngineState.STALLED, 2)
         assert "1 requests open" in client.status().detail
         await client.close()  # and a hung engine is killed
@@ -344,3 +346,14 @@ async def test_signals_to_the_whole_group_leave_the_engine_running() -> None:
         os.kill(engine_pid(client), signal.SIGTERM)
         assert await tokens_of(client, request(COUNT)) == [0, 1, 2]
         assert client.status().num_restarts == 0
+
+
+async def test_the_engine_searches_for_modules_where_this_process_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "only_here.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    command = (sys.executable, "-P", "-c", "import only_here, sys; sys.exit(7)")
+    process = EngineProcess.spawn(EngineOptions("m"), command=command)
+    with process.sock:
+        assert await process.reap(10) == 7
