@@ -12,6 +12,7 @@ from kvpaging.base.errors import LawBroken
 from kvpaging.base.ids import PageId, PageKey
 from kvpaging.cache.allocator import OutOfPages, PageAllocator
 from kvpaging.cache.eviction import EvictionPolicy, LeastRecentlyUsed
+from kvpaging.cache.lower_levels import LowerLevels, PageStore
 from kvpaging.cache.page_lease import PageLease
 from kvpaging.cache.prefix_index import PrefixIndex
 from kvpaging.cache.prefix_key import PrefixChain, root_key
@@ -29,7 +30,14 @@ class CacheCounters:
 class _CachedPages:
     """`allocator.CachedPages` over the index (what is worth keeping) and the policy (the order)."""
 
-    def __init__(self, index: PrefixIndex, policy: EvictionPolicy, counters: CacheCounters):
+    def __init__(
+        self,
+        index: PrefixIndex,
+        policy: EvictionPolicy,
+        counters: CacheCounters,
+        evicted: list[PageStore] | None,
+    ):
+        self._evicted = evicted
         self._index = index
         self._policy = policy
         self._counters = counters
@@ -51,6 +59,9 @@ class _CachedPages:
 
     def evict(self) -> PageId:
         page_id = self._policy.victim()
+        if self._evicted is not None:
+            entry = self._index.entry(page_id)
+            self._evicted.append(PageStore(page_id, entry.parent, entry.link, is_eviction=True))
         self._index.withdraw(page_id)
         self._counters.evicted_pages += 1
         return page_id
@@ -67,14 +78,18 @@ class CacheManager:
         numerics_identity: bytes = b"",
         prefix_cache: bool = True,
         policy: EvictionPolicy | None = None,
+        levels: LowerLevels | None = None,
     ):
         self.page_size = page_size
         self.index = PrefixIndex()
         self.counters = CacheCounters()
         self.policy = LeastRecentlyUsed() if policy is None else policy
+        self.stores: list[PageStore] = []
+        evicted = self.stores if levels is not None and levels.wants_evicted else None
         self.allocator = PageAllocator(
-            num_pages, _CachedPages(self.index, self.policy, self.counters)
+            num_pages, _CachedPages(self.index, self.policy, self.counters, evicted)
         )
+        self._levels = levels
         self.leases: dict[int, PageLease] = {}
         self.root: PageKey = root_key(numerics_identity)
         self._prefix_cache = prefix_cache
@@ -109,6 +124,12 @@ class CacheManager:
         revived = sum(1 for page_id in matched if page_id in self.policy)
         return self.pages_for(num_tokens) - len(matched) + revived
 
+    def num_loadable(self, chain: PrefixChain, num_matched: int, num_tokens: int) -> int:
+        """Pages after the matched ones that are believed to be in a lower level. A question."""
+        if self._levels is None or not self._prefix_cache:
+            return 0
+        return self._levels.probe(chain.links[num_matched : (num_tokens - 1) // self.page_size])
+
     def reserve(self, matched: list[PageId], num_tokens: int) -> PageLease:
         """A lease over `matched` (from `match`, just now) and new pages up to `num_tokens` tokens.
 
@@ -137,9 +158,28 @@ class CacheManager:
         """Publish the pages that are full and computed now. `chain` covers them."""
         if not self._prefix_cache:
             return
-        for i in range(lease.num_published, num_computed_tokens // self.page_size):
+        first = lease.num_published
+        self.publish(lease, chain, num_computed_tokens // self.page_size)
+        if self._levels is not None and self._levels.wants_computed:
+            self.stores.extend(
+                PageStore(lease.pages[i], chain.parent_of(i), chain.links[i], is_eviction=False)
+                for i in range(first, lease.num_published)
+            )
+
+    def publish(self, lease: PageLease, chain: PrefixChain, num_pages: int) -> None:
+        """Say of the lease's first `num_pages` pages that they hold the chain's links."""
+        for i in range(lease.num_published, num_pages):
             self.index.publish(lease.pages[i], chain.parent_of(i), chain.links[i])
             lease.num_published = i + 1
+
+    def take_stores(self) -> tuple[PageStore, ...]:
+        """Orders to copy pages down that came up since the last call.
+
+        They must be carried out before anything else is written: some of the pages are taken again.
+        """
+        stores = tuple(self.stores)
+        self.stores.clear()
+        return stores
 
     def fork(self, lease: PageLease, num_tokens: int) -> tuple[PageLease, PageId | None]:
         """A lease over the same first `num_tokens` tokens: full pages shared, the tail's own.

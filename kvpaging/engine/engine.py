@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Final, Self
 
 from kvpaging.base.clock import Clock, monotonic
 from kvpaging.base.config import EngineConfig, EngineOptions
@@ -24,6 +24,9 @@ from kvpaging.scheduling.outputs import Finished, FinishReason, StepOutputs
 from kvpaging.scheduling.plan import Sample
 from kvpaging.scheduling.request import Request, SamplingParams
 from kvpaging.scheduling.scheduler import Scheduler
+
+LOAD_WAIT_S: Final = 0.005
+"""A step with nothing to compute waits so long for a load: new requests wait no longer."""
 
 
 @dataclass(slots=True)
@@ -57,6 +60,7 @@ class Engine:
             config.scheduler.page_size,
             numerics_identity=config.numerics_identity,
             prefix_cache=config.scheduler.prefix_cache,
+            levels=executor.lower_levels,
         )
         self._scheduler = Scheduler(
             config.scheduler,
@@ -88,7 +92,7 @@ class Engine:
         is not to be trusted.
         """
         started = self._clock()
-        plan = self._scheduler.schedule(events, started)
+        plan = self._scheduler.schedule([*self._executor.completions(), *events], started)
         result = self._executor.run(plan)
         ended = self._clock()
         outputs = self._scheduler.apply(plan, result, ended)
@@ -96,6 +100,8 @@ class Engine:
         self._audit.check_next_lease()
         self._step_id = plan.step_id
         self._step_s = ended - started
+        if self._scheduler.num_loading and not plan.scheduled:
+            self._executor.wait(LOAD_WAIT_S)
         return outputs
 
     def audit_idle(self) -> bool:

@@ -7,7 +7,9 @@ from collections.abc import Collection, Sequence
 import torch
 
 from kernels.ops import Ops
+from kvpaging.base.clock import monotonic
 from kvpaging.base.errors import LawBroken
+from kvpaging.cache.lower_levels import LowerLevels, PagesLoaded
 from kvpaging.execution.kv_pool import KVPool
 from kvpaging.execution.model_runner import ModelRunner
 from kvpaging.execution.models.layers import CausalLM
@@ -27,11 +29,24 @@ class LocalExecutor:
         self._pool: KVPool | None = pool
         self._runner: ModelRunner | None = ModelRunner(model, pool, ops, eos_token_ids)
 
+    @property
+    def lower_levels(self) -> LowerLevels | None:
+        """Nothing is below the device yet."""
+        return None
+
+    def completions(self) -> Sequence[PagesLoaded]:
+        """Loads that ended; see `executor.Executor.completions`."""
+        return ()
+
+    def wait(self, timeout_s: float) -> None:
+        """Nothing is ever being loaded; see `executor.Executor.wait`."""
+
     def run(self, plan: StepPlan) -> StepResult:
         """Do the plan's work; see `executor.Executor.run`."""
         runner, pool = self._runner, self._pool
         if runner is None or pool is None:
             raise LawBroken("a plan for an executor that is closed")
+        started = monotonic()
         with torch.inference_mode():
             for seq_id in plan.removed:
                 runner.remove(seq_id)
@@ -42,7 +57,7 @@ class LocalExecutor:
             if not plan.scheduled:
                 return StepResult(plan.step_id, ())
             samples, failed = runner.run(plan.scheduled)
-        return StepResult(plan.step_id, samples, failed)
+        return StepResult(plan.step_id, samples, failed, monotonic() - started)
 
     def close(self) -> None:
         """Let go of weights and pool. Idempotent."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from kvpaging.base.ids import RequestId
+from kvpaging.cache.lower_levels import PagesLoaded
 from kvpaging.scheduling.request import Request
 
 
@@ -28,4 +29,4 @@ class Finish(msgspec.Struct, frozen=True, tag=True):
     num_tokens: int
 
 
-Event = Arrival | Abort | Finish
+Event = Arrival | Abort | Finish | PagesLoaded

@@ -13,6 +13,7 @@ from __future__ import annotations
 import msgspec
 
 from kvpaging.base.ids import PageId, SeqId, StepId
+from kvpaging.cache.lower_levels import PageLoad, PageStore
 from kvpaging.scheduling.request import SamplingParams
 
 
@@ -55,7 +56,10 @@ class PageCopy(msgspec.Struct, frozen=True, gc=False):
 
 
 class StepPlan(msgspec.Struct, frozen=True, gc=False):
-    """One step's work. `removed` comes first, then `added`, `copies`, `scheduled`.
+    """One step's work, in this order: `removed`, `added`, `stores`, `loads`, `copies`, `scheduled`.
+
+    `stores` read their pages before anything is written; `loads` only begin here, and end with a
+    `PagesLoaded` event before some later plan.
 
     The tokens of a row that decodes are those that the runner sampled for it itself in the step
     before; it appends what it samples for `sequence.output_index` to the row.
@@ -67,11 +71,8 @@ class StepPlan(msgspec.Struct, frozen=True, gc=False):
     added: tuple[AddedSequence, ...]
     copies: tuple[PageCopy, ...]
     scheduled: tuple[ScheduledSequence, ...]
-
-    @property
-    def is_empty(self) -> bool:
-        """Nothing to do, not even bookkeeping."""
-        return not (self.scheduled or self.removed or self.added or self.copies)
+    stores: tuple[PageStore, ...] = ()
+    loads: tuple[PageLoad, ...] = ()
 
     @property
     def num_new_tokens(self) -> int:
@@ -98,3 +99,5 @@ class StepResult(msgspec.Struct, frozen=True, gc=False):
     step_id: StepId
     samples: tuple[tuple[Sample, ...], ...]
     failed: tuple[SeqId, ...] = ()
+    elapsed_s: float = 0.0
+    """What the work took."""

@@ -20,6 +20,7 @@ from kvpaging.base.errors import BadRequest, ConfigError, LawBroken
 from kvpaging.base.ids import PageId, RequestId, SeqId, StepId
 from kvpaging.cache.allocator import OutOfPages
 from kvpaging.cache.cache_manager import CacheManager
+from kvpaging.cache.lower_levels import LoadCosts, PageLoad, PagesLoaded
 from kvpaging.scheduling import admission
 from kvpaging.scheduling.events import Abort, Arrival, Event, Finish
 from kvpaging.scheduling.outputs import (
@@ -49,17 +50,20 @@ class SchedulerCounters:
     preemptions: int = 0
     recomputed_tokens: int = 0
     computed_tokens: int = 0
+    loads: int = 0
+    loaded_pages: int = 0
 
 
 class _Draft:
     """A plan in the making: entries may still be taken back when their sequence is preempted."""
 
-    __slots__ = ("budget", "copies", "entries", "has_preempted")
+    __slots__ = ("budget", "copies", "entries", "has_preempted", "loads")
 
     def __init__(self, budget: int):
         self.budget = budget
         self.entries: dict[SeqId, tuple[Sequence, ScheduledSequence]] = {}
         self.copies: list[PageCopy] = []
+        self.loads: list[PageLoad] = []
         self.has_preempted = False
 
 
@@ -90,6 +94,8 @@ class Scheduler:
         """Sequences that have not ended, and ended ones that a plan in flight names."""
         self._waiting = WaitingQueue()
         self._running: list[Sequence] = []
+        self._loading: dict[SeqId, Sequence] = {}
+        self._load_costs = LoadCosts()
         self._forked: list[Sequence] = []
         """Running sequences whose tail page must be copied before the next step."""
         self._removed: list[SeqId] = []
@@ -117,6 +123,11 @@ class Scheduler:
     def num_waiting(self) -> int:
         """Sequences that wait for pages or for a place."""
         return len(self._waiting)
+
+    @property
+    def num_loading(self) -> int:
+        """Sequences whose pages a lower level is filling."""
+        return len(self._loading)
 
     @property
     def running(self) -> Items[Sequence]:
@@ -151,6 +162,8 @@ class Scheduler:
             added=self._added(draft),
             copies=tuple(draft.copies),
             scheduled=tuple(entry for _, entry in draft.entries.values()),
+            stores=self.cache.take_stores(),
+            loads=tuple(draft.loads),
         )
 
     def _take_in(self, event: Event, now: float) -> None:
@@ -164,6 +177,8 @@ class Scheduler:
                 for sequence in tuple(self._requests.get(request_id, ())):
                     if sequence.is_forked and sequence.output_index == output_index:
                         self._end(sequence, FinishReason.STOP, ())
+            case PagesLoaded():
+                self._take_loaded(event)
             case _:
                 assert_never(event)
 
@@ -324,6 +339,7 @@ class Scheduler:
             sequence.num_computed_before, sequence.num_computed_tokens
         )
         sequence.num_computed_tokens = sequence.num_scheduled_tokens = 0
+        sequence.has_loaded = False
         sequence.num_preemptions += 1
         self.counters.preemptions += 1
         self._waiting.push(sequence)
@@ -337,11 +353,10 @@ class Scheduler:
             num_tokens = sequence.num_tokens
             sequence.chain.extend(sequence.token_ids)
             matched = self.cache.match(sequence.chain, num_tokens)
+            if self._load(sequence, matched, draft, promised):
+                continue
             needed = self.cache.num_new_pages(matched, num_tokens)
-            # Each running sequence may soon need a page: without that reserve, what is admitted
-            # now would be preempted at once.
-            reserve = promised + len(self._running) if self._running else 0
-            if needed + reserve > self.cache.num_available:
+            if needed + self._reserve(promised) > self.cache.num_available:
                 if self.cache.allocator.num_held:
                     return  # pages will come back
                 self._fail_for_pages(sequence)
@@ -353,6 +368,65 @@ class Scheduler:
             self._admit(sequence, num_cached, now)
             self._put(sequence, chunk, (), draft)
             promised += self.cache.pages_for(num_tokens) - len(sequence.lease.pages)
+
+    def _reserve(self, promised: int) -> int:
+        """Pages to leave when one more is let in.
+
+        Each running sequence may soon need one: else what is admitted now were preempted at once.
+        """
+        return promised + len(self._running) if self._running else 0
+
+    def _load(
+        self, sequence: Sequence, matched: list[PageId], draft: _Draft, promised: int
+    ) -> bool:
+        """Let lower levels fill pages for it while it waits, where that is worth it.
+
+        Returns whether it left the queue; it comes back to its place with `PagesLoaded`.
+        """
+        if sequence.has_loaded:
+            return False
+        num_pages = self.cache.num_loadable(sequence.chain, len(matched), sequence.num_tokens)
+        if not self._load_costs.is_worth_loading(num_pages, self.cache.page_size):
+            sequence.has_loaded = True
+            return False
+        num_tokens = (len(matched) + num_pages) * self.cache.page_size
+        needed = self.cache.num_new_pages(matched, num_tokens)
+        if needed + self._reserve(promised) > self.cache.num_available:
+            return False
+        self._waiting.pop()
+        sequence.lease = self.cache.reserve(matched, num_tokens)
+        sequence.move(SeqState.LOADING)
+        sequence.num_in_flight += 1
+        self._loading[sequence.seq_id] = sequence
+        first = len(matched)
+        draft.loads.append(
+            PageLoad(
+                sequence.seq_id,
+                tuple(sequence.lease.pages[first:]),
+                tuple(sequence.chain.links[first : first + num_pages]),
+            )
+        )
+        return True
+
+    def _take_loaded(self, event: PagesLoaded) -> None:
+        """Publish what came; the sequence waits on, and will match it like any other page."""
+        sequence = self._loading.pop(event.seq_id, None)
+        if sequence is None or sequence.lease is None:
+            raise LawBroken(f"pages were loaded for sequence {event.seq_id}, which asked for none")
+        self.counters.loads += 1
+        self.counters.loaded_pages += event.num_pages
+        self._load_costs.loaded(event.num_pages, event.elapsed_s)
+        lease = sequence.lease
+        self.cache.publish(lease, sequence.chain, lease.num_published + event.num_pages)
+        sequence.num_in_flight -= 1
+        if sequence.state is SeqState.FINISHED:
+            self._forget(sequence)
+            return
+        self.cache.release(lease)
+        sequence.lease = None
+        sequence.has_loaded = True
+        sequence.move(SeqState.WAITING)
+        self._waiting.push(sequence)
 
     def _num_promised_pages(self) -> int:
         """Pages that running sequences still need for tokens they already have."""
@@ -418,7 +492,9 @@ class Scheduler:
         failed = frozenset(result.failed)
         for entry, samples in zip(plan.scheduled, result.samples, strict=True):
             self._commit(entry, samples, entry.seq_id in failed, now)
-        self.counters.computed_tokens += plan.num_new_tokens
+        num_tokens = plan.num_new_tokens
+        self.counters.computed_tokens += num_tokens
+        self._load_costs.computed(num_tokens, result.elapsed_s)
         outputs, self._outputs = tuple(self._outputs), []
         rejections, self._rejections = tuple(self._rejections), []
         return StepOutputs(outputs, rejections)
@@ -528,7 +604,7 @@ class Scheduler:
         """The one way out, from any state."""
         if sequence.state is SeqState.RUNNING:
             self._running.remove(sequence)
-        else:
+        elif sequence.state is not SeqState.LOADING:
             self._waiting.discard()
         sequence.move(SeqState.FINISHED)
         finished = Finished(

@@ -19,15 +19,17 @@ class SeqState(Enum):
     """Where a sequence is in its life."""
 
     WAITING = auto()  # owns nothing; new, or forked and not yet placed
+    LOADING = auto()  # owns pages that a lower level is filling
     RUNNING = auto()  # owns pages, may appear in a plan
     PREEMPTED = auto()  # owns nothing, waits; its tokens are kept
     FINISHED = auto()  # never moves again; owns pages only while a plan that reads them runs
 
 
 MOVES: dict[SeqState, frozenset[SeqState]] = {
-    SeqState.WAITING: frozenset({SeqState.RUNNING, SeqState.FINISHED}),
+    SeqState.WAITING: frozenset({SeqState.LOADING, SeqState.RUNNING, SeqState.FINISHED}),
+    SeqState.LOADING: frozenset({SeqState.WAITING, SeqState.FINISHED}),
     SeqState.RUNNING: frozenset({SeqState.PREEMPTED, SeqState.FINISHED}),
-    SeqState.PREEMPTED: frozenset({SeqState.RUNNING, SeqState.FINISHED}),
+    SeqState.PREEMPTED: frozenset({SeqState.LOADING, SeqState.RUNNING, SeqState.FINISHED}),
     SeqState.FINISHED: frozenset(),
 }
 
@@ -47,6 +49,7 @@ class Sequence:
         "copy_from",
         "first_scheduled_s",
         "first_token_s",
+        "has_loaded",
         "has_row",
         "is_forked",
         "last_token_s",
@@ -93,12 +96,14 @@ class Sequence:
         self.num_scheduled_tokens = 0
         self.num_pending = 0
         self.num_in_flight = 0
-        """Plans made and not yet applied that name this sequence."""
+        """Plans made and not yet applied that name this sequence, and loads not yet answered."""
         self.lease: PageLease | None = None
         self.copy_from: PageId | None = None
         """Page to copy the tail page from before the next step (after a fork)."""
         self.has_row = False
         """The runner knows it."""
+        self.has_loaded = False
+        """Lower levels were asked since it last owned nothing."""
         self.is_forked = request.n == 1
         """The other outputs of its request exist."""
         self.sample_self = (output_index,)

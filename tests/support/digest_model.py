@@ -8,10 +8,13 @@ runner does, and from the plan alone.
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kvpaging.base.config import EngineConfig, SchedulerConfig
+from kvpaging.cache.lower_levels import PageLoad, PagesLoaded
+from kvpaging.cache.prefix_key import ChainLink
 from kvpaging.scheduling.plan import AddedSequence, Sample, StepPlan, StepResult
 
 VOCAB = 97
@@ -46,8 +49,9 @@ class Row:
 class DigestExecutor:
     """Implements `kvpaging.execution.executor.Executor`."""
 
-    def __init__(self, num_pages: int, page_size: int):
+    def __init__(self, num_pages: int, page_size: int, levels: DigestLevels | None = None):
         self.page_size = page_size
+        self.levels = levels
         self.slots = [GARBAGE] * ((num_pages + 1) * page_size)
         self.rows: dict[int, Row] = {}
         self.plans: list[StepPlan] = []
@@ -63,6 +67,8 @@ class DigestExecutor:
 
     def run(self, plan: StepPlan) -> StepResult:
         self.plans.append(plan)
+        if self.levels is not None:
+            self.levels.carry_out(plan, self.slots, self.page_size)
         for seq_id in plan.removed:
             del self.rows[seq_id]
         for added in plan.added:
@@ -106,8 +112,69 @@ class DigestExecutor:
                 written.add(slot)
                 self.slots[slot] = row.tokens[position]
 
+    @property
+    def lower_levels(self) -> DigestLevels | None:
+        return self.levels
+
+    def completions(self) -> tuple[PagesLoaded, ...]:
+        return () if self.levels is None else self.levels.completions(self.slots, self.page_size)
+
+    def wait(self, timeout_s: float) -> None:
+        """Time is counted in calls here."""
+
     def close(self) -> None:
         self.rows.clear()
+
+
+class DigestLevels:
+    """Lower levels that are slow, forget, and deliver less than they promised."""
+
+    def __init__(self, rng: random.Random, *, wants_computed: bool, wants_evicted: bool):
+        self.wants_computed = wants_computed
+        self.wants_evicted = wants_evicted
+        self.pages: dict[bytes, tuple[bytes, list[int]]] = {}
+        self.pending: list[tuple[int, PageLoad]] = []
+        self.num_loaded = 0
+        self.num_missed = 0
+        self._rng = rng
+
+    def probe(self, links: Sequence[ChainLink]) -> int:
+        found = 0
+        for link in links:
+            if link.key not in self.pages:
+                break
+            found += 1
+        return found
+
+    def carry_out(self, plan: StepPlan, slots: list[int], size: int) -> None:
+        for store in plan.stores:
+            content = slots[store.page_id * size : (store.page_id + 1) * size]
+            packed = b"".join(token.to_bytes(4, "little") for token in content)
+            assert packed == store.link.tokens, "a page was stored that does not hold its link"
+            self.pages[store.link.key] = (store.link.tokens, content)
+        for load in plan.loads:
+            for page_id in load.page_ids:
+                slots[page_id * size : (page_id + 1) * size] = [GARBAGE] * size
+            self.pending.append((self._rng.randint(0, 4), load))
+
+    def completions(self, slots: list[int], size: int) -> tuple[PagesLoaded, ...]:
+        while self.pages and self._rng.random() < 0.2:
+            del self.pages[self._rng.choice(list(self.pages))]
+        due = [load for delay, load in self.pending if delay <= 0]
+        self.pending = [(delay - 1, load) for delay, load in self.pending if delay > 0]
+        return tuple(self._complete(load, slots, size) for load in due)
+
+    def _complete(self, load: PageLoad, slots: list[int], size: int) -> PagesLoaded:
+        num_pages = 0
+        for page_id, link in zip(load.page_ids, load.links, strict=True):
+            stored = self.pages.get(link.key)
+            if stored is None or stored[0] != link.tokens:
+                break
+            slots[page_id * size : (page_id + 1) * size] = stored[1]
+            num_pages += 1
+        self.num_loaded += num_pages
+        self.num_missed += len(load.page_ids) - num_pages
+        return PagesLoaded(load.seq_id, num_pages, 0.001)
 
 
 def digest_config(

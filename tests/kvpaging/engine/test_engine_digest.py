@@ -6,7 +6,7 @@ import random
 from collections import deque
 
 import pytest
-from digest_model import DigestExecutor, digest_config, expected_tokens
+from digest_model import DigestExecutor, DigestLevels, digest_config, expected_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -58,26 +58,30 @@ class Collector:
 class TwoPlans:
     """An engine loop that holds two plans: schedules k + 1 before k is applied."""
 
-    def __init__(self, config: EngineConfig, depth: int):
-        self.cache = CacheManager(config.scheduler.num_pages, config.scheduler.page_size)
+    def __init__(self, config: EngineConfig, depth: int, levels: DigestLevels | None = None):
+        self.cache = CacheManager(
+            config.scheduler.num_pages, config.scheduler.page_size, levels=levels
+        )
         self.scheduler = Scheduler(
             config.scheduler,
             self.cache,
             vocab_size=config.vocab_size,
             eos_token_ids=frozenset(config.eos_token_ids),
         )
-        self.executor = DigestExecutor(config.scheduler.num_pages, config.scheduler.page_size)
+        self.executor = DigestExecutor(
+            config.scheduler.num_pages, config.scheduler.page_size, levels
+        )
         self.depth = depth
         self.in_flight: deque = deque()
         self.now = 0.0
 
     def step(self, events: list[Event]) -> StepOutputs:
         self.now += 1
-        plan = self.scheduler.schedule(events, self.now)
+        plan = self.scheduler.schedule([*events, *self.executor.completions()], self.now)
         config = self.scheduler.config
         assert plan.num_new_tokens <= config.max_num_batched_tokens
         assert self.scheduler.num_running <= config.max_num_seqs
-        if not self.in_flight and self.scheduler.num_waiting:
+        if not self.in_flight and not self.scheduler.num_loading and self.scheduler.num_waiting:
             assert plan.scheduled, "work waits, nothing is in flight, and the plan is empty"
         # The device runs plans in order; what it sampled is seen one step later.
         self.in_flight.append((plan, self.executor.run(plan)))
@@ -91,10 +95,15 @@ class TwoPlans:
         ]
 
 
+@pytest.mark.parametrize("has_levels", [False, True], ids=["device", "levels"])
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("seed", range(12))
-def test_random_arrivals_aborts_and_tiny_pools(seed: int, depth: int) -> None:
-    rng = random.Random(f"{seed} {depth}")
+def test_random_arrivals_aborts_and_tiny_pools(seed: int, depth: int, has_levels: bool) -> None:
+    rng = random.Random(f"{seed} {depth} {has_levels}")
+    levels = None
+    if has_levels:
+        through = rng.random() < 0.5
+        levels = DigestLevels(rng, wants_computed=through, wants_evicted=not through)
     page_size = rng.choice([1, 2, 3, 4])
     config = digest_config(
         num_pages=rng.randint(6, 24),
@@ -104,7 +113,7 @@ def test_random_arrivals_aborts_and_tiny_pools(seed: int, depth: int) -> None:
         max_model_len=24,
         eos_token_ids=(0, 1, 2) if rng.random() < 0.5 else (),
     )
-    loop, seen = TwoPlans(config, depth), Collector()
+    loop, seen = TwoPlans(config, depth, levels), Collector()
     accepted: dict[str, Request] = {}
     aborted: set[str] = set()
     finished_by_text: set[tuple[str, int]] = set()
@@ -186,6 +195,40 @@ def test_the_random_test_exercises_what_it_claims() -> None:
     assert executor.num_copies > 0
     assert executor.num_chunks > 0
     assert len(seen.reasons) == 18
+
+
+def test_evicted_pages_come_back_from_below_and_an_abort_meets_a_load() -> None:
+    levels = DigestLevels(random.Random(1), wants_computed=False, wants_evicted=True)
+    loop = TwoPlans(digest_config(num_pages=8, page_size=2, eos_token_ids=()), 1, levels)
+    seen = Collector()
+    prompts = [[1, 2] * 4 + [k] for k in (3, 4)] + [[5, 6] * 5]
+
+    def run(name: str, prompt: list[int]) -> None:
+        seen.take(loop.step([Arrival(request(name, prompt, 2))]))
+        for _ in range(40):
+            levels.pages |= kept  # these do not forget
+            seen.take(loop.step([]))
+            kept.update(levels.pages)
+
+    kept: dict[bytes, tuple[bytes, list[int]]] = {}
+    for k, prompt in enumerate(prompts * 2):
+        run(f"{k}", prompt)
+        assert seen.tokens[(f"{k}", 0)] == expected_tokens(prompt, 0, 0, 2, frozenset())
+    assert levels.num_loaded > 0
+    # An abort while pages are on their way: they stay reserved until the load is answered.
+    run("other", [7, 8] * 5)
+    levels.pages |= kept
+    loop.step([Arrival(request("gone", prompts[0], 2))])
+    assert loop.scheduler.num_loading == 1
+    levels.pending = [(3, load) for _, load in levels.pending]
+    seen.take(loop.step([Abort(RequestId("gone"))]))
+    assert seen.reasons[("gone", 0)] is FinishReason.ABORT
+    assert loop.cache.allocator.num_held > 0
+    assert loop.scheduler.has_work
+    for _ in range(5):
+        loop.step([])
+    assert loop.cache.allocator.num_held == 0
+    assert not loop.scheduler.has_work
 
 
 def test_n_outputs_share_the_prompts_full_pages_and_copy_the_tail() -> None:
