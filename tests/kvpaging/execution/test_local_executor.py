@@ -185,6 +185,25 @@ def test_the_same_seed_gives_the_same_text_and_another_seed_another(driver: Plan
     assert greedy.samples[0].logprob is None
 
 
+def test_a_draw_is_at_the_position_of_the_token_that_it_makes(
+    driver: PlanDriver, loaded: tuple[CausalLM, registry.Ops]
+) -> None:
+    track = driver.track(PROMPT, RANDOM, output_index=2)
+    driver.finish([track], 8)
+    for index, logits in enumerate(track.logits):
+        token = loaded[1].sample(
+            logits.unsqueeze(0),
+            torch.tensor([1.0]),
+            torch.tensor([0], dtype=torch.int32),
+            torch.tensor([1.0]),
+            torch.tensor([0.0]),
+            torch.tensor([RANDOM.seed - 2**64]),
+            torch.tensor([2], dtype=torch.int32),
+            torch.tensor([len(PROMPT) + index], dtype=torch.int32),
+        )
+        assert track.output[index] == int(token)
+
+
 def test_copy_moves_whole_pages_and_nothing_else(loaded: tuple[CausalLM, registry.Ops]) -> None:
     model, ops = loaded
     spec = KVSpec(model.config.num_layers, 2, 16, PAGE, "float32")

@@ -46,6 +46,16 @@ def test_missing_fields_have_the_family_s_defaults() -> None:
     assert gemma.logit_soft_cap == 30
     assert gemma.windows == (4096, None)
 
+    gemma3 = parse_model_config(
+        {**LLAMA, "architectures": ["Gemma3ForCausalLM"], "num_hidden_layers": 7}, {}
+    )
+    assert [gemma3.ropes[which].theta for which in gemma3.rope_of_layer] == [
+        *[10_000.0] * 5,
+        1_000_000.0,
+        10_000.0,
+    ]
+    assert gemma3.windows == (*[4096] * 5, None, 4096)
+
     mistral = parse_model_config(
         {**LLAMA, "architectures": ["MistralForCausalLM"], "num_key_value_heads": 2}, {}
     )
