@@ -410,19 +410,15 @@ def combine_kernel(
     maximum = tl.full([BLOCK_G], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_G], dtype=tl.float32)
     row_part = (place.to(tl.int64) * HEADS + head) * max_splits
-    for some_split in tl.range(first_split, last_split + 1, UNROLL, num_stages=1):
-        for ahead in tl.static_range(UNROLL):
-            split = some_split + ahead
-            part = row_part + split
-            has_part = is_head & (split <= last_split)
-            other_acc = tl.load(
-                part_acc + part[:, None] * HEAD_DIM + column[None, :],
-                mask=mask & (split <= last_split),
-                other=0.0,
-            )
-            other_maximum = tl.load(part_state + part * 2, mask=has_part, other=float("-inf"))
-            other_total = tl.load(part_state + part * 2 + 1, mask=has_part, other=0.0)
-            acc, maximum, total = _merge(acc, maximum, total, other_acc, other_maximum, other_total)
+    splits = tl.range(first_split, last_split + 1, num_stages=1, loop_unroll_factor=UNROLL)
+    for split in splits:
+        part = row_part + split
+        other_acc = tl.load(
+            part_acc + part[:, None] * HEAD_DIM + column[None, :], mask=mask, other=0.0
+        )
+        other_maximum = tl.load(part_state + part * 2, mask=is_head, other=float("-inf"))
+        other_total = tl.load(part_state + part * 2 + 1, mask=is_head, other=0.0)
+        acc, maximum, total = _merge(acc, maximum, total, other_acc, other_maximum, other_total)
     if HAS_SINKS:
         sink = tl.load(sinks + head, mask=is_head, other=0.0) * 1.4426950408889634
     else:

@@ -1,9 +1,13 @@
-"""Makes Triton's interpreter compute bfloat16 as a card does. For tests, under TRITON_INTERPRET=1.
+"""Makes Triton's interpreter compute as a card does. For tests, under TRITON_INTERPRET=1.
 
-The interpreter keeps a bfloat16 as the whole number of its bit pattern and then adds, compares and
-multiplies the patterns (3.6 to 3.9; upstream: "we just don't support it yet", triton PR 11585).
-Here each operation on bfloat16 goes through float32 and rounds to nearest, ties to even. The
-kernels stay as they are. Knows the interpreter's inner names; a test fails when they move.
+bfloat16: the interpreter keeps it as the whole number of its bit pattern and then adds, compares
+and multiplies the patterns (3.6 to 3.9; upstream: "we just don't support it yet", triton PR 11585).
+Here each operation on bfloat16 goes through float32 and rounds to nearest, ties to even.
+
+tl.dot: the interpreter asks BLAS, which sums a row in an order that depends on the row's place.
+Here each element is one chain over ascending K in float32, as the kernels count on.
+
+The kernels stay as they are. Knows the interpreter's inner names; a test fails when they move.
 """
 
 from __future__ import annotations
@@ -53,17 +57,18 @@ def install() -> None:
 
         return computed
 
-    def dot(method: Any) -> Any:
-        def computed(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-            return method(self, widened(a), widened(b), *rest)
-
-        return computed
+    def dot(self: Any, a: Any, b: Any, start: Any, *_: Any) -> Any:
+        left, right = (np.asarray(widened(side).data, dtype=start.data.dtype) for side in (a, b))
+        total = start.data.copy()
+        for k in range(left.shape[-1]):
+            total += left[:, k, None] * right[k]
+        return handle(total, start.dtype.scalar)
 
     for name in ("binary_op", "unary_op"):
         setattr(builder, name, through_float32(getattr(builder, name)))
     for name in ("cast_impl", "create_fp_to_fp"):
         setattr(builder, name, cast(getattr(builder, name)))
-    builder.create_dot = dot(builder.create_dot)
+    builder.create_dot = dot
     builder.computes_bfloat16 = True
 
 
