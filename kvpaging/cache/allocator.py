@@ -35,7 +35,7 @@ class CachedPages(Protocol):
         """Its last owner let go: keep it as cached (True), or it becomes free (False)."""
 
     def revive(self, page_id: PageId) -> None:
-        """A cached page has an owner again."""
+        """A cached page has an owner again, or holds nothing any more."""
 
     def evict(self) -> PageId:
         """Give up the page that is worth least. Only called when there is one."""
@@ -125,6 +125,13 @@ class PageAllocator:
                 self._num_held -= 1
                 if not self._cached.keep(page_id):
                     self._free.append(page_id)
+
+    def discard(self, page_id: PageId) -> None:
+        """What this cached page holds is worth nothing any more: it becomes free."""
+        if page_id not in self._cached:
+            raise LawBroken(f"page {page_id} was discarded while {self.state(page_id)}")
+        self._cached.revive(page_id)
+        self._free.append(page_id)
 
     def quarantine(self, page_id: PageId) -> None:
         """Take a held page that no lease names out of service, for good. Never released after."""

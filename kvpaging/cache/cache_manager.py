@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from kvpaging.base.errors import LawBroken
 from kvpaging.base.ids import PageId, PageKey
 from kvpaging.cache.allocator import OutOfPages, PageAllocator
-from kvpaging.cache.eviction import EvictionPolicy, LeastRecentlyUsed
+from kvpaging.cache.eviction.lru import LeastRecentlyUsed
+from kvpaging.cache.eviction.policy import EvictionPolicy
 from kvpaging.cache.lower_levels import LowerLevels, PageStore
 from kvpaging.cache.page_lease import PageLease
 from kvpaging.cache.prefix_index import PrefixIndex
@@ -28,7 +29,11 @@ class CacheCounters:
 
 
 class _CachedPages:
-    """`allocator.CachedPages` over the index (what is worth keeping) and the policy (the order)."""
+    """`allocator.CachedPages` over the index (what is worth keeping) and the policy (the order).
+
+    A cached page is the only one of its key: a twin that some sequence owns serves as well, and
+    goes later. So a cached page's children are cached too, and some cached page is a leaf.
+    """
 
     def __init__(
         self,
@@ -51,7 +56,11 @@ class _CachedPages:
     def keep(self, page_id: PageId) -> bool:
         if page_id not in self._index:
             return False
-        self._policy.add(page_id)
+        key = self._index.entry(page_id).link.key
+        if len(self._index.pages_of(key)) > 1:
+            self.withdraw(page_id)
+            return False
+        self._policy.add(page_id, key, is_leaf=not self._index.has_children(key))
         return True
 
     def revive(self, page_id: PageId) -> None:
@@ -62,9 +71,18 @@ class _CachedPages:
         if self._evicted is not None:
             entry = self._index.entry(page_id)
             self._evicted.append(PageStore(page_id, entry.parent, entry.link, is_eviction=True))
-        self._index.withdraw(page_id)
+        self.withdraw(page_id)
         self._counters.evicted_pages += 1
         return page_id
+
+    def withdraw(self, page_id: PageId) -> None:
+        """The page no longer holds what was published; its parent may be a leaf now."""
+        parent = self._index.entry(page_id).parent
+        self._index.withdraw(page_id)
+        if not self._index.has_children(parent):
+            for parent_id in self._index.pages_of(parent):
+                if parent_id in self._policy:
+                    self._policy.expose(parent_id)
 
 
 class CacheManager:
@@ -86,9 +104,8 @@ class CacheManager:
         self.policy = LeastRecentlyUsed() if policy is None else policy
         self.stores: list[PageStore] = []
         evicted = self.stores if levels is not None and levels.wants_evicted else None
-        self.allocator = PageAllocator(
-            num_pages, _CachedPages(self.index, self.policy, self.counters, evicted)
-        )
+        self._cached = _CachedPages(self.index, self.policy, self.counters, evicted)
+        self.allocator = PageAllocator(num_pages, self._cached)
         self._levels = levels
         self.leases: dict[int, PageLease] = {}
         self.root: PageKey = root_key(numerics_identity)
@@ -169,7 +186,11 @@ class CacheManager:
     def publish(self, lease: PageLease, chain: PrefixChain, num_pages: int) -> None:
         """Say of the lease's first `num_pages` pages that they hold the chain's links."""
         for i in range(lease.num_published, num_pages):
-            self.index.publish(lease.pages[i], chain.parent_of(i), chain.links[i])
+            link = chain.links[i]
+            for twin in self.index.pages_of(link.key):
+                if twin in self._cached:
+                    self.discard(twin)
+            self.index.publish(lease.pages[i], chain.parent_of(i), link)
             lease.num_published = i + 1
 
     def take_stores(self) -> tuple[PageStore, ...]:
@@ -211,12 +232,17 @@ class CacheManager:
         """Withdraw what this sequence computed: its values were no numbers. Shared pages stay."""
         for page_id in lease.pages[lease.num_cached_tokens // self.page_size : lease.num_published]:
             if self.allocator.num_owners(page_id) == 1:
-                self.index.withdraw(page_id)
+                self._cached.withdraw(page_id)
+
+    def discard(self, page_id: PageId) -> None:
+        """Forget what this cached page holds."""
+        self._cached.withdraw(page_id)
+        self.allocator.discard(page_id)
 
     def quarantine(self, page_id: PageId) -> None:
         """Take a leaked page (held, named by no lease) out of service with what it holds."""
         if page_id in self.index:
-            self.index.withdraw(page_id)
+            self._cached.withdraw(page_id)
         self.allocator.quarantine(page_id)
 
     def _lease(self, pages: list[PageId], num_matched: int) -> PageLease:

@@ -28,6 +28,7 @@ class PrefixIndex:
     def __init__(self) -> None:
         self._twins: dict[PageKey, list[PageId]] = {}
         self._pages: dict[PageId, IndexedPage] = {}
+        self._num_children: dict[PageKey, int] = {}
 
     def __len__(self) -> int:
         return len(self._pages)
@@ -44,14 +45,18 @@ class PrefixIndex:
             raise LawBroken(f"page {page_id} was published twice")
         self._pages[page_id] = IndexedPage(parent, link)
         self._twins.setdefault(link.key, []).append(page_id)
+        self._num_children[parent] = self._num_children.get(parent, 0) + 1
 
     def withdraw(self, page_id: PageId) -> None:
         """The page no longer holds what was published."""
-        link = self._pages.pop(page_id).link
+        parent, link = self._pages.pop(page_id)
         twins = self._twins[link.key]
         twins.remove(page_id)
         if not twins:
             del self._twins[link.key]
+        self._num_children[parent] -= 1
+        if not self._num_children[parent]:
+            del self._num_children[parent]
 
     def match(self, chain: PrefixChain, max_pages: int) -> list[PageId]:
         """The longest run of pages that holds the chain's beginning. A question."""
@@ -72,6 +77,14 @@ class PrefixIndex:
     def has_key(self, key: PageKey) -> bool:
         """Some page holds this key."""
         return key in self._twins
+
+    def pages_of(self, key: PageKey) -> tuple[PageId, ...]:
+        """The pages that hold this key, the one published first in front."""
+        return tuple(self._twins.get(key, ()))
+
+    def has_children(self, key: PageKey) -> bool:
+        """Some published page comes right after this key."""
+        return key in self._num_children
 
     def entry(self, page_id: PageId) -> IndexedPage:
         """What was published for the page. Raises KeyError."""

@@ -23,6 +23,7 @@ from kvpaging.base.errors import LawBroken
 from kvpaging.cache.allocator import OutOfPages
 from kvpaging.cache.audit import Audit
 from kvpaging.cache.cache_manager import CacheManager
+from kvpaging.cache.eviction.names import DEFAULT_POLICY, POLICIES
 from kvpaging.cache.page_lease import PageLease
 from kvpaging.cache.prefix_key import PrefixChain
 
@@ -39,9 +40,12 @@ class Live:
 
 
 class CacheMachine(RuleBasedStateMachine):
+    policy = DEFAULT_POLICY
+
     @initialize(page_size=st.integers(1, 4), num_pages=st.integers(6, 24))
     def start(self, page_size: int, num_pages: int) -> None:
-        self.cache = CacheManager(num_pages, page_size)
+        policy = POLICIES[self.policy](num_pages)
+        self.cache = CacheManager(num_pages, page_size, policy=policy)
         self.size = page_size
         self.live: list[Live] = []
         self.memory: dict[int, tuple[bytes, tuple[int, ...]]] = {}
@@ -178,6 +182,15 @@ class CacheMachine(RuleBasedStateMachine):
             assert entry.parent == self.cache.root or index.has_key(entry.parent)
 
     @invariant()
+    def a_cached_page_is_the_only_one_of_its_key(self) -> None:
+        if not hasattr(self, "cache"):
+            return
+        for page_id in self.cache.index:
+            if page_id in self.cache.policy:
+                key = self.cache.index.entry(page_id).link.key
+                assert self.cache.index.pages_of(key) == (page_id,)
+
+    @invariant()
     def the_audit_agrees(self) -> None:
         if hasattr(self, "cache"):
             audit = Audit(self.cache)
@@ -193,3 +206,8 @@ class CacheMachine(RuleBasedStateMachine):
             self.cache.release(live.lease)
         if hasattr(self, "cache"):
             assert self.cache.allocator.num_held == 0
+            # Whatever the policy, all of it can be evicted, and never a parent before its child.
+            while self.cache.allocator.num_available:
+                self.cache.allocator.take(1)
+                self.indexed_pages_are_full_right_and_reachable()
+            assert not len(self.cache.index)

@@ -3,9 +3,9 @@
 A page is cached while nobody owns it and its contents may be found again. A policy sees pages come
 (their last owner let go) and go (found again, or evicted): a page that goes and comes back with the
 same key was used again. Pages are evicted one at a time and leaves first: a page whose children are
-cached is *inner*, and evicting it would strand them. Once cached, an inner page may become a leaf
-(`expose`) and never the other way round: a child comes into being under an owner, and its parent has
-one then too.
+cached is *inner*, and evicting it would strand them. An inner page may become a leaf while it is
+cached (`expose`), never the other way round: a child comes into being under an owner, and then its
+parent has one too.
 
 Knows nothing of owners, tokens or bytes.
 """

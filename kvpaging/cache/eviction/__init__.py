@@ -1,0 +1,1 @@
+"""Which cached page goes first: one small interface, and policies behind it."""
