@@ -1,0 +1,75 @@
+"""Every path that this machine has, and a fresh seed for every test."""
+
+import secrets
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from kernels import KernelUnavailableError, Ops
+from kernels.checks import CheckedOps
+from kernels.cpu import library
+from kernels.cpu.native_ops import NativeOps
+from kernels.reference import TorchOps
+
+
+def _instruction_sets() -> tuple[str, ...]:
+    try:
+        return library.instruction_sets(library.load())
+    except KernelUnavailableError:
+        return ()
+
+
+NATIVE = _instruction_sets()
+
+
+def make_ops(path: str, threads: int = 2) -> Ops:
+    inner = TorchOps("cpu") if path == "torch" else NativeOps(isa=path, threads=threads)
+    return CheckedOps(inner, "cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_torch_thread() -> Iterator[None]:
+    """The tests' own arithmetic is small; other workers want the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """Printed when a test fails: `torch.manual_seed` of it makes the same numbers."""
+    value = secrets.randbits(32)
+    sys.stdout.write(f"seed {value}\n")
+    torch.manual_seed(value)
+    return value
+
+
+@pytest.fixture(params=["torch", *NATIVE])
+def ops(request: pytest.FixtureRequest) -> Ops:
+    """All paths, one after the other."""
+    return make_ops(request.param)
+
+
+@pytest.fixture(params=NATIVE or [pytest.param("", marks=pytest.mark.skip("no native library"))])
+def isa(request: pytest.FixtureRequest) -> str:
+    """All instruction sets of the native path, which promises bits."""
+    return request.param
+
+
+@pytest.fixture
+def exact_ops(isa: str) -> Ops:
+    return make_ops(isa)
+
+
+@pytest.fixture
+def on_threads(isa: str):
+    """`on_threads(n)`: the native path on n threads."""
+    return lambda threads: make_ops(isa, threads)
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param

@@ -1,0 +1,259 @@
+// Calls every function of the native library on random shapes, with buffers of exactly the needed
+// size, so that the sanitizers see each byte too far. Built and run by test_sanitizers.py.
+//
+// Each case runs on one thread and on three; the outputs must be equal to the bit.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <string>
+#include <vector>
+
+struct Context;
+extern "C" {
+int kv_num_isas();
+const char* kv_isa(int);
+Context* kv_create(int, const char*);
+void kv_destroy(Context*);
+int kv_linear(Context*, int, const void*, int64_t, int64_t, const void*, const void*, int64_t,
+              int64_t, void*, int);
+int kv_grouped_linear(Context*, int, const void*, int64_t, int64_t, const int64_t*,
+                      const void* const*, const void* const*, int64_t, int64_t, int64_t, void*);
+int kv_norm(Context*, int, const void*, int64_t, void*, int64_t, int64_t, int64_t, const void*,
+            int, float, float, void*);
+int kv_gated(Context*, int, int, const void*, int64_t, int64_t, int64_t, void*);
+int kv_rope_store(Context*, int, const void*, int64_t, int64_t, const int32_t*, const float*,
+                  int64_t, void*, int64_t, void*, int64_t, int64_t, const int64_t*, const void*,
+                  int, const void*, int, float, float, int64_t, int64_t, int64_t, void*);
+int kv_paged_attention(Context*, int, const void*, int64_t, const void*, int64_t, const void*,
+                       int64_t, const int32_t*, int64_t, const int32_t*, const int32_t*, int64_t,
+                       int64_t, int64_t, int64_t, int64_t, float, int64_t, float, const float*,
+                       void*);
+int kv_log_softmax(Context*, const float*, int64_t, int64_t, int64_t, float*);
+int kv_sample(Context*, const float*, int64_t, int64_t, int64_t, const float*, const int32_t*,
+              const float*, const float*, const int64_t*, const int32_t*, const int32_t*,
+              int64_t*);
+int kv_copy_pages(Context*, char*, int64_t, int64_t, const int64_t*, const int64_t*, int64_t);
+}
+
+namespace {
+
+std::mt19937_64 random_bits;
+
+int64_t between(int64_t low, int64_t high) {
+    return std::uniform_int_distribution<int64_t>(low, high)(random_bits);
+}
+float number() { return std::normal_distribution<float>()(random_bits); }
+
+// Exactly `size` elements of a dtype on the heap.
+struct Buffer {
+    int dtype;
+    std::vector<char> bytes;
+
+    Buffer(int d, int64_t size) : dtype(d), bytes(static_cast<size_t>(size * (d == 0 ? 4 : 2))) {
+        for (int64_t i = 0; i < size; ++i) {
+            const float x = number();
+            if (d == 0) {
+                std::memcpy(bytes.data() + 4 * i, &x, 4);
+            } else {
+                // The upper half of a float32 is a bfloat16; as a float16 its exponent is limited.
+                uint32_t bits;
+                std::memcpy(&bits, &x, 4);
+                const uint16_t half = static_cast<uint16_t>(
+                    d == 1 ? bits >> 16 : (bits >> 16 & 0x83ff) | between(12, 16) << 10);
+                std::memcpy(bytes.data() + 2 * i, &half, 2);
+            }
+        }
+        bytes.shrink_to_fit();
+    }
+    void* data() { return bytes.data(); }
+};
+
+template <typename T>
+std::vector<T> integers(int64_t size, int64_t low, int64_t high) {
+    std::vector<T> values;
+    values.reserve(static_cast<size_t>(size));
+    for (int64_t i = 0; i < size; ++i) values.push_back(static_cast<T>(between(low, high)));
+    return values;
+}
+std::vector<float> floats(int64_t size, float low, float high) {
+    std::vector<float> values(static_cast<size_t>(size));
+    for (float& x : values) x = std::uniform_real_distribution<float>(low, high)(random_bits);
+    return values;
+}
+
+struct Pair {
+    Context *one, *three;
+
+    // f(context, out) on both; equal bits in `out`.
+    template <typename F>
+    void same(const char* name, Buffer out, F f) {
+        Buffer again = out;
+        if (f(one, out) || f(three, again)) fail(name, "ran out of memory");
+        if (out.bytes != again.bytes) fail(name, "differs between one thread and three");
+    }
+    static void fail(const char* name, const char* what) {
+        std::printf("%s %s\n", name, what);
+        std::exit(1);
+    }
+};
+
+void linears(Pair& pair, int dtype) {
+    const int64_t m = between(0, 70), n = between(1, 150), k = between(1, 300);
+    Buffer x(dtype, m * k), weight(dtype, n * k), bias(dtype, n);
+    for (int wide = 0; wide < 2; ++wide) {
+        pair.same("linear", Buffer(wide ? 0 : dtype, m * n), [&](Context* c, Buffer& out) {
+            return kv_linear(c, dtype, x.data(), k, m, weight.data(), wide ? bias.data() : nullptr,
+                             n, k, out.data(), wide);
+        });
+    }
+    Buffer other(dtype, n * k);
+    const void* weights[] = {weight.data(), other.data()};
+    const void* biases[] = {bias.data(), nullptr};
+    const std::vector<int64_t> experts = integers<int64_t>(m, 0, 1);
+    pair.same("grouped_linear", Buffer(dtype, m * n), [&](Context* c, Buffer& out) {
+        return kv_grouped_linear(c, dtype, x.data(), k, m, experts.data(), weights, biases, 2, n, k,
+                                 out.data());
+    });
+}
+
+void row_operations(Pair& pair, int dtype) {
+    const int64_t rows = between(0, 40), width = between(1, 600);
+    Buffer x(dtype, rows * width), weight(dtype, width), gate_up(dtype, rows * 2 * width);
+    const Buffer residual(dtype, rows * width);
+    pair.same("norm", Buffer(dtype, rows * width), [&](Context* c, Buffer& out) {
+        return kv_norm(c, dtype, x.data(), width, nullptr, 0, rows, width, weight.data(), dtype, 0,
+                       1e-6f, out.data());
+    });
+    pair.same("add_norm", Buffer(dtype, rows * width), [&](Context* c, Buffer& out) {
+        Buffer sum = residual;
+        return kv_norm(c, dtype, x.data(), width, sum.data(), width, rows, width, weight.data(),
+                       dtype, 1, 1e-6f, out.data());
+    });
+    for (int gate = 0; gate < 2; ++gate) {
+        pair.same("gated", Buffer(dtype, rows * width), [&](Context* c, Buffer& out) {
+            return kv_gated(c, dtype, gate, gate_up.data(), 2 * width, rows, width, out.data());
+        });
+    }
+    Buffer logits(0, rows * width);
+    const float* scores = static_cast<const float*>(logits.data());
+    pair.same("log_softmax", Buffer(0, rows * width), [&](Context* c, Buffer& out) {
+        return kv_log_softmax(c, scores, width, rows, width, static_cast<float*>(out.data()));
+    });
+    const std::vector<float> temperature = floats(rows, -0.2f, 1.5f);
+    const std::vector<float> top_p = floats(rows, 0, 1.3f), min_p = floats(rows, -0.1f, 0.3f);
+    const std::vector<int32_t> top_k = integers<int32_t>(rows, -1, width + 1);
+    const std::vector<int32_t> at = integers<int32_t>(rows, 0, 1000);
+    const std::vector<int64_t> seeds = integers<int64_t>(rows, INT64_MIN, INT64_MAX);
+    pair.same("sample", Buffer(0, 2 * rows), [&](Context* c, Buffer& out) {
+        int64_t* tokens = static_cast<int64_t*>(out.data());
+        const int failed =
+            kv_sample(c, scores, width, rows, width, temperature.data(), top_k.data(),
+                      top_p.data(), min_p.data(), seeds.data(), at.data(), at.data(), tokens);
+        for (int64_t r = 0; r < rows; ++r) {
+            if (tokens[r] < 0 || tokens[r] >= width) Pair::fail("sample", "left the vocabulary");
+        }
+        return failed;
+    });
+}
+
+void attention(Pair& pair, int dtype) {
+    const int64_t kv_heads = between(1, 3), heads = kv_heads * between(1, 9);
+    const int64_t d = 8 * between(1, 17), page_size = between(1, 20);
+    std::vector<int32_t> seq_lens, starts{0}, positions;
+    int64_t pages = 0, most = 1;
+    for (int64_t b = between(1, 4); b > 0; --b) {
+        const int64_t length = between(1, between(1, 600));
+        const int64_t queries = between(0, std::min<int64_t>(length, 50));
+        seq_lens.push_back(static_cast<int32_t>(length));
+        starts.push_back(starts.back() + static_cast<int32_t>(queries));
+        for (int64_t q = length - queries; q < length; ++q) {
+            positions.push_back(static_cast<int32_t>(q));
+        }
+        const int64_t count = (length + page_size - 1) / page_size;
+        pages += count;
+        most = std::max(most, count);
+    }
+    const int64_t num_seqs = static_cast<int64_t>(seq_lens.size()), tokens = starts.back();
+    std::vector<int32_t> order(static_cast<size_t>(pages));
+    std::iota(order.begin(), order.end(), 0);
+    std::shuffle(order.begin(), order.end(), random_bits);
+    // Past its last page a row of the table names no page at all.
+    std::vector<int32_t> tables(static_cast<size_t>(num_seqs * most), INT32_MAX);
+    size_t taken = 0;
+    std::vector<int64_t> slots;
+    for (int64_t b = 0; b < num_seqs; ++b) {
+        int32_t* table = tables.data() + b * most;
+        for (int64_t p = 0; p * page_size < seq_lens[static_cast<size_t>(b)]; ++p) {
+            table[p] = order[taken++];
+        }
+        for (int32_t t = starts[static_cast<size_t>(b)]; t < starts[static_cast<size_t>(b) + 1]; ++t) {
+            const int64_t at = positions[static_cast<size_t>(t)];
+            slots.push_back(between(0, 9) ? table[at / page_size] * page_size + at % page_size : -1);
+        }
+    }
+    const int64_t span = kv_heads * page_size * d;
+    Buffer pool(dtype, pages * 2 * span), qkv(dtype, tokens * (heads + 2 * kv_heads) * d);
+    Buffer norm(dtype, d);
+    const int64_t rotary = 2 * between(0, d / 2);
+    const std::vector<float> cos_sin = floats(700 * rotary, -1, 1);
+    const std::vector<float> sinks = floats(heads, -1, 1);
+    const bool normed = between(0, 1);
+    const auto values = [&](Buffer& b) { return b.bytes.data() + span * (dtype == 0 ? 4 : 2); };
+
+    pair.same("rope_store", Buffer(dtype, tokens * heads * d), [&](Context* c, Buffer& out) {
+        Buffer to = pool;
+        return kv_rope_store(c, dtype, qkv.data(), (heads + 2 * kv_heads) * d, tokens,
+                             positions.data(), cos_sin.data(), rotary, to.data(), 2 * span,
+                             values(to), 2 * span, page_size, slots.data(),
+                             normed ? norm.data() : nullptr, dtype, normed ? norm.data() : nullptr,
+                             dtype, 1e-6f, 0, heads, kv_heads, d, out.data());
+    });
+    const int64_t window = between(0, 1) ? between(1, 300) : 0;
+    const float cap = between(0, 1) ? 20.0f : 0.0f;
+    const bool sink = between(0, 1);
+    pair.same("attention", Buffer(dtype, tokens * heads * d), [&](Context* c, Buffer& out) {
+        return kv_paged_attention(c, dtype, qkv.data(), heads * d, pool.data(), 2 * span,
+                                  values(pool), 2 * span, tables.data(), most, seq_lens.data(),
+                                  starts.data(), num_seqs, heads, kv_heads, d, page_size, 0.1f,
+                                  window, cap, sink ? sinks.data() : nullptr, out.data());
+    });
+    const int64_t pairs = pages / 2, bytes = 2 * span * (dtype == 0 ? 4 : 2);
+    std::vector<int64_t> sources(order.begin(), order.begin() + pairs);
+    std::vector<int64_t> targets(order.begin() + pairs, order.begin() + 2 * pairs);
+    pair.same("copy_pages", pool, [&](Context* c, Buffer& out) {
+        return kv_copy_pages(c, out.bytes.data(), bytes, bytes, sources.data(), targets.data(),
+                             pairs);
+    });
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    const uint64_t seed = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 0;
+    const int rounds = argc > 2 ? std::atoi(argv[2]) : 20;
+    int ran = 0;
+    for (int i = 0; i < kv_num_isas(); ++i) {
+        const char* isa = kv_isa(i);
+        if (!isa) continue;
+        random_bits.seed(seed);
+        Pair pair{kv_create(1, isa), kv_create(3, isa)};
+        for (int round = 0; round < rounds; ++round) {
+            for (int dtype = 0; dtype < 3; ++dtype) {
+                linears(pair, dtype);
+                row_operations(pair, dtype);
+                attention(pair, dtype);
+            }
+        }
+        kv_destroy(pair.one);
+        kv_destroy(pair.three);
+        std::printf("%s ok\n", isa);
+        ++ran;
+    }
+    return ran == 0;
+}

@@ -1,0 +1,152 @@
+"""Paged attention against float64 in poisoned pools, and its rows bit by bit."""
+
+import dataclasses
+import random
+
+import pytest
+import torch
+from kernel_cases import (
+    LENGTHS,
+    Chunk,
+    Heads,
+    PagedBatch,
+    assert_close,
+    attention_oracle,
+    random_sequence,
+)
+
+SHAPES = [
+    Heads(2, 2, 8, page_size=4),
+    Heads(4, 2, 16, page_size=16, soft_cap=20.0),
+    Heads(4, 1, 32, page_size=64, window=30),
+    Heads(8, 1, 40, page_size=1),
+    Heads(6, 2, 64, page_size=16, window=1),
+    Heads(8, 4, 72, page_size=7, soft_cap=30.0, window=300),
+    Heads(2, 2, 80, page_size=16, window=256),
+    Heads(3, 3, 96, page_size=4),
+    Heads(4, 2, 128, page_size=16, window=17),
+    Heads(4, 4, 256, page_size=64, soft_cap=50.0),
+    Heads(40, 1, 16, page_size=16),  # a group larger than a block
+]
+
+
+def shape_id(heads):
+    return (
+        f"{heads.num_heads}q{heads.num_kv_heads}kv-d{heads.head_dim}-p{heads.page_size}"
+        f"-w{heads.window}-c{heads.soft_cap}"
+    )
+
+
+def mixed_chunks(heads, dtype, lengths=LENGTHS):
+    """Of each length: a decode step or a chunk of random size."""
+    chunks = []
+    for length in lengths:
+        begin = random.choice([length - 1, random.randint(max(0, length - 40), length - 1)])
+        chunks.append(Chunk(random_sequence(heads, length, dtype), begin, length))
+    random.shuffle(chunks)
+    return chunks
+
+
+@pytest.fixture(autouse=True)
+def _random(seed):
+    random.seed(seed)
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("heads", SHAPES, ids=shape_id)
+def test_attention_over_poisoned_pages(ops, dtype, heads, sinks):
+    if sinks:
+        heads = dataclasses.replace(heads, sinks=torch.randn(heads.num_heads) * 2)
+    chunks = mixed_chunks(heads, dtype)
+    out = PagedBatch(heads, chunks, dtype).attend(ops)
+    expected = torch.cat([attention_oracle(heads, chunk) for chunk in chunks])
+    assert_close(out, expected, dtype)
+
+
+def test_prefill_from_the_first_token(ops, dtype):
+    heads = Heads(4, 2, 64)
+    chunk = Chunk(random_sequence(heads, 300, dtype), 0, 300)
+    out = PagedBatch(heads, [chunk], dtype).attend(ops)
+    assert_close(out, attention_oracle(heads, chunk), dtype)
+
+
+def test_strided_queries_and_a_sequence_without_any(ops):
+    heads = Heads(4, 2, 16)
+    chunks = [
+        Chunk(random_sequence(heads, 20, torch.float32), 18, 20),
+        Chunk(random_sequence(heads, 9, torch.float32), 9, 9),
+        Chunk(random_sequence(heads, 33, torch.float32), 32, 33),
+    ]
+    batch = PagedBatch(heads, chunks, torch.float32)
+    wide = torch.full((3, 10, 16), torch.nan)
+    wide[:, :4] = batch.query
+    batch.query = wide[:, :4]
+    expected = torch.cat([attention_oracle(heads, chunk) for chunk in (chunks[0], chunks[2])])
+    assert_close(batch.attend(ops), expected, torch.float32)
+
+
+def test_pages_before_the_window_may_hold_anything(ops, dtype):
+    """They may have been given to others."""
+    heads = Heads(4, 2, 32, window=20)
+    chunk = Chunk(random_sequence(heads, 100, dtype), 90, 100)
+    batch = PagedBatch(heads, [chunk], dtype)
+    # The first query sees keys from 71 on: page 4 and later.
+    for page in batch.page_tables[0, :4].tolist():
+        batch.pool[page] = torch.nan
+    assert_close(batch.attend(ops), attention_oracle(heads, chunk), dtype)
+
+
+def test_far_scores_take_all_or_nothing(ops):
+    """No overflow: scores of several thousand, of both signs."""
+    heads = Heads(2, 1, 16)
+    sequence = random_sequence(heads, 40, torch.float32)
+    sequence.query *= 3000
+    chunk = Chunk(sequence, 0, 40)
+    out = PagedBatch(heads, [chunk], torch.float32).attend(ops)
+    assert_close(out, attention_oracle(heads, chunk), torch.float32)
+
+
+EXACT_SHAPES = [
+    Heads(4, 2, 64),
+    Heads(8, 1, 40, page_size=4, soft_cap=20.0),
+    Heads(2, 2, 128, page_size=64, window=270),
+    Heads(16, 8, 16, window=33),
+]
+
+
+@pytest.mark.parametrize("heads", EXACT_SHAPES, ids=shape_id)
+def test_chunks_mates_pages_and_threads_change_no_bit(on_threads, dtype, heads):
+    length = 540
+    heads = dataclasses.replace(heads, sinks=torch.randn(heads.num_heads))
+    sequence = random_sequence(heads, length, dtype)
+    one, three = on_threads(1), on_threads(3)
+    whole = PagedBatch(heads, [Chunk(sequence, 0, length)], dtype).attend(one)
+    assert torch.equal(PagedBatch(heads, [Chunk(sequence, 0, length)], dtype).attend(three), whole)
+
+    # Chunks, each beside a batch mate and in new pages; page sizes too.
+    begin = 0
+    while begin < length:
+        end = min(length, begin + random.choice([1, 5, 16, 37, 64, 200]))
+        other = dataclasses.replace(heads, page_size=random.choice([1, 4, 16, 64]))
+        chunks = [Chunk(sequence, begin, end), *mixed_chunks(other, dtype, (3, 290))]
+        out = PagedBatch(other, chunks, dtype).attend(random.choice([one, three]))
+        assert torch.equal(out[: end - begin], whole[begin:end]), f"{begin}..{end}"
+        begin = end
+
+    # Decode steps.
+    for position in (0, 15, 16, 255, 256, 257, 511, 539, *random.sample(range(length), 8)):
+        chunk = Chunk(sequence, position, position + 1)
+        for ops in (one, three):
+            out = PagedBatch(heads, [chunk], dtype).attend(ops)
+            assert torch.equal(out, whole[position : position + 1]), f"position {position}"
+
+
+def test_a_later_key_of_the_chunk_never_shows(exact_ops, dtype):
+    """Keys behind a query, though computed with it, are not touched by its arithmetic."""
+    heads = Heads(4, 2, 32)
+    sequence = random_sequence(heads, 60, dtype)
+    clean = PagedBatch(heads, [Chunk(sequence, 0, 60)], dtype).attend(exact_ops)
+    sequence.key[30:] = torch.nan
+    sequence.value[30:] = torch.inf
+    spoilt = PagedBatch(heads, [Chunk(sequence, 0, 60)], dtype).attend(exact_ops)
+    assert torch.equal(spoilt[:30], clean[:30])

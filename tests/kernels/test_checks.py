@@ -1,0 +1,144 @@
+"""What doesn't fit is refused before a pointer is taken, and nothing has changed then."""
+
+import pytest
+import torch
+
+from kernels import ShapeError
+
+
+def linear(ops, **changed):
+    given = {"x": torch.zeros(2, 8), "weight": ops.prepare_linear(torch.zeros(3, 8))} | changed
+    return ops.linear(**given)
+
+
+def attention(ops, **changed):
+    pool = torch.zeros(4, 2, 2, 16, 8)
+    given = {
+        "query": torch.zeros(1, 4, 8),
+        "key_pages": pool[:, 0],
+        "value_pages": pool[:, 1],
+        "page_tables": torch.zeros(1, 4, dtype=torch.int32),
+        "seq_lens": torch.ones(1, dtype=torch.int32),
+        "query_starts": torch.tensor([0, 1], dtype=torch.int32),
+        "scale": 1.0,
+    } | changed
+    return ops.paged_attention(**given)
+
+
+def rope_store(ops, **changed):
+    pool = torch.zeros(4, 2, 2, 16, 8)
+    given = {
+        "qkv": torch.zeros(1, 64),
+        "positions": torch.zeros(1, dtype=torch.int32),
+        "cos_sin": torch.zeros(10, 8),
+        "key_pages": pool[:, 0],
+        "value_pages": pool[:, 1],
+        "slot_mapping": torch.zeros(1, dtype=torch.int64),
+    } | changed
+    return ops.rope_store(**given)
+
+
+def rms_norm(ops, **changed):
+    given = {"x": torch.zeros(2, 8), "weight": torch.ones(8), "eps": 1e-6} | changed
+    return ops.rms_norm(**given)
+
+
+def add_rms_norm(ops, **changed):
+    given = {
+        "x": torch.zeros(2, 8),
+        "residual": torch.zeros(2, 8),
+        "weight": torch.ones(8),
+        "eps": 1e-6,
+    } | changed
+    return ops.add_rms_norm(**given)
+
+
+def sample(ops, **changed):
+    given = {
+        "logits": torch.zeros(1, 5),
+        "temperature": torch.ones(1),
+        "top_k": torch.zeros(1, dtype=torch.int32),
+        "top_p": torch.ones(1),
+        "min_p": torch.zeros(1),
+        "seeds": torch.zeros(1, dtype=torch.int64),
+        "output_indices": torch.zeros(1, dtype=torch.int32),
+        "positions": torch.zeros(1, dtype=torch.int32),
+    } | changed
+    return ops.sample(**given)
+
+
+def copy_pages(ops, **changed):
+    given = {
+        "pool": torch.zeros(4, 6),
+        "sources": torch.tensor([0]),
+        "targets": torch.tensor([1]),
+    } | changed
+    return ops.copy_pages(**given)
+
+
+WRONG = [
+    (linear, "x", torch.zeros(2, 9)),
+    (linear, "x", torch.zeros(8)),
+    (linear, "x", torch.zeros(2, 8, dtype=torch.float64)),
+    (linear, "x", torch.zeros(8, 2).T),
+    (rms_norm, "x", torch.zeros(2, 7)),
+    (rms_norm, "weight", torch.ones(8, dtype=torch.int32)),
+    (add_rms_norm, "residual", torch.zeros(3, 8)),
+    (add_rms_norm, "residual", torch.zeros(2, 8, dtype=torch.bfloat16)),
+    (attention, "query", torch.zeros(1, 3, 8)),
+    (attention, "query", torch.zeros(1, 4, 16)),
+    (attention, "key_pages", torch.zeros(4, 2, 16, 8, dtype=torch.float16)),
+    (attention, "value_pages", torch.zeros(4, 2, 8, 8)),
+    (attention, "key_pages", torch.zeros(4, 16, 2, 8).transpose(1, 2)),
+    (attention, "page_tables", torch.zeros(1, 4, dtype=torch.int64)),
+    (attention, "seq_lens", torch.ones(2, dtype=torch.int32)),
+    (attention, "query_starts", torch.zeros(1, dtype=torch.int32)),
+    (attention, "sinks", torch.zeros(3)),
+    (attention, "window", 0),
+    (attention, "soft_cap", -1.0),
+    (rope_store, "qkv", torch.zeros(1, 60)),
+    (rope_store, "qkv", torch.zeros(1, 32)),
+    (rope_store, "positions", torch.zeros(2, dtype=torch.int32)),
+    (rope_store, "cos_sin", torch.zeros(10, 10)),
+    (rope_store, "cos_sin", torch.zeros(10, 8, dtype=torch.bfloat16)),
+    (rope_store, "slot_mapping", torch.zeros(1, dtype=torch.int32)),
+    (rope_store, "q_norm", torch.zeros(7)),
+    (sample, "logits", torch.zeros(1, 0)),
+    (sample, "logits", torch.zeros(1, 5, dtype=torch.bfloat16)),
+    (sample, "top_k", torch.zeros(1, dtype=torch.int64)),
+    (sample, "seeds", torch.zeros(2, dtype=torch.int64)),
+    (copy_pages, "pool", torch.zeros(4, 6, 2)[:, :, :1]),
+    (copy_pages, "targets", torch.tensor([1, 2])),
+]
+
+
+@pytest.mark.parametrize(
+    ("call", "name", "value"),
+    WRONG,
+    ids=[f"{c.__name__}-{n}-{i}" for i, (c, n, _) in enumerate(WRONG)],
+)
+def test_refused_with_the_name(ops, call, name, value):
+    call(ops)  # fits as it is
+    with pytest.raises(ShapeError, match=name):
+        call(ops, **{name: value})
+
+
+def test_a_tensor_on_another_device_is_refused(ops):
+    with pytest.raises(ShapeError, match="meta"):
+        linear(ops, x=torch.zeros(2, 8, device="meta"))
+
+
+def test_odd_gates_are_refused(ops):
+    with pytest.raises(ShapeError, match="even"):
+        ops.silu_mul(torch.zeros(1, 7))
+
+
+def test_a_weight_of_another_dtype_or_path_is_refused(ops):
+    with pytest.raises((ShapeError, RuntimeError)):
+        linear(ops, x=torch.zeros(2, 8, dtype=torch.bfloat16))
+
+    class Foreign:
+        in_features, out_features = 8, 3
+
+    with pytest.raises(TypeError, match="Foreign"):
+        linear(ops, weight=Foreign())

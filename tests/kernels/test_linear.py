@@ -1,0 +1,116 @@
+"""Linears against float64, and their rows bit by bit."""
+
+import pytest
+import torch
+from kernel_cases import assert_close
+
+SHAPES = [(1, 1, 8), (2, 5, 24), (3, 33, 100), (7, 64, 1), (13, 130, 96), (64, 40, 515)]
+
+
+def weight_and_bias(n, k, dtype):
+    return (torch.randn(n, k) / k**0.5).to(dtype), torch.randn(n).to(dtype)
+
+
+@pytest.mark.parametrize(("m", "n", "k"), SHAPES)
+@pytest.mark.parametrize("biased", [False, True])
+def test_linear_is_the_product(ops, dtype, m, n, k, biased):
+    weight, bias = weight_and_bias(n, k, dtype)
+    x = torch.randn(m, k).to(dtype)
+    expected = x.double() @ weight.double().T
+    if biased:
+        expected += bias.double()
+    prepared = ops.prepare_linear(weight, bias if biased else None)
+    assert (prepared.in_features, prepared.out_features) == (k, n)
+
+    out = ops.linear(x, prepared)
+    assert out.dtype == dtype
+    assert_close(out, expected, dtype)
+
+    unrounded = ops.linear_float32(x, prepared)
+    assert unrounded.dtype == torch.float32
+    assert_close(unrounded, expected, torch.float32)
+
+
+def test_no_rows(ops, dtype):
+    prepared = ops.prepare_linear(*weight_and_bias(5, 8, dtype))
+    assert ops.linear(torch.empty(0, 8, dtype=dtype), prepared).shape == (0, 5)
+
+
+def test_rows_of_a_weight_are_its_embeddings(ops, dtype):
+    weight, _ = weight_and_bias(9, 16, dtype)
+    prepared = ops.prepare_linear(weight.clone())
+    assert torch.equal(prepared.rows(torch.tensor([8, 0, 8])), weight[[8, 0, 8]])
+
+
+def test_strided_rows(ops, dtype):
+    prepared = ops.prepare_linear(*weight_and_bias(11, 32, dtype))
+    wide = torch.randn(6, 80).to(dtype)
+    wide[:, 32:] = torch.nan
+    assert_close(
+        ops.linear(wide[:, :32], prepared), ops.linear(wide[:, :32].contiguous(), prepared), dtype
+    )
+
+
+def test_values_next_to_the_weight_are_not_read(exact_ops, dtype):
+    # A lane past the end of a row must add nothing, even where NaN lies there.
+    for k in range(1, 70):
+        stored = torch.full((7 * k + 64,), torch.nan).to(dtype)
+        stored[: 7 * k] = torch.randn(7 * k)
+        x = torch.full((3, k + 40), torch.nan).to(dtype)
+        x[:, :k] = torch.randn(3, k)
+        weight = stored[: 7 * k].view(7, k)
+        out = exact_ops.linear_float32(x[:, :k], exact_ops.prepare_linear(weight))
+        assert_close(out, x[:, :k].double() @ weight.double().T, torch.float32)
+
+
+@pytest.mark.parametrize("k", [40, 129, 512])
+def test_a_row_is_the_same_among_any_others(on_threads, dtype, k):
+    """M = 1..64, any place in a tile, one thread or three: equal bits."""
+    weight, bias = weight_and_bias(75, k, dtype)
+    x = torch.randn(64, k).to(dtype)
+    ops = on_threads(1)
+    prepared = ops.prepare_linear(weight, bias)
+    alone = torch.cat([ops.linear_float32(x[m : m + 1], prepared) for m in range(64)])
+    for m in range(1, 65):
+        first = int(torch.randint(0, 65 - m, ()))
+        part = ops.linear_float32(x[first : first + m], prepared)
+        assert torch.equal(part, alone[first : first + m]), f"M={m}"
+    more = on_threads(3)
+    again = more.linear_float32(x, more.prepare_linear(weight, bias))
+    assert torch.equal(again, alone)
+    assert torch.equal(ops.linear(x, prepared), alone.to(dtype))
+
+
+def test_threads_share_a_large_linear_bit_for_bit(on_threads, dtype):
+    weight, _ = weight_and_bias(700, 640, dtype)
+    x = torch.randn(100, 640).to(dtype)
+    results = []
+    for threads in (1, 2, 5):
+        ops = on_threads(threads)
+        results.append(ops.linear(x, ops.prepare_linear(weight)))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_grouped_linear_sends_each_row_to_its_expert(ops, dtype, biased):
+    parts = [weight_and_bias(19, 48, dtype) for _ in range(5)]
+    experts = [ops.prepare_linear(w, b if biased else None) for w, b in parts]
+    x = torch.randn(30, 48).to(dtype)
+    chosen = torch.randint(0, 4, (30,))  # expert 4 gets none
+    expected = torch.stack(
+        [
+            x[r].double() @ parts[e][0].double().T + (parts[e][1].double() if biased else 0)
+            for r, e in enumerate(chosen.tolist())
+        ]
+    )
+    assert_close(ops.grouped_linear(x, experts, chosen), expected, dtype)
+
+
+def test_grouped_linear_is_the_linear_of_its_expert_bit_for_bit(exact_ops, dtype):
+    experts = [exact_ops.prepare_linear(*weight_and_bias(19, 48, dtype)) for _ in range(3)]
+    x = torch.randn(40, 48).to(dtype)
+    chosen = torch.randint(0, 3, (40,))
+    out = exact_ops.grouped_linear(x, experts, chosen)
+    for r, e in enumerate(chosen.tolist()):
+        assert torch.equal(out[r : r + 1], exact_ops.linear(x[r : r + 1], experts[e]))
