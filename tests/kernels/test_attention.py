@@ -13,6 +13,7 @@ from kernel_cases import (
     assert_close,
     attention_oracle,
     random_sequence,
+    relative_error,
 )
 
 SHAPES = [
@@ -103,7 +104,8 @@ def test_far_scores_take_all_or_nothing(ops):
     sequence.query *= 3000
     chunk = Chunk(sequence, 0, 40)
     out = PagedBatch(heads, [chunk], torch.float32).attend(ops)
-    assert_close(out, attention_oracle(heads, chunk), torch.float32)
+    # A score of 5,000 is known to 5e-4 in float32, and so is its weight.
+    assert relative_error(out, attention_oracle(heads, chunk)) < 1e-2
 
 
 EXACT_SHAPES = [
