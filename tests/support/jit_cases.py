@@ -15,6 +15,7 @@ import torch
 
 from kernels.checks import CheckedOps
 from kernels.ops import Ops
+from kernels.reference import TorchOps
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 """Norm of the error over the norm of the result."""
@@ -230,3 +231,125 @@ def check_linear_bits(
         for first in {0, len(x) - size, (len(x) - size) // 2}:
             part = ops.linear_float32(x[first : first + size], linear)
             assert torch.equal(part, whole[first : first + size]), (size, first)
+
+
+def check_rows(ops: Ops, rows: int, width: int, dtype: torch.dtype, device: str) -> None:
+    """Norms, activations and log-softmax against plain torch, and a row alone bit for bit."""
+    reference = TorchOps(device)
+    generator = torch.Generator().manual_seed(width)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype).to(device)
+
+    wide = random(rows, 2 * width)
+    x, residual, weight = wide[:, :width], random(rows, width), random(width)
+    for run in (
+        lambda path, r: path.rms_norm(x[r], weight, 1e-6, weight_offset=1.0),
+        lambda path, r: path.add_rms_norm(x[r], residual[r].clone(), weight, 1e-6),
+        lambda path, r: path.silu_mul(wide[r]),
+        lambda path, r: path.gelu_mul(wide[r]),
+        lambda path, r: path.log_softmax(wide[r].float() * 5),
+    ):
+        whole = run(ops, slice(0, rows))
+        assert relative_error(whole, run(reference, slice(0, rows))) < TOLERANCE[dtype]
+        assert torch.equal(run(ops, slice(rows - 1, rows)), whole[rows - 1 :])
+    changed, expected = residual.clone(), (residual.float() + x.float()).to(dtype)
+    ops.add_rms_norm(x, changed, weight, 1e-6)
+    assert torch.equal(changed, expected)
+
+
+def check_rope_store(ops: Ops, tokens: int, dtype: torch.dtype, device: str) -> None:
+    """Against plain torch; slots that no token was given stay as they were, NaN included."""
+    heads, kv_heads, dim, size, rotary = 6, 2, 40, 16, 24
+    generator = torch.Generator().manual_seed(tokens)
+    num_pages = tokens // size + 3
+    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * dim + 8, generator=generator)
+    qkv = qkv.to(dtype).to(device)[:, :-8]
+    slots = torch.randperm(num_pages * size, generator=generator)[:tokens]
+    slots[tokens // 2] = -1
+    positions = torch.randint(0, 64, (tokens,), generator=generator, dtype=torch.int32)
+    angles = torch.randn(64, rotary // 2, generator=generator)
+    cos_sin = torch.cat((angles.cos(), angles.sin()), dim=1).to(device)
+    norm = torch.randn(dim, generator=generator).to(dtype).to(device)
+    for norms in ({}, {"q_norm": norm, "k_norm": norm + 1, "norm_eps": 1e-6}):
+        pools, queries = [], []
+        for path in (ops, TorchOps(device)):
+            pool = torch.full((num_pages, 2, 2, kv_heads, size, dim), math.nan, dtype=dtype)
+            pool = pool.to(device)
+            queries.append(
+                path.rope_store(
+                    qkv,
+                    positions.to(device),
+                    cos_sin,
+                    pool[:, 1, 0],
+                    pool[:, 1, 1],
+                    slots.to(device),
+                    **norms,
+                )
+            )
+            pools.append(pool)
+        assert relative_error(queries[0], queries[1]) < TOLERANCE[dtype]
+        assert torch.equal(pools[0].isnan(), pools[1].isnan())
+        written = ~pools[1].isnan()
+        assert relative_error(pools[0][written], pools[1][written]) < TOLERANCE[dtype]
+
+
+def check_copy_pages(ops: Ops, dtype: torch.dtype, device: str) -> None:
+    """Bit by bit, in a pool whose pages lie apart."""
+    whole = torch.randn(12, 2, 3, 700).to(dtype).to(device)
+    whole[3] = math.nan
+    pool, expected = whole[:, 1], whole.clone()
+    sources, targets = torch.tensor([3, 7], device=device), torch.tensor([1, 9], device=device)
+    expected[targets, 1] = whole[sources, 1]
+    ops.copy_pages(pool, sources, targets)
+    assert torch.equal(whole.view(torch.uint8), expected.view(torch.uint8))
+
+
+def check_grouped_linear(ops: Ops, rows: int, experts: int, device: str) -> None:
+    """Against one product per row, and bit-equal to the linear of a row's expert alone."""
+    generator = torch.Generator().manual_seed(rows)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(torch.bfloat16).to(device)
+
+    x = random(rows, 72)
+    pairs = [(random(40, 72), random(40)) for _ in range(experts)]
+    linears = [ops.prepare_linear(*pair) for pair in pairs]
+    chosen = torch.randint(0, experts - 1, (rows,), generator=generator)  # the last gets none
+    result = ops.grouped_linear(x, linears, chosen.to(device))
+    for row, expert in enumerate(chosen.tolist()):
+        weight, bias = pairs[expert]
+        wanted = weight.double() @ x[row].double() + bias.double()
+        assert relative_error(result[row], wanted) < TOLERANCE[torch.bfloat16]
+        alone = ops.linear(x[row : row + 1], linears[expert])
+        assert torch.equal(result[row : row + 1], alone), (row, expert)
+
+
+def check_sample(ops: Ops, rows: int, vocabulary: int, device: str, seed: int = 0) -> None:
+    """The reference's tokens, for random parameters, ties, NaN and infinities."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform() -> torch.Tensor:
+        return torch.rand(rows, generator=generator)
+
+    def whole(low: int, high: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.randint(low, high, (rows,), generator=generator, dtype=dtype)
+
+    logits = torch.randn(rows, vocabulary, generator=generator) * 4
+    logits[0] = logits[0].round()  # many ties
+    logits[1, ::3] = math.nan
+    logits[2, ::2] = -math.inf
+    logits[3] = -math.inf
+    arguments = [
+        logits,
+        torch.where(uniform() < 0.2, 0.0, uniform() * 2),
+        torch.where(uniform() < 0.5, 0, whole(1, vocabulary + 2)).to(torch.int32),
+        torch.where(uniform() < 0.4, 1.0, uniform()),
+        torch.where(uniform() < 0.6, 0.0, uniform() / 4),
+        whole(-(2**62), 2**62, torch.int64),
+        whole(0, 4),
+        whole(0, 1 << 20),
+    ]
+    drawn = ops.sample(*(argument.to(device) for argument in arguments))
+    expected = TorchOps("cpu").sample(*arguments)
+    assert torch.equal(drawn.cpu(), expected)
