@@ -6,6 +6,7 @@ slots, lengths) is the caller's promise. Docstrings of the operations: `kernels.
 
 from __future__ import annotations
 
+import operator
 from typing import NoReturn
 
 import torch
@@ -24,6 +25,8 @@ class CheckedOps:
         self.name = inner.name
         self.exact = inner.exact
         self.device = torch.device(device)
+        # Half the cost of looking at `tensor.device.type`, several times a call.
+        self._is_here = operator.attrgetter("is_cuda" if self.device.type == "cuda" else "is_cpu")
 
     def prepare_linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
         self._floats("weight", weight, 2)
@@ -209,16 +212,23 @@ class CheckedOps:
         self.inner.copy_pages(pool, sources, targets)
 
     def _place(self, name: str, tensor: torch.Tensor) -> None:
-        if tensor.device.type != self.device.type:
+        if not self._is_here(tensor):
             _refuse(name, tensor, f"on {self.device}, the device of {self.name}")
 
     def _floats(self, name: str, tensor: torch.Tensor, dim: int) -> None:
         """A float tensor of `dim` dimensions whose last is dense."""
-        self._place(name, tensor)
-        if tensor.dtype not in FLOAT_DTYPES:
-            _refuse(name, tensor, "float32, bfloat16 or float16")
-        if tensor.dim() != dim or tensor.stride(-1) != 1:
-            _refuse(name, tensor, f"of {dim} dimensions, dense in the last")
+        if (
+            not self._is_here(tensor)
+            or tensor.dtype not in FLOAT_DTYPES
+            or tensor.dim() != dim
+            or tensor.stride(-1) != 1
+        ):
+            _refuse(
+                name,
+                tensor,
+                f"float32, bfloat16 or float16 on {self.device}, the device of {self.name},"
+                f" of {dim} dimensions, dense in the last",
+            )
 
     def _rows(self, name: str, tensor: torch.Tensor, width: int) -> None:
         self._floats(name, tensor, 2)
@@ -231,9 +241,13 @@ class CheckedOps:
             _refuse("gate_up", gate_up, "of even width: gate, then up")
 
     def _vector(self, name: str, tensor: torch.Tensor, length: int, dtype: torch.dtype) -> None:
-        self._place(name, tensor)
-        if tensor.shape != (length,) or tensor.dtype != dtype or not tensor.is_contiguous():
-            _refuse(name, tensor, f"a dense {dtype} [{length}]")
+        if (
+            not self._is_here(tensor)
+            or tensor.dtype is not dtype
+            or tensor.shape != (length,)
+            or not tensor.is_contiguous()
+        ):
+            _refuse(name, tensor, f"a dense {dtype} [{length}] on {self.device}")
 
     def _logits(self, logits: torch.Tensor) -> None:
         self._floats("logits", logits, 2)
@@ -243,18 +257,28 @@ class CheckedOps:
     def _pages(
         self, key_pages: torch.Tensor, value_pages: torch.Tensor, dtype: torch.dtype
     ) -> torch.Size:
-        for name, pages in (("key_pages", key_pages), ("value_pages", value_pages)):
-            self._floats(name, pages, 4)
-            if pages.dtype != dtype:
-                _refuse(name, pages, f"{dtype}, as the activations are")
-            _, _, page_size, head_dim = pages.shape
-            if pages.stride()[1:] != (page_size * head_dim, head_dim, 1) or head_dim % 8:
-                _refuse(
-                    name, pages, "[num_pages, HKV, page_size, D], dense but for dim 0, D % 8 == 0"
-                )
-        if key_pages.shape != value_pages.shape:
+        shape, stride = key_pages.shape, key_pages.stride()
+        if (
+            not self._is_here(key_pages)
+            or key_pages.dtype is not dtype
+            or len(shape) != 4
+            or stride[1:] != (shape[2] * shape[3], shape[3], 1)
+            or shape[3] % 8
+        ):
+            _refuse(
+                "key_pages",
+                key_pages,
+                f"{dtype} [num_pages, HKV, page_size, D] on {self.device}, dense but for dim 0,"
+                " D a multiple of 8",
+            )
+        if (
+            not self._is_here(value_pages)
+            or value_pages.dtype is not dtype
+            or value_pages.shape != shape
+            or value_pages.stride()[1:] != stride[1:]
+        ):
             _refuse("value_pages", value_pages, f"like key_pages, {_shown(key_pages)}")
-        return key_pages.shape
+        return shape
 
 
 def _shown(tensor: torch.Tensor) -> str:
