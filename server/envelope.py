@@ -16,7 +16,6 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from kvpaging.base.errors import KvPagingError
 from server.errors import ApiError, ClientGone, Dialect, ErrorAnswer, answer_to
 from server.observe.record import RequestRecord, attach, record_of, request_id_from
 
@@ -77,7 +76,7 @@ class Envelope:
         self, error: Exception, record: RequestRecord, scope: Scope, receive: Receive, send: Send
     ) -> None:
         answer = answer_to(error)
-        if not isinstance(error, KvPagingError):
+        if answer.status == 500:
             _logger.error(
                 "%s %s failed",
                 scope["method"],

@@ -14,7 +14,6 @@ import msgspec
 from fastapi import Request
 from starlette.responses import Response
 
-from kvpaging.base.errors import KvPagingError
 from server.errors import answer_to
 from server.generation import Done, TextDelta
 from server.observe.record import RequestRecord
@@ -83,9 +82,9 @@ async def _frames(
     except Exception as error:
         if not has_begun:
             raise  # it is still time for a status
-        if not isinstance(error, KvPagingError):
-            _logger.exception("a stream failed", extra={"request_id": record.request_id})
         answer = answer_to(error)
+        if answer.status == 500:
+            _logger.exception("a stream failed", extra={"request_id": record.request_id})
         record.error = answer.code
         yield error_event(answer.body_in(record.dialect))
     else:

@@ -121,7 +121,7 @@ class _Writer:
     def choice(self, item: Completed | TextDelta) -> CompletionChoice:
         """Give an output, or what is new of it."""
         echo, self._echoes[item.index] = self._echoes[item.index], ""
-        offset = self._offsets[item.index] + len(echo)
+        offset = self._offsets[item.index]
         self._offsets[item.index] = offset + len(item.text)
         return {
             "index": item.index,

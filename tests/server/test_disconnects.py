@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import json
 import logging
 import socket
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import httpx
 import pytest
 from fake_engine import FakeEngineClient, engine_config
 from http_app import MODEL, events, listening, make_app, wait_for
@@ -196,10 +198,6 @@ def test_work_that_ends_with_the_client_still_there_is_given() -> None:
 
 
 def test_two_streams_do_not_mix() -> None:
-    import concurrent.futures
-
-    import httpx
-
     with (
         listening(make_app(FakeEngineClient(delay_s=0.001))) as url,
         concurrent.futures.ThreadPoolExecutor(8) as pool,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 from kvpaging.base.errors import BadRequest, EngineDied, Overloaded
 from kvpaging.scheduling.request import SamplingParams
+from server.app import AppConfig, create_app
 from server.client import EngineState
 from server.errors import ApiError, Dialect, answer_to
 from server.schemas import REQUEST_MODELS
@@ -193,6 +195,17 @@ def test_while_there_is_no_engine(path: str) -> None:
     assert "loading" in response.text
     engine.state, engine.config = EngineState.DEAD, engine_config()
     assert Caller(make_app(engine)).post(path, body).status_code == 503
+
+
+def test_a_tokenizer_that_can_not_be_read_is_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = FakeEngineClient(config=engine_config(model_dir=str(tmp_path)))
+    app = create_app(AppConfig(served_model_name=MODEL), engine)
+    response = Caller(app).post("/generate", {"prompt": "x"})
+    assert response.status_code == 500
+    assert str(tmp_path) not in response.text
+    assert str(tmp_path) in caplog.text
 
 
 def test_a_stalled_engine_still_takes_requests() -> None:

@@ -8,6 +8,7 @@ from fake_engine import FakeEngineClient, engine_config, script
 from http_app import MODEL, Caller, events, make_app
 from pydantic import TypeAdapter
 
+from server.app import AppConfig, create_app
 from server.schemas.generate import GenerateEnd, GenerateEvent, GenerateResponse
 
 TEXT = "The quick brown fox "
@@ -244,8 +245,6 @@ def test_pages_are_private_to_a_key_when_there_are_several() -> None:
 
 
 def test_without_text_it_is_read_from_the_engines_model(tmp_path: Any) -> None:
-    from server.app import AppConfig, create_app
-
     tiny_text.byte_level().save(str(tmp_path / "tokenizer.json"))
     client = FakeEngineClient(config=engine_config(model_dir=str(tmp_path)))
     app = create_app(AppConfig(served_model_name=MODEL), client)

@@ -12,12 +12,14 @@ from fake_engine import FakeEngineClient, echo, engine_config, script
 from http_app import MODEL, Caller, events, listening, make_app
 from pydantic import TypeAdapter
 
+from server.app import AppConfig, create_app
 from server.schemas.openai import (
     ChatCompletionChunk,
     ChatCompletionResponse,
     CompletionResponse,
     ModelList,
 )
+from server.text import Text, Tokenizer
 
 PROMPT = "The quick brown fox"
 MESSAGES: Any = [
@@ -290,10 +292,19 @@ def test_answers_have_exactly_the_documented_shapes() -> None:
     TypeAdapter(ModelList).validate_json(http.get("/v1/models").text, strict=True)
 
 
-def test_a_model_without_a_template_says_what_to_use() -> None:
-    from server.app import AppConfig, create_app
-    from server.text import Text
+def test_a_chat_gets_one_bos_though_the_tokenizer_adds_one_too() -> None:
+    tokenizer = Tokenizer(tiny_text.byte_level(adds_bos=True))
+    text = Text(tokenizer, tiny_text.text().chat_template)
+    engine = FakeEngineClient()
+    http = Caller(create_app(AppConfig(served_model_name=MODEL), engine, text))
+    http.post("/v1/chat/completions", {"model": MODEL, "messages": MESSAGES, "max_tokens": 1})
+    http.post("/v1/completions", {"model": MODEL, "prompt": "Hi", "max_tokens": 1})
+    for request in engine.seen:
+        assert request.prompt_token_ids[0] == tiny_text.BOS
+        assert request.prompt_token_ids.count(tiny_text.BOS) == 1
 
+
+def test_a_model_without_a_template_says_what_to_use() -> None:
     text = Text(tiny_text.text().tokenizer, None)
     app = create_app(AppConfig(served_model_name=MODEL), FakeEngineClient(), text)
     response = Caller(app).post("/v1/chat/completions", {"model": MODEL, "messages": MESSAGES})
