@@ -43,6 +43,8 @@ class EngineOptions(msgspec.Struct, frozen=True):
     kernels: str | None = None
     """`native`, `triton` or `torch`; for tests and for finding faults."""
     prefix_cache: bool = True
+    host_cache_bytes: int = 0
+    """Memory for pages that left the device; 0: none."""
 
 
 class EngineConfig(msgspec.Struct, frozen=True):

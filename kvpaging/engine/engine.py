@@ -128,6 +128,8 @@ class Engine:
             prefix_queried_tokens=cache.counters.queried_tokens,
             prefix_hit_tokens=cache.counters.hit_tokens,
             num_computed_tokens=scheduler.counters.computed_tokens,
+            num_loading=scheduler.num_loading,
+            num_loaded_pages=scheduler.counters.loaded_pages,
             step_s=self._step_s,
             num_quarantined_pages=pages.num_quarantined,
             broken_laws=tuple(self._audit.breaches[-8:]),

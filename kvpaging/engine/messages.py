@@ -68,6 +68,9 @@ class EngineStats(msgspec.Struct, frozen=True, tag=True):
     prefix_queried_tokens: int = 0
     prefix_hit_tokens: int = 0
     num_computed_tokens: int = 0
+    num_loading: int = 0
+    """Sequences whose pages a lower level is filling."""
+    num_loaded_pages: int = 0
     step_s: float = 0.0
     """The last step, wall time."""
     num_quarantined_pages: int = 0

@@ -12,6 +12,7 @@ import mmap
 
 import torch
 
+from kvpaging.base.ids import PageId
 from kvpaging.base.kv_spec import KVSpec
 
 
@@ -46,6 +47,22 @@ class KVPool:
         Views with the pool's page stride: writing to them writes to the pool.
         """
         return self._layers[index]
+
+    def read_page(self, page_id: PageId) -> bytes:
+        """A copy of the page's span."""
+        return self._span(page_id).cpu().numpy().tobytes()
+
+    def write_page(self, page_id: PageId, payload: bytes | memoryview) -> None:
+        """Make `payload`, of `spec.page_bytes` bytes, the page's span; it is there on return."""
+        with torch.inference_mode():
+            # A bytearray: torch warns of memory that can't be written to.
+            self._span(page_id).copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
+            if self.pages.is_cuda:
+                torch.cuda.current_stream().synchronize()
+
+    def _span(self, page_id: PageId) -> torch.Tensor:
+        """`[page_bytes]` uint8, a view."""
+        return self.pages[page_id].view(-1).view(torch.uint8)
 
 
 def _untouched(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

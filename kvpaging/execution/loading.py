@@ -26,8 +26,10 @@ from kvpaging.execution.local_executor import LocalExecutor
 from kvpaging.execution.memory import available_bytes
 from kvpaging.execution.model_config import ModelConfig, read_model_config
 from kvpaging.execution.models.registry import model_class
+from kvpaging.execution.page_mover import LevelSetting, PageMover
 from kvpaging.execution.rope import inverse_frequencies
 from kvpaging.execution.weights import Checkpoint, OnProgress, Parameters
+from kvpaging.levels.host import HostLevel
 
 GIB: Final = 1024**3
 CPU_KV_SHARE: Final = 4
@@ -73,6 +75,7 @@ def load_executor(
         model = family(model_config, parameters, max_model_len)
         fingerprint = parameters.finish(model.ignored_tensors())
         pool = KVPool(spec, num_pages, device)
+    levels = _levels(options)
     config = EngineConfig(
         model_dir=str(model_dir),
         architecture=model_config.architecture,
@@ -96,7 +99,8 @@ def load_executor(
         numerics_identity=_numerics_identity(fingerprint, model_config, spec, ops, max_model_len),
         decisions=tuple(decisions),
     )
-    return config, LocalExecutor(model, pool, ops, model_config.eos_token_ids)
+    mover = PageMover(pool, levels) if levels else None
+    return config, LocalExecutor(model, pool, ops, model_config.eos_token_ids, mover)
 
 
 def _device(options: EngineOptions, decisions: list[str]) -> torch.device:
@@ -293,6 +297,15 @@ def _numerics_identity(
         frequencies, factor = inverse_frequencies(rope, max_model_len)
         identity.update(frequencies.numpy().tobytes() + repr(factor).encode())
     return identity.digest()
+
+
+def _levels(options: EngineOptions) -> list[LevelSetting]:
+    """The levels below the device, the fastest first."""
+    levels = []
+    if options.host_cache_bytes:
+        host = HostLevel(options.host_cache_bytes)
+        levels.append(LevelSetting(host, is_write_through=False, deadline_s=1.0))
+    return levels
 
 
 def _gib(num_bytes: int) -> str:

@@ -13,33 +13,42 @@ from kvpaging.cache.lower_levels import LowerLevels, PagesLoaded
 from kvpaging.execution.kv_pool import KVPool
 from kvpaging.execution.model_runner import ModelRunner
 from kvpaging.execution.models.layers import CausalLM
+from kvpaging.execution.page_mover import PageMover
 from kvpaging.scheduling.plan import PageCopy, StepPlan, StepResult
 
 
 class LocalExecutor:
-    """Owns a model and its KV pool and runs plans on them, one after the other.
+    """Owns a model, its KV pool and the levels below, and runs plans on them in order.
 
     An `executor.Executor`.
     """
 
     def __init__(
-        self, model: CausalLM, pool: KVPool, ops: Ops, eos_token_ids: Collection[int] = ()
+        self,
+        model: CausalLM,
+        pool: KVPool,
+        ops: Ops,
+        eos_token_ids: Collection[int] = (),
+        mover: PageMover | None = None,
     ) -> None:
         self._ops = ops
+        self._mover = mover
         self._pool: KVPool | None = pool
         self._runner: ModelRunner | None = ModelRunner(model, pool, ops, eos_token_ids)
 
     @property
     def lower_levels(self) -> LowerLevels | None:
-        """Nothing is below the device yet."""
-        return None
+        """What is below the pool."""
+        return self._mover
 
     def completions(self) -> Sequence[PagesLoaded]:
         """Loads that ended; see `executor.Executor.completions`."""
-        return ()
+        return () if self._mover is None else self._mover.completions()
 
     def wait(self, timeout_s: float) -> None:
-        """Nothing is ever being loaded; see `executor.Executor.wait`."""
+        """Wait for a load to end; see `executor.Executor.wait`."""
+        if self._mover is not None:
+            self._mover.wait(timeout_s)
 
     def run(self, plan: StepPlan) -> StepResult:
         """Do the plan's work; see `executor.Executor.run`."""
@@ -52,6 +61,7 @@ class LocalExecutor:
                 runner.remove(seq_id)
             for sequence in plan.added:
                 runner.add(sequence)
+            self._move(plan)
             if plan.copies:
                 self._copy(pool, plan.copies)
             if not plan.scheduled:
@@ -63,6 +73,17 @@ class LocalExecutor:
         """Let go of weights and pool. Idempotent."""
         self._runner = None
         self._pool = None
+        if self._mover is not None:
+            self._mover.close()
+            self._mover = None
+
+    def _move(self, plan: StepPlan) -> None:
+        """Stores read their pages now; loads, which may write to the same pages, begin after."""
+        if self._mover is None:
+            return
+        self._mover.store(plan.stores)
+        for load in plan.loads:
+            self._mover.begin(load)
 
     def _copy(self, pool: KVPool, copies: Sequence[PageCopy]) -> None:
         device = pool.pages.device

@@ -160,6 +160,22 @@ def test_preemption_changes_nothing(dtype: str, seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", [SEED])
+def test_pages_that_went_down_and_came_back_change_nothing(dtype: str, seed: int) -> None:
+    rng = random.Random(seed)
+    tokens, params = prompt(rng, 300), sampling(rng)
+    with engine(dtype, num_pages=24, max_model_len=384, host_cache_bytes=1 << 28) as it:
+        cold = alone(it, tokens, params)
+        for _ in range(2):  # others need all of the pool
+            alone(it, prompt(rng, 350), sampling(rng))
+        back = alone(it, tokens, params)
+        stats = it.stats()
+        assert cold.num_cached_tokens == 0
+        assert back.num_cached_tokens == 288
+        assert stats.num_loaded_pages >= 18
+        assert back.samples == cold.samples
+
+
+@pytest.mark.parametrize("seed", [SEED])
 def test_threads_change_nothing(dtype: str, seed: int) -> None:
     rng = random.Random(seed)
     tokens, params = prompt(rng, 200), sampling(rng)
