@@ -1,27 +1,8 @@
-"""What `/metrics` says, in the Prometheus text format.
+"""What `/metrics` says, in the Prometheus text format; `docs/http.md` lists it.
 
 Engine state is read from `EngineStats` when scraped, so it agrees with the allocator at that
 moment. Tokens and requests are counted where they are told to a client, so the counters equal the
-sums of all `usage` fields. `finish_reason` is `stop`, `length`, `abort` or `error`. One registry an
-app; nothing is global.
-
-| metric | type | meaning |
-|---|---|---|
-| `kvpaging_num_requests_running` | gauge | sequences that hold a place in the batch |
-| `kvpaging_num_requests_waiting` | gauge | requests in the engine's queue |
-| `kvpaging_pages{state}` | gauge | KV pages: `free`, `cached` (evictable), `held`, `quarantined` |
-| `kvpaging_prefix_cache_queried_tokens_total` | counter | prompt tokens looked up |
-| `kvpaging_prefix_cache_hit_tokens_total` | counter | of those, found |
-| `kvpaging_num_preemptions_total` | counter | sequences that lost their pages for a while |
-| `kvpaging_prompt_tokens_total` | counter | prompt tokens of answered requests |
-| `kvpaging_generation_tokens_total` | counter | tokens of outputs, as in `usage` |
-| `kvpaging_requests_total{finish_reason}` | counter | ended outputs (a client that left: `abort`) |
-| `kvpaging_time_to_first_token_seconds` | histogram | arrival to first token, per request |
-| `kvpaging_inter_token_latency_seconds` | histogram | between two tokens of one output |
-| `kvpaging_e2e_request_latency_seconds` | histogram | arrival to last token, per complete request |
-| `kvpaging_queue_time_seconds` | histogram | arrival to first computed token |
-| `kvpaging_rejected_requests_total{code}` | counter | refused generation requests |
-| `kvpaging_engine_restarts_total` | counter | engine processes started after the first |
+sums of all `usage` fields. One registry an app; nothing is global.
 """
 
 from __future__ import annotations
