@@ -27,8 +27,9 @@ from typing import TYPE_CHECKING, Any, Final
 from kvpaging.base import logs
 from kvpaging.base.errors import ConfigError, EngineDied
 from server.announcement import LoadingProgress, announcement
+from server.engine_process import ENGINE_COMMAND, EngineProcess
 from server.settings import Settings, flag_of
-from server.supervisor import ENGINE_COMMAND, EngineProcess, EngineSupervisor, SupervisorLimits
+from server.supervisor import EngineSupervisor, SupervisorLimits
 
 if TYPE_CHECKING:
     import uvicorn

@@ -15,24 +15,15 @@ Knows no text and no HTTP.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import hashlib
 import itertools
 import logging
-import os
-import signal
-import socket
-import subprocess
-import sys
-from collections import OrderedDict, deque
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
-from typing import Any, Final, assert_never, cast
-
-import msgspec
+from typing import Any, Final, assert_never
 
 from kvpaging.base.clock import Clock, monotonic
-from kvpaging.base.config import EngineConfig, EngineOptions
+from kvpaging.base.config import EngineConfig
 from kvpaging.base.errors import (
     BadRequest,
     ConfigError,
@@ -42,10 +33,8 @@ from kvpaging.base.errors import (
     PromptTooLong,
 )
 from kvpaging.base.ids import RequestId
-from kvpaging.base.logs import LogFormat
-from kvpaging.engine.connection import FrameSplitter, ProtocolError, encode_frame
+from kvpaging.engine.connection import encode_frame
 from kvpaging.engine.messages import (
-    PROTOCOL_VERSION,
     EngineStats,
     FromEngine,
     GetPages,
@@ -63,12 +52,11 @@ from kvpaging.scheduling.events import Abort, Arrival, Finish
 from kvpaging.scheduling.outputs import Rejection, SequenceOutput
 from kvpaging.scheduling.request import Request
 from server.client import EngineState, EngineStatus
+from server.engine_process import EngineLink, EngineProcess, describe_exit
+from server.open_requests import Stream, Suspects
 
 _logger = logging.getLogger(__name__)
 
-ENGINE_COMMAND: Final = (sys.executable, "-P", "-m", "kvpaging.engine.process")
-"""`-P`: the working directory is searched only where this process searches it, see `spawn`."""
-MAX_SUSPECTS: Final = 4096
 MAX_UNSENT_BYTES: Final = 64 * 1024 * 1024
 """What may wait to be written to an engine that does not read, before requests are refused."""
 NUM_RATED_COMPLETIONS: Final = 64
@@ -89,45 +77,6 @@ class SupervisorLimits:
     """So many outputs behind, a reader loses its request."""
     close_s: float = 3.0
     """The time to end by itself; after that the engine process is killed."""
-
-
-class EngineProcess:
-    """A started engine process and the API's end of its socket."""
-
-    def __init__(self, popen: subprocess.Popen[bytes], sock: socket.socket):
-        self.popen = popen
-        self.sock = sock
-
-    @classmethod
-    def spawn(
-        cls,
-        options: EngineOptions,
-        log_format: LogFormat = "console",
-        command: Sequence[str] = ENGINE_COMMAND,
-    ) -> EngineProcess:
-        """Start one and tell it what to load. Cheap, and needs no event loop.
-
-        It searches for modules exactly where this process does, so that both run the same code.
-        """
-        search_path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-        ours, theirs = socket.socketpair()
-        with theirs:
-            popen = subprocess.Popen(
-                [*command, str(theirs.fileno()), str(os.getpid()), log_format],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                env=os.environ | {"PYTHONPATH": search_path},
-            )
-        ours.sendall(encode_frame(Hello(PROTOCOL_VERSION, options)))
-        return cls(popen, ours)
-
-    async def reap(self, timeout_s: float) -> int:
-        """Wait for the end, kill after `timeout_s`; give the exit code (negative: a signal)."""
-        try:
-            return await asyncio.to_thread(self.popen.wait, timeout_s)
-        except subprocess.TimeoutExpired:
-            self.popen.kill()
-            return await asyncio.to_thread(self.popen.wait)
 
 
 class EngineSupervisor:
@@ -164,11 +113,11 @@ class EngineSupervisor:
         self._num_crashes = 0
         self._num_restarts = 0
 
-        self._streams: dict[RequestId, _Stream] = {}
+        self._streams: dict[RequestId, Stream] = {}
         self._num_sent_since_step = 0
         self._queries: dict[int, asyncio.Future[PagePicture]] = {}
         self._query_ids = itertools.count()
-        self._suspects = _Suspects()
+        self._suspects = Suspects()
         self._completions: deque[float] = deque(maxlen=NUM_RATED_COMPLETIONS)
 
         self._first_ready: asyncio.Future[EngineConfig] | None = None
@@ -189,7 +138,7 @@ class EngineSupervisor:
     async def submit(self, request: Request) -> AsyncGenerator[SequenceOutput, None]:
         """See `EngineClient.submit`. Nothing is sent before the first item is asked for."""
         self._admit(request)
-        stream = _Stream(request, self._limits.max_pending_outputs)
+        stream = Stream(request, self._limits.max_pending_outputs)
         self._open(stream)
         try:
             while (output := await stream.take()) is not None:
@@ -265,7 +214,7 @@ class EngineSupervisor:
     async def _adopt(self, process: EngineProcess) -> None:
         self._process = process
         self._transport, _ = await asyncio.get_running_loop().create_connection(
-            lambda: _Link(self._take, self._lose), sock=process.sock
+            lambda: EngineLink(self._take, self._lose), sock=process.sock
         )
 
     def _take(self, message: FromEngine) -> None:
@@ -312,7 +261,7 @@ class EngineSupervisor:
     async def _bury(self, process: EngineProcess, fault: str) -> None:
         """Learn how it ended, then start the next one or give up."""
         exit_code = await process.reap(self._limits.close_s)
-        how = fault or _describe_exit(exit_code)
+        how = fault or describe_exit(exit_code)
         self._detail = f"the engine process ended: {how}"
         if self._refusal is not None:
             self._give_up(ConfigError(self._refusal))
@@ -375,14 +324,14 @@ class EngineSupervisor:
             if unsent > MAX_UNSENT_BYTES:
                 raise self._overloaded("the engine is behind with reading its requests")
 
-    def _open(self, stream: _Stream) -> None:
+    def _open(self, stream: Stream) -> None:
         if not self._streams:
             self._progress_at = self._clock()  # until now there was nothing to progress with
         self._send(Arrival(stream.request))
         self._streams[stream.request.request_id] = stream
         self._num_sent_since_step += 1
 
-    def _abort(self, stream: _Stream) -> None:
+    def _abort(self, stream: Stream) -> None:
         """The reader is gone. Does nothing if the engine was done with the request."""
         request_id = stream.request.request_id
         if self._streams.get(request_id) is stream:
@@ -402,7 +351,7 @@ class EngineSupervisor:
             if stream is not None:  # else it was aborted meanwhile
                 self._deliver(stream, output)
 
-    def _deliver(self, stream: _Stream, output: SequenceOutput) -> None:
+    def _deliver(self, stream: Stream, output: SequenceOutput) -> None:
         if not stream.put(output):
             self._abort(stream)
             stream.fail(
@@ -444,121 +393,7 @@ class EngineSupervisor:
         return Overloaded(message, retry_after_s=retry_after_s)
 
 
-class _Stream:
-    """One open request: what the engine said and its reader has not taken yet."""
-
-    def __init__(self, request: Request, max_pending: int):
-        self.request = request
-        self._max_pending = max_pending
-        self._pending: deque[SequenceOutput] = deque()
-        self._error: KvPagingError | None = None
-        self._news = asyncio.Event()
-        self._num_unfinished = request.n
-
-    @property
-    def is_complete(self) -> bool:
-        """Each of the request's outputs has ended."""
-        return self._num_unfinished == 0
-
-    def put(self, output: SequenceOutput) -> bool:
-        """Keep an output for the reader. False, and not kept, when that is too far behind."""
-        if len(self._pending) >= self._max_pending:
-            return False
-        self._pending.append(output)
-        self._num_unfinished -= output.finished is not None
-        self._news.set()
-        return True
-
-    def fail(self, error: KvPagingError) -> None:
-        """End with this error, once the reader has taken what is pending."""
-        self._error = error
-        self._news.set()
-
-    async def take(self) -> SequenceOutput | None:
-        """Give the next output, or `None` after the last. Raises what `fail` was told."""
-        while not self._pending:
-            if self._error is not None:
-                raise self._error
-            if self.is_complete:
-                return None
-            self._news.clear()
-            await self._news.wait()
-        return self._pending.popleft()
-
-
-class _Suspects:
-    """Requests that were open at a crash, known again by their content.
-
-    A client that tries again sends the same content under a new id, and where it gave no seed the
-    server draws another: both are left out. Bystanders are cleared as soon as they complete.
-    """
-
-    def __init__(self) -> None:
-        self._num_crashes: OrderedDict[bytes, int] = OrderedDict()
-
-    def accuse(self, requests: Iterable[Request]) -> None:
-        """Remember that these were open at a crash. The oldest are forgotten for them."""
-        for digest in {self._digest(request) for request in requests}:
-            self._num_crashes[digest] = self._num_crashes.pop(digest, 0) + 1
-        while len(self._num_crashes) > MAX_SUSPECTS:
-            self._num_crashes.popitem(last=False)
-
-    def clear(self, request: Request) -> None:
-        """It completed, so it is not the cause."""
-        if self._num_crashes:
-            self._num_crashes.pop(self._digest(request), None)
-
-    def is_banned(self, request: Request) -> bool:
-        """It was open at two crashes and has not completed since the first."""
-        return bool(self._num_crashes) and self._num_crashes.get(self._digest(request), 0) >= 2
-
-    @staticmethod
-    def _digest(request: Request) -> bytes:
-        sampling = msgspec.structs.replace(request.sampling, seed=0)
-        content = msgspec.msgpack.encode((request.prompt_token_ids, sampling, request.n))
-        return hashlib.sha256(content).digest()
-
-
-class _Link(asyncio.Protocol):
-    """The frames of one engine process, from the making to the loss of its socket."""
-
-    def __init__(self, on_message: Callable[[FromEngine], None], on_lost: Callable[[str], None]):
-        self._splitter = FrameSplitter(msgspec.msgpack.Decoder(FromEngine))
-        self._on_message = on_message
-        self._on_lost = on_lost
-        self._transport: asyncio.Transport | None = None
-        self._fault = ""
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Remember the transport, to be able to abort it."""
-        self._transport = cast(asyncio.Transport, transport)
-
-    def data_received(self, data: bytes) -> None:
-        """Hand on each whole message; what can't be read ends the connection."""
-        try:
-            for message in self._splitter.feed(data):
-                self._on_message(message)
-        except ProtocolError as error:
-            self._fault = str(error)
-            if self._transport is not None:
-                self._transport.abort()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Say so, and why if it was the protocol."""
-        self._on_lost(self._fault)
-
-
 def _describe_loading(message: Loading) -> str:
     if not message.total_bytes:
         return message.stage
     return f"{message.stage}, {100 * message.done_bytes // message.total_bytes} %"
-
-
-def _describe_exit(exit_code: int) -> str:
-    if exit_code >= 0:
-        return f"exit code {exit_code}"
-    with contextlib.suppress(ValueError):
-        name = signal.Signals(-exit_code).name
-        hint = "; was memory short?" if name == "SIGKILL" else ""
-        return f"killed by {name}{hint}"
-    return f"killed by signal {-exit_code}"

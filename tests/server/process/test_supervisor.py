@@ -21,7 +21,8 @@ from kvpaging.engine.messages import Loading
 from kvpaging.scheduling.outputs import FinishReason, SequenceOutput
 from kvpaging.scheduling.request import Request, SamplingParams
 from server.client import EngineState
-from server.supervisor import EngineProcess, EngineSupervisor, SupervisorLimits
+from server.engine_process import EngineProcess
+from server.supervisor import EngineSupervisor, SupervisorLimits
 
 COMMAND = (sys.executable, str(Path(__file__).with_name("engine_on_command.py")))
 COUNT, RAISE, HANG, KILL, WAIT, FLOOD, REJECT = range(1, 8)
