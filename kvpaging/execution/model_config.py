@@ -100,6 +100,17 @@ _GEMMA_DEFAULTS: Final[dict[str, Any]] = {
     "tie_word_embeddings": True,
 }
 
+_GEMMA3_DEFAULTS: Final[dict[str, Any]] = {
+    **_GEMMA_DEFAULTS,
+    "vocab_size": 262_208,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 131_072,
+    "rope_theta": 1_000_000.0,
+    "rope_local_base_freq": 10_000.0,
+    "sliding_window_pattern": 6,
+}
+
 DEFAULTS: Final[dict[str, dict[str, Any]]] = {
     "LlamaForCausalLM": {},
     "MistralForCausalLM": {"sliding_window": 4096, "num_key_value_heads": 8},
@@ -110,12 +121,8 @@ DEFAULTS: Final[dict[str, dict[str, Any]]] = {
         "attn_logit_softcapping": 50.0,
         "final_logit_softcapping": 30.0,
     },
-    "Gemma3ForCausalLM": {
-        **_GEMMA_DEFAULTS,
-        "rope_theta": 1_000_000.0,
-        "rope_local_base_freq": 10_000.0,
-        "sliding_window_pattern": 6,
-    },
+    "Gemma3ForCausalLM": _GEMMA3_DEFAULTS,
+    "Gemma3ForConditionalGeneration": _GEMMA3_DEFAULTS,
     "Phi3ForCausalLM": {"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},
     "Qwen3MoeForCausalLM": {
         "use_sliding_window": False,
@@ -134,6 +141,7 @@ A checkpoint is written with the fields that differ from transformers' own defau
 field means the family's default there.
 """
 
+_WITH_TEXT_CONFIG: Final = frozenset({"Gemma3ForConditionalGeneration"})
 _ACTIVATIONS: Final = {
     "silu": "silu",
     "swish": "silu",
@@ -168,8 +176,19 @@ def parse_model_config(raw: dict[str, Any], generation: dict[str, Any]) -> Model
             f"config.json: quantization_config ({name}) is not supported; "
             "use the checkpoint in bfloat16, float16 or float32"
         )
+    if architecture in _WITH_TEXT_CONFIG:
+        raw = _text_config(raw)
     fields = _Fields({**DEFAULTS[architecture], **raw})
     return _Parser(architecture, fields, generation).parse()
+
+
+def _text_config(raw: dict[str, Any]) -> dict[str, Any]:
+    """The text model's fields of a model that also sees; some stand beside its section."""
+    section = raw.get("text_config")
+    if not isinstance(section, dict):
+        raise ConfigError(f"config.json: text_config must be an object, is {section!r}")
+    beside = ("dtype", "torch_dtype", "eos_token_id", "tie_word_embeddings")
+    return {**{key: raw[key] for key in beside if key in raw}, **section}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -277,6 +296,7 @@ class _Parser:
 
     def __init__(self, architecture: str, fields: _Fields, generation: dict[str, Any]) -> None:
         self._architecture = architecture
+        self._is_gemma3 = architecture.startswith("Gemma3")
         self._fields = fields
         self._generation = generation
         self._num_layers = fields.integer("num_hidden_layers")
@@ -318,7 +338,8 @@ class _Parser:
             windows=self._windows(layer_types),
             ropes=ropes,
             rope_of_layer=rope_of_layer,
-            max_model_len=_longest(ropes[0]),
+            # Gemma 3 gives the length with its scaling included.
+            max_model_len=self._max_positions if self._is_gemma3 else _longest(ropes[0]),
             dtype=self._dtype(),
             eos_token_ids=self._eos_token_ids(vocab_size),
             experts=self._experts(),
@@ -341,9 +362,9 @@ class _Parser:
     def _refuse_features(self) -> None:
         if self._fields.flag("use_bidirectional_attention", default=False):
             raise UnsupportedModel("config.json: use_bidirectional_attention is not supported")
-        if self._architecture == "Gemma3ForCausalLM" and self._fields.has("attn_logit_softcapping"):
+        if self._is_gemma3 and self._fields.has("attn_logit_softcapping"):
             raise UnsupportedModel(
-                "config.json: attn_logit_softcapping is not supported for Gemma3ForCausalLM"
+                f"config.json: attn_logit_softcapping is not supported for {self._architecture}"
             )
 
     def _activation(self) -> str:
@@ -383,7 +404,7 @@ class _Parser:
         match self._architecture:
             case "Gemma2ForCausalLM":
                 return tuple(SLIDING if layer % 2 == 0 else FULL for layer in layers)
-            case "Gemma3ForCausalLM":
+            case "Gemma3ForCausalLM" | "Gemma3ForConditionalGeneration":
                 pattern = fields.integer("sliding_window_pattern")
                 return tuple(FULL if (layer + 1) % pattern == 0 else SLIDING for layer in layers)
         # Qwen2 and Qwen3.
@@ -416,7 +437,7 @@ class _Parser:
     ) -> tuple[tuple[RopeConfig, ...], tuple[int, ...]]:
         """The rotary embeddings, and which of them each layer uses."""
         parameters = self._fields.section("rope_parameters")
-        if self._architecture != "Gemma3ForCausalLM":
+        if not self._is_gemma3:
             scaling = parameters or self._fields.section("rope_scaling") or _Fields({})
             # A file may nest one dictionary for each type of layer even where they are equal.
             scaling = scaling.section(layer_types[0]) or scaling

@@ -209,6 +209,8 @@ class _Account:
                 f"the checkpoint holds {_some(left)}, which the model does not know: "
                 "config.json and the weights don't belong together"
             )
+        if self._on_progress is not None:  # what was ignored is done too
+            self._on_progress("loading weights", self._total_bytes, self._total_bytes)
         return self._fingerprint.digest()
 
 

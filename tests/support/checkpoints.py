@@ -147,6 +147,26 @@ CASES: tuple[Case, ...] = (
         },
         True,
     ),
+    Case(
+        "gemma3-that-sees",
+        "gemma3",
+        {
+            "text_config": {
+                **SMALL,
+                **_GEMMA,
+                "layer_types": ["sliding_attention", "full_attention"],
+            },
+            "vision_config": {
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 28,
+                "patch_size": 14,
+            },
+            "mm_tokens_per_image": 4,
+        },
+    ),
     Case("phi3-window-old", "phi3", {"sliding_window": 10}, True),
     Case(
         "phi3-longrope-partial",
@@ -214,10 +234,13 @@ def make(
     seed: int = 0,
 ) -> torch.nn.Module:
     """Write the case's checkpoint to `directory`; returns the reference model in `dtype`."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    config = AutoConfig.for_model(case.model_type, **{**SMALL, **case.fields})
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
+    is_wrapped = "text_config" in case.fields
+    fields = case.fields if is_wrapped else {**SMALL, **case.fields}
+    config = AutoConfig.for_model(case.model_type, **fields)
+    family = AutoModelForImageTextToText if is_wrapped else AutoModelForCausalLM
+    model = family.from_config(config, dtype=dtype, attn_implementation="eager")
     model.eval()
     _randomise(model, seed)
     model.save_pretrained(directory, max_shard_size=max_shard_size)

@@ -136,9 +136,9 @@ def test_a_gpu_that_is_not_there_is_refused(checkpoint: Path) -> None:
 
 def test_an_unsupported_architecture_lists_the_supported(checkpoint: Path, tmp_path: Path) -> None:
     raw = json.loads((checkpoint / "config.json").read_text())
-    raw["architectures"] = ["Gemma3ForConditionalGeneration"]
+    raw["architectures"] = ["LlavaForConditionalGeneration"]
     (tmp_path / "config.json").write_text(json.dumps(raw))
-    with pytest.raises(ConfigError, match=r"Gemma3ForConditionalGeneration.*LlamaForCausalLM"):
+    with pytest.raises(ConfigError, match=r"LlavaForConditionalGeneration.*LlamaForCausalLM"):
         resolved(tmp_path)
 
 

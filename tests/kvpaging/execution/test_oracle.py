@@ -86,10 +86,8 @@ def agree(logits: torch.Tensor, tokens: list[int], expected: torch.Tensor) -> No
 
 def test_every_architecture_has_a_case() -> None:
     from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers.models.auto import modeling_auto
 
-    covered = {
-        MODEL_FOR_CAUSAL_LM_MAPPING[type(AutoConfig.for_model(case.model_type))].__name__
-        for case in CASES
-    }
+    mapping = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
+    covered = {mapping[type(AutoConfig.for_model(case.model_type))].__name__ for case in CASES}
     assert covered == set(FAMILIES)

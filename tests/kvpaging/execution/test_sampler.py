@@ -111,6 +111,19 @@ def test_what_was_said_since_counts_too(sampler: Sampler) -> None:
     assert seen == [2, 20, 30, 2, 20, 30]
 
 
+def test_a_repetition_of_what_was_said_since_counts(sampler: Sampler) -> None:
+    logits = torch.full((VOCAB,), -9.0)
+    logits[20], logits[30] = 3.0, 2.0
+    sampler.add(0, sequence((1,), 1, repetition_penalty=2.0))
+    seen = []
+    for _ in range(2):
+        (sample,) = sampler.draw(logits.clone().unsqueeze(0), draws([0]))
+        assert sample is not None
+        seen.append(sample.token_id)
+        sampler.append(0, sample.token_id)
+    assert seen == [20, 30]
+
+
 def test_ends_are_forbidden_until_the_output_is_long_enough(sampler: Sampler) -> None:
     logits = torch.zeros(VOCAB)
     logits[EOS], logits[11], logits[12] = 9.0, 8.0, 7.0

@@ -119,6 +119,14 @@ def test_progress_reaches_the_total(tmp_path: Path) -> None:
     assert {stage for stage, _, _ in heard} == {"loading weights"}
 
 
+def test_a_parameter_is_asked_for_once(tmp_path: Path) -> None:
+    make(case("llama-gqa"), tmp_path)
+    parameters = Parameters(Checkpoint(tmp_path), TorchOps(CPU), CPU, torch.float32)
+    parameters.at("model.").vector("norm.weight", 64)
+    with pytest.raises(ConfigError, match=r"model\.norm\.weight twice"):
+        parameters.vector("model.norm.weight", 64)
+
+
 def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
     make(case("llama-gqa"), tmp_path)
     change(tmp_path, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
