@@ -1,0 +1,204 @@
+"""A page as a value that describes and checks itself: what lies on disk and goes to a server.
+
+    header     magic, version, codec, item size, three lengths, root, key, parent   116 bytes
+    check      xxh3-64 of the header: lengths can be followed before the rest is read  8 bytes
+    tokens     little-endian uint32
+    body       the payload, compressed
+    digest     xxh3-128 of all before it                                              16 bytes
+
+Compression: the bytes of each item are sorted into planes (all first bytes, all second bytes, ...)
+and each plane is compressed alone by zstd, because a bfloat16's exponents repeat and its mantissas
+do not. A plane that gains nothing is stored as it is. `docs/levels.md` has the measurements.
+
+The digest finds accidents, not forgery: `remote` puts a keyed MAC around the value.
+Knows nothing of files and connections.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+import zstandard
+
+from kvpaging.base.ids import PageKey
+from kvpaging.levels.level import StoredPage
+
+MAGIC: Final = b"KVPG"
+VERSION: Final = 1
+RAW: Final = 0
+PLANES_ZSTD: Final = 1
+
+_HEADER: Final = struct.Struct("<4sBBBxIII32s32s32s")
+_CHECK_BYTES: Final = 8
+_DIGEST_BYTES: Final = 16
+HEADER_BYTES: Final = _HEADER.size + _CHECK_BYTES
+"""The header with its check."""
+OVERHEAD_BYTES: Final = HEADER_BYTES + _DIGEST_BYTES
+"""What a value costs beside its tokens and body."""
+KEY_BYTES: Final = 32
+
+_SAMPLE_BYTES: Final = 4096
+_WORTHWHILE: Final = 0.95
+"""A plane is compressed if a sample of it shrinks below this."""
+
+
+class BadValue(Exception):
+    """These bytes are not the page that was asked for; the message says why."""
+
+
+class Header(NamedTuple):
+    """What the first `HEADER_BYTES` of a value say."""
+
+    codec: int
+    item_bytes: int
+    payload_bytes: int
+    body_bytes: int
+    token_bytes: int
+    root: bytes
+    key: PageKey
+    parent: PageKey
+
+    @property
+    def value_bytes(self) -> int:
+        """Length of the whole value."""
+        return OVERHEAD_BYTES + self.token_bytes + self.body_bytes
+
+
+def read_header(value: bytes | memoryview) -> Header:
+    """The header at the beginning of `value`. Raises BadValue."""
+    if len(value) < HEADER_BYTES:
+        raise BadValue("cut off within the header")
+    packed = value[: _HEADER.size]
+    if xxhash.xxh3_64_digest(packed) != value[_HEADER.size : HEADER_BYTES]:
+        raise BadValue("the header's check fails")
+    magic, version, codec, item, payload, body, tokens, root, key, parent = _HEADER.unpack(packed)
+    if magic != MAGIC or version != VERSION:
+        raise BadValue(f"format {magic!r} {version}, this is {MAGIC!r} {VERSION}")
+    return Header(codec, item, payload, body, tokens, root, PageKey(key), PageKey(parent))
+
+
+class PageCodec:
+    """Pages of one numerics identity to values and back. Safe to use from several threads.
+
+    `item_bytes` is the size of the payload's items (2 for bfloat16), which the planes follow.
+    """
+
+    def __init__(self, root: bytes, item_bytes: int, *, compress: bool = True) -> None:
+        self._root = root
+        self._item_bytes = item_bytes
+        self._compress = compress
+        self._zstd = _ZstdOfThread()
+
+    def encode(self, page: StoredPage) -> bytes:
+        """The value of a page."""
+        payload = memoryview(page.payload).cast("B")
+        codec, item, body = RAW, 1, [payload]
+        if self._compress and len(payload) and len(payload) % self._item_bytes == 0:
+            codec, item = PLANES_ZSTD, self._item_bytes
+            body = self._shrink(payload)
+        body_bytes = sum(map(len, body))
+        header = _HEADER.pack(
+            MAGIC, VERSION, codec, item, len(payload), body_bytes, len(page.tokens),
+            self._root, page.key, page.parent,
+        )  # fmt: skip
+        value = b"".join((header, xxhash.xxh3_64_digest(header), page.tokens, *body))
+        return value + xxhash.xxh3_128_digest(value)
+
+    def decode(self, value: bytes | memoryview, key: PageKey) -> StoredPage:
+        """The page `key` that `value` holds. Raises BadValue, whatever the bytes are.
+
+        An uncompressed payload is a view of `value`.
+        """
+        value = memoryview(value)
+        header = self.check(value, key)
+        body_at = HEADER_BYTES + header.token_bytes
+        tokens = bytes(value[HEADER_BYTES:body_at])
+        body = value[body_at : body_at + header.body_bytes]
+        if header.codec == RAW and header.body_bytes == header.payload_bytes:
+            payload = body
+        elif header.codec == PLANES_ZSTD and header.item_bytes:
+            payload = self._grow(body, header)
+        else:
+            raise BadValue(f"codec {header.codec} is not known here")
+        return StoredPage(header.key, header.parent, tokens, payload)
+
+    def check(self, value: memoryview, key: PageKey) -> Header:
+        """That `value` is whole, unchanged, and the page `key` of this root. Raises BadValue."""
+        header = read_header(value)
+        if header.value_bytes != len(value):
+            raise BadValue(f"{len(value)} bytes of {header.value_bytes}")
+        if xxhash.xxh3_128_digest(value[:-_DIGEST_BYTES]) != value[-_DIGEST_BYTES:]:
+            raise BadValue("the digest fails")
+        if header.key != key:
+            raise BadValue("another page")
+        if header.root != self._root:
+            raise BadValue("a page of another numerics identity")
+        return header
+
+    def _shrink(self, payload: memoryview) -> list[memoryview]:
+        """Sizes of the planes as uint32, then the planes. A plane of its full size is raw."""
+        items: npt.NDArray[np.uint8] = np.frombuffer(payload, np.uint8)
+        items = items.reshape(-1, self._item_bytes)
+        planes = [self._zstd.shrink(items[:, i].copy().data) for i in range(self._item_bytes)]
+        sizes = np.array([len(plane) for plane in planes], "<u4")
+        return [memoryview(sizes.tobytes()), *planes]
+
+    def _grow(self, body: memoryview, header: Header) -> memoryview:
+        item_bytes = header.item_bytes
+        num_items, rest = divmod(header.payload_bytes, item_bytes)
+        at = 4 * item_bytes
+        if rest or len(body) < at:
+            raise BadValue("the planes do not fit the payload")
+        items = np.empty((num_items, item_bytes), np.uint8)
+        for i, size in enumerate(struct.unpack(f"<{item_bytes}I", body[:at])):
+            plane = self._zstd.grow(body[at : at + size], num_items)
+            items[:, i] = np.frombuffer(plane, np.uint8)
+            at += size
+        return items.reshape(-1).data
+
+
+class _ZstdOfThread(threading.local):
+    """zstd's contexts; each thread has its own.
+
+    Hardly any matching, for there is nothing to match: nearly all of the gain is the entropy of
+    the exponents, and a small hash table finds the zeros.
+    """
+
+    def __init__(self) -> None:
+        parameters = zstandard.ZstdCompressionParameters(
+            strategy=zstandard.STRATEGY_FAST,
+            window_log=15,
+            hash_log=6,
+            chain_log=6,
+            search_log=1,
+            min_match=7,
+            target_length=0,  # more than 0 would leave the literals uncompressed
+            write_content_size=False,
+        )
+        self._compressor = zstandard.ZstdCompressor(compression_params=parameters)
+        self._decompressor = zstandard.ZstdDecompressor()
+
+    def shrink(self, plane: memoryview) -> memoryview:
+        """The plane compressed, or itself where that gains little."""
+        sample = plane[:_SAMPLE_BYTES]
+        if len(self._compressor.compress(sample)) > _WORTHWHILE * len(sample):
+            return plane
+        smaller = self._compressor.compress(plane)
+        return memoryview(smaller) if len(smaller) < len(plane) else plane
+
+    def grow(self, data: memoryview, num_bytes: int) -> bytes | memoryview:
+        """A plane of `num_bytes` bytes, and no more whatever `data` says. Raises BadValue."""
+        if len(data) == num_bytes:
+            return data
+        try:
+            plane = self._decompressor.decompress(data, max_output_size=num_bytes)
+        except zstandard.ZstdError as error:
+            raise BadValue(f"zstd: {error}") from None
+        if len(plane) != num_bytes:
+            raise BadValue(f"a plane of {len(plane)} bytes, not {num_bytes}")
+        return plane

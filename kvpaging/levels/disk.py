@@ -1,0 +1,534 @@
+"""Pages on a disk: a log of segments, an index beside it, one bound in bytes over all of it.
+
+Pages are appended to the newest segment. When there is no room the oldest segment goes; its pages
+that were used since they were written are appended again, up to half of it, so that a page in use
+stays and every turn frees room. Corrupt and forgotten pages leave with their segment.
+
+A process that is killed at any moment, a full disk and flipped bits cost misses, never a wrong
+page: a page counts when it is whole behind its header, and every read checks its digest. The end of
+the machine may cost what the system had not written back yet.
+
+Where each page lies is kept in memory (some 300 bytes a page), so that `contains` touches no disk.
+Knows nothing of the tokens' meaning or of who uses the pages.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import sqlite3
+import stat
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from kvpaging.base.clock import Clock, monotonic
+from kvpaging.base.errors import ConfigError
+from kvpaging.base.ids import PageKey
+from kvpaging.levels import segment
+from kvpaging.levels.codec import BadValue, PageCodec
+from kvpaging.levels.level import Complaints, Counters, LevelStats, StoredPage
+from kvpaging.levels.segment import Entry, SegmentWriter
+from kvpaging.levels.segment_index import SegmentIndex
+
+MIN_CAPACITY_BYTES: Final = 1 << 20
+_SEGMENTS: Final = 64
+_SMALLEST_SEGMENT_BYTES: Final = 8 << 20
+_LARGEST_SEGMENT_BYTES: Final = 256 << 20
+_MOVE_BYTES: Final = 4 << 20
+"""Bytes between two looks at the clock."""
+_ENTRIES_A_STRETCH: Final = 1024
+_INDEX_NAME: Final = "index.sqlite"
+_LOCK_NAME: Final = "lock"
+
+
+class _Place(NamedTuple):
+    segment: int
+    offset: int
+    num_bytes: int
+
+
+@dataclass(slots=True)
+class _Segment:
+    num_bytes: int = 0
+    keys: list[PageKey] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Run:
+    """Pages that lie one behind the other and are read at once."""
+
+    segment: int
+    offset: int
+    num_bytes: int
+    wanted: list[tuple[int, PageKey, _Place]]
+    """Their positions in the call, keys and places."""
+
+
+def _segment_bytes(capacity_bytes: int) -> int:
+    smallest = min(_SMALLEST_SEGMENT_BYTES, capacity_bytes // 4)
+    return min(_LARGEST_SEGMENT_BYTES, max(smallest, capacity_bytes // _SEGMENTS))
+
+
+class DiskLevel:
+    """At most `capacity_bytes` of files in a directory of its own; a `level.Level`."""
+
+    name = "disk"
+
+    def __init__(
+        self,
+        directory: Path,
+        capacity_bytes: int,
+        *,
+        root: bytes,
+        item_bytes: int,
+        compress: bool = True,
+        segment_bytes: int | None = None,
+        clock: Clock = monotonic,
+    ) -> None:
+        """Open the directory, or make it, and find the pages that it holds.
+
+        Raises ConfigError when it can't be used: another server has it, it holds other things, it
+        can't be written, or `capacity_bytes` is less than `MIN_CAPACITY_BYTES`.
+
+        Args:
+            directory: made with mode 0700 where it is not there.
+            capacity_bytes: the bound over segments and index; what is there beyond it goes.
+            root: the numerics identity's root key; pages of another root are never answered and
+                leave in their turn.
+            item_bytes: the size of the payload's items (2 for bfloat16).
+            compress: whether new pages are compressed; what is there is read either way.
+            segment_bytes: where a segment is sealed; the default is a 64th of the capacity.
+            clock: for deadlines and times.
+        """
+        if capacity_bytes < MIN_CAPACITY_BYTES:
+            raise ConfigError(
+                f"the disk cache's size is {capacity_bytes} bytes; "
+                f"give it at least {MIN_CAPACITY_BYTES}"
+            )
+        self._directory = directory
+        self._capacity_bytes = capacity_bytes
+        self._segment_bytes = segment_bytes or _segment_bytes(capacity_bytes)
+        self._codec = PageCodec(root, item_bytes, compress=compress)
+        self._clock = clock
+        self._counters = Counters()
+        self._complaints = Complaints(logging.getLogger(__name__), clock)
+        self._places: dict[PageKey, _Place] = {}
+        self._used: set[PageKey] = set()
+        self._places_lock = threading.Lock()
+        """For changes to the two above; held for moments. Looking a page up needs no lock."""
+        self._write_lock = threading.Lock()
+        """For everything below; held while writing."""
+        self._segments: dict[int, _Segment] = {}
+        self._num_bytes = 0
+        self._writer: SegmentWriter | None = None
+        self._newest = 0
+        self._pending: list[Entry] = []
+        self._index_bytes = 0
+        self._is_closed = False
+        try:
+            self._lock_file = _lock_directory(directory)
+            try:
+                self._index = self._open_index()
+                self._recover()
+            except OSError:
+                os.close(self._lock_file)
+                raise
+        except OSError as error:
+            raise ConfigError(f"the disk cache {directory} can't be used: {error}") from error
+
+    def contains(self, keys: Sequence[PageKey]) -> list[bool]:
+        """Which pages are believed to be here; from memory, without a lock."""
+        return [key in self._places for key in keys]
+
+    def load(self, keys: Sequence[PageKey], deadline_s: float) -> list[StoredPage | None]:
+        """Each page, whole and checked, or `None`. Pages that lie together are read together."""
+        started = self._clock()
+        found: list[StoredPage | None] = [None] * len(keys)
+        runs = list(self._runs(keys))
+        for i, run in enumerate(runs):
+            if self._clock() - started >= deadline_s:
+                self._counters.add(late=sum(len(run.wanted) for run in runs[i:]))
+                break
+            self._load_run(run, found)
+        hits = [page for page in found if page is not None]
+        self._mark_used([page.key for page in hits])
+        self._counters.add(
+            loads=len(keys),
+            hits=len(hits),
+            loaded_payload_bytes=sum(len(page.payload) for page in hits),
+            load_s=self._clock() - started,
+        )
+        return found
+
+    def store(self, pages: Sequence[StoredPage], deadline_s: float) -> int:
+        """Append the pages that are not here, and let the oldest segments go for them."""
+        started = self._clock()
+        new = {page.key: page for page in pages if page.key not in self._places}
+        known = [page.key for page in pages if page.key in self._places]
+        self._mark_used(known)
+        stored = 0
+        for batch in _batches(new.values()):
+            if self._clock() - started >= deadline_s:
+                self._counters.add(late=len(new) - stored)
+                break
+            values = [self._codec.encode(page) for page in batch]
+            with self._write_lock:
+                taken = self._store_values([page.key for page in batch], values)
+            stored += taken
+            self._counters.add(
+                stored=taken,
+                stored_payload_bytes=sum(len(page.payload) for page in batch[:taken]),
+                written_bytes=sum(map(len, values[:taken])),
+            )
+            if taken < len(batch):
+                self._counters.add(refused=len(new) - stored)
+                break
+        self._counters.add(stores=len(pages), known=len(known), store_s=self._clock() - started)
+        return len(known) + stored
+
+    def flush(self) -> None:
+        """Index what is not indexed yet, and have the medium hold the newest segment."""
+        with self._write_lock, self._complaining("flush"):
+            self._index_pending()
+            if self._writer is not None:
+                self._writer.sync()
+
+    def clear(self) -> None:
+        """Delete every segment."""
+        with self._write_lock:
+            self._seal()
+            while self._segments and not self._is_closed:
+                self._drop_oldest(keep_used=False)
+
+    def stats(self) -> LevelStats:
+        """State and totals."""
+        return self._counters.stats(
+            len(self._places), self._num_bytes + self._index_bytes, self._capacity_bytes
+        )
+
+    def close(self) -> None:
+        """Seal, let go of the files and of the directory's lock. Idempotent."""
+        with self._write_lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
+            self._seal()
+            if self._index is not None:
+                self._index.close()
+            with self._places_lock:
+                self._places.clear()
+            os.close(self._lock_file)
+
+    # Opening.
+
+    def _open_index(self) -> SegmentIndex | None:
+        """The index; a new one where it is broken; none where there can't be one."""
+        path = self._directory / _INDEX_NAME
+        for _ in range(2):
+            try:
+                return SegmentIndex(path)
+            except sqlite3.Error as error:
+                self._failed("the index is broken and is made anew", error)
+                SegmentIndex.remove(path)
+        return None
+
+    def _recover(self) -> None:
+        """Find the pages: from the index where it knows, else from the segments themselves."""
+        sizes = segment.sizes(self._directory)
+        known = self._known_stretches(sizes)
+        for segment_id, size in sizes.items():
+            self._segments[segment_id] = _Segment(size)
+            self._num_bytes += size
+            self._newest = segment_id
+            self._recover_segment(segment_id, size, known.get(segment_id, []))
+        self._measure_index()
+        while self._segments and not self._fits(0):
+            self._drop_oldest(keep_used=False)
+        newest = self._segments.get(self._newest)
+        if newest is not None and newest.num_bytes < self._segment_bytes:
+            path = segment.path_of(self._directory, self._newest)
+            self._writer = SegmentWriter(path, newest.num_bytes)
+
+    def _known_stretches(
+        self, sizes: dict[int, int]
+    ) -> dict[int, list[tuple[int, int, list[Entry]]]]:
+        """The index's stretches of segments that are there and as long as it says, in order."""
+        known: dict[int, list[tuple[int, int, list[Entry]]]] = {}
+        with self._complaining("reading the index"):
+            stretches = [] if self._index is None else self._index.stretches()
+            gone = {s.segment for s in stretches if s.end_byte > sizes.get(s.segment, -1)}
+            for s in stretches:
+                if s.segment not in gone:
+                    known.setdefault(s.segment, []).append((s.first_byte, s.end_byte, s.entries))
+            if self._index is not None and gone:
+                self._index.forget(gone)
+        return known
+
+    def _recover_segment(
+        self, segment_id: int, size: int, stretches: list[tuple[int, int, list[Entry]]]
+    ) -> None:
+        """Take over what is known of a segment, and scan the rest of it."""
+        path = segment.path_of(self._directory, segment_id)
+        end = 0
+        for first_byte, end_byte, entries in [*stretches, (size, size, [])]:
+            if end < first_byte:
+                found = [e for e in segment.scan(path, end) if e.end <= first_byte]
+                self._place(segment_id, found)
+                scanned = found[-1].end if found else end
+                self._add_to_index(segment_id, end, scanned, found)
+                if scanned < first_byte:
+                    self._torn(segment_id, scanned, first_byte, is_end=first_byte == size)
+            if end <= first_byte:
+                self._place(segment_id, entries)
+                end = end_byte
+
+    def _torn(self, segment_id: int, offset: int, end: int, *, is_end: bool) -> None:
+        """A stretch holds no whole value: cut off where it ends the newest segment."""
+        self._counters.add(corrupt=1)
+        self._complaints.warn(
+            "torn or broken pages are skipped", f"segment {segment_id}, bytes {offset} to {end}"
+        )
+        if is_end:
+            with self._complaining("cutting off"):
+                os.truncate(segment.path_of(self._directory, segment_id), offset)
+                self._segments[segment_id].num_bytes -= end - offset
+                self._num_bytes -= end - offset
+
+    # Reading.
+
+    def _runs(self, keys: Sequence[PageKey]) -> Iterator[_Run]:
+        """The pages that are here, neighbours together, in the order of `keys`."""
+        run: _Run | None = None
+        for i, key in enumerate(keys):
+            place = self._places.get(key)
+            if place is None:
+                continue
+            if (
+                run is not None
+                and (place.segment, place.offset) == (run.segment, run.offset + run.num_bytes)
+                and run.num_bytes + place.num_bytes <= _MOVE_BYTES
+            ):
+                run.num_bytes += place.num_bytes
+                run.wanted.append((i, key, place))
+                continue
+            if run is not None:
+                yield run
+            run = _Run(*place, [(i, key, place)])
+        if run is not None:
+            yield run
+
+    def _load_run(self, run: _Run, found: list[StoredPage | None]) -> None:
+        path = segment.path_of(self._directory, run.segment)
+        try:
+            data = segment.read(path, run.offset, run.num_bytes)
+        except OSError as error:
+            if run.segment in self._segments:  # else it went meanwhile: a plain miss
+                self._failed("a segment can't be read", error)
+            return
+        for i, key, place in run.wanted:
+            at = place.offset - run.offset
+            try:
+                found[i] = self._codec.decode(data[at : at + place.num_bytes], key)
+            except BadValue as error:
+                if run.segment in self._segments:
+                    self._counters.add(corrupt=1)
+                    self._complaints.warn("a page is corrupt", f"{path} at {place.offset}: {error}")
+                self._forget(key, place)
+
+    def _mark_used(self, keys: Iterable[PageKey]) -> None:
+        with self._places_lock:
+            self._used.update(key for key in keys if key in self._places)
+
+    def _forget(self, key: PageKey, place: _Place) -> None:
+        with self._places_lock:
+            if self._places.get(key) == place:
+                del self._places[key]
+                self._used.discard(key)
+
+    # Writing. The caller holds the write lock.
+
+    def _store_values(self, keys: list[PageKey], values: list[bytes]) -> int:
+        """Append these values and make room for them; returns how many, from the first on."""
+        if self._is_closed:
+            return 0
+        try:
+            for i, value in enumerate(values):
+                while not self._fits(len(value), self._segment_bytes // 2):
+                    if not self._can_drop():
+                        self._complaints.warn("no room for a page", f"of {len(value)} bytes")
+                        return i
+                    self._drop_oldest()
+                self._append(keys[i], value)
+        except OSError as error:
+            self._failed("a page can't be written", error)
+            return i
+        return len(values)
+
+    def _fits(self, num_bytes: int, reserve_bytes: int = 0) -> bool:
+        """Whether so much more fits, with what indexing it may take."""
+        growth = SegmentIndex.growth_bytes(len(self._pending) + 1)
+        wanted = num_bytes + growth + reserve_bytes
+        return self._num_bytes + self._index_bytes + wanted <= self._capacity_bytes
+
+    def _append(self, key: PageKey, value: bytes | memoryview) -> None:
+        """Write one value behind the newest segment's end. Raises OSError."""
+        writer = self._writer
+        if writer is None or (writer.end and writer.end + len(value) > self._segment_bytes):
+            writer = self._begin_segment()
+        entry = Entry(key, writer.end, len(value))
+        writer.append([value])
+        self._num_bytes += len(value)
+        self._segments[self._newest].num_bytes = writer.end
+        self._place(self._newest, [entry])
+        self._pending.append(entry)
+        if len(self._pending) >= _ENTRIES_A_STRETCH:
+            self._index_pending()
+
+    def _begin_segment(self) -> SegmentWriter:
+        self._seal()
+        newest = self._newest + 1
+        self._writer = SegmentWriter(segment.path_of(self._directory, newest))
+        self._newest = newest
+        self._segments[newest] = _Segment()
+        return self._writer
+
+    def _seal(self) -> None:
+        """The newest segment is written no more."""
+        self._index_pending()
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _place(self, segment_id: int, entries: Iterable[Entry]) -> None:
+        with self._places_lock:
+            for entry in entries:
+                self._places[entry.key] = _Place(segment_id, entry.offset, entry.num_bytes)
+                self._segments[segment_id].keys.append(entry.key)
+
+    def _can_drop(self) -> bool:
+        """There is a segment besides the one that is being written."""
+        return len(self._segments) > (self._writer is not None)
+
+    def _drop_oldest(self, *, keep_used: bool = True) -> None:
+        """Delete the oldest segment, but keep what was used of it. Frees half of it or more."""
+        segment_id, oldest = next(iter(self._segments.items()))
+        here = [
+            (key, place)
+            for key in dict.fromkeys(oldest.keys)
+            if (place := self._places.get(key)) is not None and place.segment == segment_id
+        ]
+        rescued = self._rescue(here) if keep_used else 0
+        for key, place in here:
+            self._forget(key, place)
+        del self._segments[segment_id]
+        with self._complaining("a segment can't be deleted"):
+            segment.path_of(self._directory, segment_id).unlink(missing_ok=True)
+            self._num_bytes -= oldest.num_bytes
+        with self._complaining("indexing"):
+            if self._index is not None:
+                self._index.forget([segment_id])
+        self._measure_index()
+        self._counters.add(evicted=len(here) - rescued, rescued=rescued)
+
+    def _rescue(self, pages: list[tuple[PageKey, _Place]]) -> int:
+        """Append those of these pages again that were used, as far as the reserve goes; how many.
+
+        They must be used again to be kept again.
+        """
+        rescued = 0
+        with self._complaining("keeping used pages"):
+            for key, place in pages:
+                if key not in self._used:
+                    continue
+                if not self._fits(place.num_bytes):
+                    break
+                path = segment.path_of(self._directory, place.segment)
+                value = segment.read(path, place.offset, place.num_bytes)
+                try:
+                    self._codec.check(value, key)
+                except BadValue:
+                    self._counters.add(corrupt=1)
+                    continue
+                self._append(key, value)
+                with self._places_lock:
+                    self._used.discard(key)
+                rescued += 1
+        return rescued
+
+    # The index.
+
+    def _index_pending(self) -> None:
+        if self._pending:
+            end = self._pending[-1].end
+            self._add_to_index(self._newest, self._pending[0].offset, end, self._pending)
+            self._pending = []
+            self._measure_index()
+
+    def _add_to_index(
+        self, segment_id: int, first_byte: int, end_byte: int, entries: Sequence[Entry]
+    ) -> None:
+        if entries and self._index is not None:
+            with self._complaining("indexing"):
+                self._index.add(segment_id, first_byte, end_byte, entries)
+
+    def _measure_index(self) -> None:
+        with self._complaining("measuring the index"):
+            if self._index is not None:
+                self._index_bytes = self._index.num_bytes
+
+    # Trouble.
+
+    @contextmanager
+    def _complaining(self, what: str) -> Iterator[None]:
+        """What fails in here is counted and logged, and the level goes on without it."""
+        try:
+            yield
+        except (OSError, sqlite3.Error) as error:
+            self._failed(what, error)
+
+    def _failed(self, what: str, error: Exception) -> None:
+        self._counters.add(failures=1)
+        self._complaints.warn(what, f"{self._directory}: {error}")
+
+
+def _batches(pages: Iterable[StoredPage]) -> Iterator[list[StoredPage]]:
+    """Pages in groups of about `_MOVE_BYTES`."""
+    batch: list[StoredPage] = []
+    num_bytes = 0
+    for page in pages:
+        batch.append(page)
+        num_bytes += len(page.payload)
+        if num_bytes >= _MOVE_BYTES:
+            yield batch
+            batch, num_bytes = [], 0
+    if batch:
+        yield batch
+
+
+def _lock_directory(directory: Path) -> int:
+    """Make the directory ours alone; returns the lock's file. Raises ConfigError and OSError."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = directory.stat()
+    if found.st_uid != os.geteuid():
+        raise ConfigError(f"the disk cache {directory} belongs to another user")
+    path = directory / _LOCK_NAME
+    if not path.exists() and any(directory.iterdir()):
+        raise ConfigError(
+            f"{directory} holds other files; give the disk cache a directory of its own"
+        )
+    if stat.S_IMODE(found.st_mode) != 0o700:
+        directory.chmod(0o700)
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(file)
+        raise ConfigError(
+            f"another server uses the disk cache {directory}; give each server its own directory"
+        ) from None
+    return file
