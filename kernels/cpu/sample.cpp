@@ -1,6 +1,7 @@
 #include "sample.h"
 
 #include <algorithm>
+#include <cstddef>
 #include <functional>
 #include <limits>
 #include <numeric>
@@ -109,7 +110,7 @@ class Row {
         }
         if (candidates.empty()) candidates.push_back({max_, 0});  // all NaN
         const size_t kept = std::min(candidates.size(), static_cast<size_t>(count));
-        std::nth_element(candidates.begin(), candidates.begin() + static_cast<ptrdiff_t>(kept - 1),
+        std::nth_element(candidates.begin(), candidates.begin() + static_cast<std::ptrdiff_t>(kept - 1),
                          candidates.end());
         candidates.resize(kept);
         std::sort(candidates.begin(), candidates.end());

@@ -81,13 +81,16 @@ def test_a_row_is_the_same_among_any_others(on_threads, dtype, k):
     assert torch.equal(ops.linear(x, prepared), alone.to(dtype))
 
 
-def test_threads_share_a_large_linear_bit_for_bit(on_threads, dtype):
-    weight, _ = weight_and_bias(700, 640, dtype)
-    x = torch.randn(100, 640).to(dtype)
+@pytest.mark.parametrize(("m", "n", "k"), [(100, 700, 640), (451, 70, 640), (900, 20, 16)])
+def test_threads_share_a_large_linear_bit_for_bit(on_threads, dtype, m, n, k):
+    """Large enough for several blocks of columns, of rows, or of both."""
+    weight, _ = weight_and_bias(n, k, dtype)
+    x = torch.randn(m, k).to(dtype)
     results = []
     for threads in (1, 2, 5):
         ops = on_threads(threads)
-        results.append(ops.linear(x, ops.prepare_linear(weight)))
+        results.append(ops.linear_float32(x, ops.prepare_linear(weight)))
+    assert_close(results[0], x.double() @ weight.double().T, torch.float32)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
 
