@@ -58,12 +58,11 @@ def choose_tiles(
     dtype: torch.dtype,
     *,
     exact: bool,
-    is_plain: bool,
 ) -> AttentionTiles:
     """Tiles that spill no registers (docs/kernels-gpu.md has what the compiler made of each).
 
     With `exact` both kernels take the same step, and lay a row out over threads in the same way, so
-    that its sums add up in the same order. `is_plain`: neither window nor soft cap.
+    that its sums add up in the same order.
     """
     width = max(16, triton.next_power_of_2(head_dim))
     least_rows = triton.next_power_of_2(group)
@@ -82,7 +81,7 @@ def choose_tiles(
         if width > 128:
             return AttentionTiles(tiles(32, 32, 8, 3), tiles(32, 32, 8, 2))
         if target.arch == "sm_90":  # one warp group for 64 rows, two for 128
-            tile = 64 if is_plain else 32
+            tile = 64 if width <= 64 else 32
             return AttentionTiles(tiles(64, tile, 4, 3), tiles(128, tile, 8, 2))
         num_warps = 4 if target.backend == "hip" else 8
         stages = 2 if target.backend == "hip" else 3
@@ -410,8 +409,7 @@ def combine_kernel(
     maximum = tl.full([BLOCK_G], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_G], dtype=tl.float32)
     row_part = (place.to(tl.int64) * HEADS + head) * max_splits
-    splits = tl.range(first_split, last_split + 1, num_stages=1, loop_unroll_factor=UNROLL)
-    for split in splits:
+    for split in tl.range(first_split, last_split + 1, num_stages=1, loop_unroll_factor=UNROLL):
         part = row_part + split
         other_acc = tl.load(
             part_acc + part[:, None] * HEAD_DIM + column[None, :], mask=mask, other=0.0
@@ -679,7 +677,8 @@ class Attention:
                 "BLOCK_G": block_g,
                 "UNROLL": 4 if block_g <= 8 else 1,
             },
-            Schedule(num_warps=4, num_stages=1),
+            # Four numbers a thread: 16 bytes a load.
+            Schedule(num_warps=max(1, min(4, block_g * self.query.shape[2] // 128)), num_stages=1),
         )
         return [decode, combine]
 

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from kernels.jit.launch import Launch, Schedule
 
-_ACTIVATION_BLOCK = 1024
+_ACTIVATION_BLOCK = 2048
 _SOFTMAX_BLOCK = 4096
 
 

@@ -240,14 +240,7 @@ class TritonOps:
             window,
             soft_cap,
             sinks,
-            attention.choose_tiles(
-                self._target,
-                head_dim,
-                group,
-                query.dtype,
-                exact=self.exact,
-                is_plain=window is None and soft_cap is None,
-            ),
+            attention.choose_tiles(self._target, head_dim, group, query.dtype, exact=self.exact),
             self.exact,
         )
         out = torch.empty_like(query, memory_format=torch.contiguous_format)

@@ -119,9 +119,7 @@ def attend(
     shape = (len(places) + 1, 2, 2, case.num_kv_heads, size, case.head_dim)
     pool = torch.full(shape, math.nan, dtype=case.dtype, device=device)
     key_pages, value_pages = pool[:, 1, 0], pool[:, 1, 1]
-    tables = torch.full(
-        (len(spans), max(*counts, width)), poison, dtype=torch.int32, device=device
-    )
+    tables = torch.full((len(spans), max(*counts, width)), poison, dtype=torch.int32, device=device)
     for row, ((sequence, _, end), count) in enumerate(zip(spans, counts, strict=True)):
         pages = [places.pop() for _ in range(count)]
         tables[row, :count] = torch.tensor(pages)

@@ -1,0 +1,186 @@
+"""Every shipped configuration, compiled for cards that aren't here.
+
+The operations run on tensors without memory and hand over their launches, so what is compiled is
+what they would launch. Numbers move between Triton versions: bounds are asserted, not equality.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from jit_compile import Compiled, compile_launch  # noqa: E402
+
+from kernels.jit import TritonOps  # noqa: E402
+from kernels.jit.launch import Launch, Target  # noqa: E402
+
+TARGETS = {
+    "sm_80": Target("cuda", "sm_80"),
+    "sm_90": Target("cuda", "sm_90"),
+    "sm_100": Target("cuda", "sm_100"),
+    "gfx942": Target("hip", "gfx942"),
+}
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def attention(head_dim: int, *, featured: bool = False) -> Callable[[TritonOps], object]:
+    """A mixed batch: all three kernels. Heads as in Llama 3 8B."""
+
+    def call(ops: TritonOps) -> torch.Tensor:
+        pool = empty(512, 2, 2, 8, 16, head_dim)
+        return ops.paged_attention(
+            empty(2000, 32, head_dim),
+            pool[:, 0, 0],
+            pool[:, 0, 1],
+            empty(4, 256, dtype=torch.int32),
+            empty(4, dtype=torch.int32),
+            empty(5, dtype=torch.int32),
+            scale=0.1,
+            window=4096 if featured else None,
+            soft_cap=50.0 if featured else None,
+            sinks=empty(32, dtype=torch.float32) if featured else None,
+        )
+
+    return call
+
+
+def linear(rows: int, out_features: int) -> Callable[[TritonOps], object]:
+    def call(ops: TritonOps) -> torch.Tensor:
+        return ops.linear(empty(rows, 4096), ops.prepare_linear(empty(out_features, 4096)))
+
+    return call
+
+
+def grouped(ops: TritonOps) -> torch.Tensor:
+    experts = [ops.prepare_linear(empty(1536, 2048)) for _ in range(128)]
+    return ops.grouped_linear(empty(64, 2048), experts, empty(64, dtype=torch.int64))
+
+
+def rope_store(ops: TritonOps) -> torch.Tensor:
+    pool, norm = empty(512, 2, 2, 8, 16, 128), empty(128)
+    return ops.rope_store(
+        empty(64, 48 * 128),
+        empty(64, dtype=torch.int32),
+        empty(4096, 128, dtype=torch.float32),
+        pool[:, 0, 0],
+        pool[:, 0, 1],
+        empty(64, dtype=torch.int64),
+        q_norm=norm,
+        k_norm=norm,
+    )
+
+
+def row_operations(ops: TritonOps) -> None:
+    ops.add_rms_norm(empty(64, 4096), empty(64, 4096), empty(4096), 1e-6)
+    ops.rms_norm(empty(64, 16384), empty(16384), 1e-6)
+    ops.silu_mul(empty(64, 28672))
+    ops.gelu_mul(empty(64, 28672))
+    ops.log_softmax(empty(64, 128256, dtype=torch.float32))
+    places = empty(64, dtype=torch.int64)
+    ops.copy_pages(empty(512, 2, 2, 8, 16, 128), places, places)
+
+
+def sample(ops: TritonOps) -> torch.Tensor:
+    share, count = empty(64, dtype=torch.float32), empty(64, dtype=torch.int32)
+    logits, seeds = empty(64, 128256, dtype=torch.float32), empty(64, dtype=torch.int64)
+    return ops.sample(logits, share, count, share, share, seeds, count, count)
+
+
+MATRIX_CALLS = {
+    "attention 64": attention(64),
+    "attention 128": attention(128),
+    "attention 128 window cap sinks": attention(128, featured=True),
+    "attention 256 window cap sinks": attention(256, featured=True),
+    "linear 1 narrow": linear(1, 4096),
+    "linear 32 wide": linear(32, 28672),
+    "linear 200": linear(200, 4096),
+    "linear 4096": linear(4096, 4096),
+    "grouped linear": grouped,
+}
+OTHER_CALLS = {"rope_store": rope_store, "rows": row_operations, "sample": sample}
+
+
+def record(target: Target, call: Callable[[TritonOps], object], *, exact: bool) -> list[Launch]:
+    launches: list[Launch] = []
+    call(TritonOps("meta", exact=exact, target=target, runner=launches.append))
+    assert launches
+    return launches
+
+
+def check_budget(launch: Launch, compiled: Compiled, target: Target) -> None:
+    what = f"{launch.kernel.__name__} {launch.schedule} on {target.arch}: {compiled}"
+    assert compiled.spilled == 0, what
+    assert compiled.count("LDL|STL|scratch_") == 0, what
+    assert compiled.shared_bytes <= target.shared_bytes, what
+    assert compiled.count(r"LDG(STS)?\..*128|(global|buffer)_load_dwordx4") > 0, what
+
+
+def matrix_instruction(launch: Launch, target: Target) -> str:
+    if target.backend == "hip":
+        return "v_mfma_f32_16x16x16_bf16"
+    large = launch.arguments["BLOCK_M"] >= 64
+    if target.arch == "sm_90" and large:
+        return "HGMMA"
+    return "UTCHMMA" if target.arch == "sm_100" and large else "HMMA"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", TARGETS)
+@pytest.mark.parametrize("name", MATRIX_CALLS)
+def test_exact_kernels_use_matrix_instructions_and_spill_nothing(arch: str, name: str) -> None:
+    target = TARGETS[arch]
+    for launch in record(target, MATRIX_CALLS[name], exact=True):
+        compiled = compile_launch(launch, target)
+        check_budget(launch, compiled, target)
+        if "BLOCK_M" in launch.arguments:
+            assert compiled.count(matrix_instruction(launch, target)) > 0, compiled
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", TARGETS)
+@pytest.mark.parametrize("name", ["attention 128", "attention 256 window cap sinks"])
+def test_kernels_without_exact_spill_nothing(arch: str, name: str) -> None:
+    target = TARGETS[arch]
+    for launch in record(target, MATRIX_CALLS[name], exact=False):
+        check_budget(launch, compile_launch(launch, target), target)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", TARGETS)
+@pytest.mark.parametrize("name", OTHER_CALLS)
+def test_other_kernels_compile(arch: str, name: str) -> None:
+    target = TARGETS[arch]
+    for launch in record(target, OTHER_CALLS[name], exact=True):
+        check_budget(launch, compile_launch(launch, target), target)
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_exact_attention_takes_one_step_and_one_kind_of_instruction(
+    arch: str, head_dim: int
+) -> None:
+    target = TARGETS[arch]
+    extend, decode, _ = record(target, attention(head_dim), exact=True)
+    for name in ("TILE", "SPLIT", "BLOCK_D"):
+        assert extend.arguments[name] == decode.arguments[name]
+    assert matrix_instruction(extend, target) == matrix_instruction(decode, target)
+    # Rows of a warp: then a row's weights lie in the same threads, and add up in the same order.
+    rows = [launch.arguments["BLOCK_M"] // launch.schedule.num_warps for launch in (extend, decode)]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+def test_exact_linears_take_one_step_and_one_kind_of_instruction(arch: str) -> None:
+    target = TARGETS[arch]
+    launches = [
+        record(target, linear(rows, 4096), exact=True)[0] for rows in (1, 17, 64, 65, 256, 257)
+    ]
+    assert len({launch.arguments["BLOCK_K"] for launch in launches}) == 1
+    assert len({matrix_instruction(launch, target) for launch in launches}) == 1
