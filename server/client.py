@@ -1,7 +1,7 @@
 """How the API speaks to an engine, wherever it runs.
 
 `EngineClient` is the seam: routes and tests know only this. `server.supervisor` has the one that
-owns an engine process; `InProcessClient` here drives an engine object in a thread.
+owns an engine process.
 """
 
 from __future__ import annotations

@@ -14,14 +14,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from dataclasses import dataclass
 from enum import Enum, auto
 from http import HTTPStatus
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from server.errors import Dialect, ErrorAnswer
+from server.observe.record import request_id_from
+
+_access_log: Final = logging.getLogger("server.access")
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +204,12 @@ class _LimitedHttpProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
-            self.transport.write(_raw_response(answer))
+            request_id = request_id_from(None)
+            self.transport.write(_raw_response(answer, request_id))
+            # No route saw it, so this is its line in the log.
+            _access_log.info(
+                "- - %d", answer.status, extra={"request_id": request_id, "error": answer.code}
+            )
         self._close()
 
     def _close(self) -> None:
@@ -217,11 +226,12 @@ class _LimitedHttpProtocol(HttpToolsProtocol):
         self._read_timer = self._write_timer = self.timeout_keep_alive_task = None
 
 
-def _raw_response(answer: ErrorAnswer) -> bytes:
+def _raw_response(answer: ErrorAnswer, request_id: str) -> bytes:
     body = json.dumps(answer.body_in(Dialect.NATIVE)).encode()
     head = (
         f"HTTP/1.1 {answer.status} {HTTPStatus(answer.status).phrase}\r\n"
         "content-type: application/json\r\n"
+        f"x-request-id: {request_id}\r\n"
         f"content-length: {len(body)}\r\n"
         + "".join(f"{name}: {value}\r\n" for name, value in answer.headers.items())
         + "connection: close\r\n\r\n"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,13 +18,16 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NoReturn
 
 import pydantic
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
 
 from kvpaging.base.config import EngineOptions
 from kvpaging.base.errors import ConfigError
+from kvpaging.cache.eviction.names import DEFAULT_POLICY, POLICIES
 
 ENV_PREFIX: Final = "KVPAGING_"
 DEMO_NAME: Final = "kvpaging-demo"
+NOT_SETTINGS: Final = ("KVPAGING_TRACES",)
+"""Variables with our prefix that are somebody else's: where tests find traces."""
 
 _UNITS: Final = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12} | {
     "ki": 2**10,
@@ -46,6 +50,12 @@ def parse_size(value: object) -> object:
 def _auto(value: object) -> object:
     """`auto` is the word for "decide at start"."""
     return None if value == "auto" else value
+
+
+def _policy(value: str) -> str:
+    if value not in POLICIES:
+        raise ValueError(f"one of {', '.join(POLICIES)}{did_you_mean(value, POLICIES)}")
+    return value
 
 
 Size = Annotated[int, BeforeValidator(parse_size)]
@@ -95,6 +105,23 @@ class Settings(BaseModel):
         0.9, gt=0, le=1, description="share of a GPU's memory that may be used in all"
     )
     prefix_cache: bool = Field(True, description="keep pages for prompts that begin alike")
+    eviction_policy: Annotated[str, AfterValidator(_policy)] = Field(
+        DEFAULT_POLICY, description=f"which cached page goes first: {', '.join(POLICIES)}"
+    )
+    record: Path | None = Field(
+        None, description="file to record what each step was given to, for 'kvpaging replay'"
+    )
+
+    # Where pages go that leave the device.
+    host_cache: Annotated[Size, Field(ge=0)] = Field(
+        0, description="memory for pages that left the device, such as 8GiB; 0: none"
+    )
+    disk_cache: str | None = Field(
+        None, min_length=1, description="directory for pages, kept over restarts; default: none"
+    )
+    disk_cache_size: Annotated[Size, Field(ge=2**20)] = Field(
+        16 * 2**30, description="bound of the disk cache, such as 64GiB"
+    )
 
     # Who may ask, and how long.
     host: str = Field("127.0.0.1", description="address to listen on")
@@ -160,6 +187,9 @@ class Settings(BaseModel):
             threads=self.threads,
             kernels=self.kernels,
             prefix_cache=self.prefix_cache,
+            host_cache_bytes=self.host_cache,
+            disk_cache_dir=None if self.disk_cache is None else os.path.abspath(self.disk_cache),
+            disk_cache_bytes=self.disk_cache_size,
         )
 
 
@@ -269,7 +299,7 @@ def unknown_variables(environ: Mapping[str, str]) -> list[str]:
     return [
         f"{name} is not a setting{did_you_mean(name, known)}"
         for name in sorted(environ)
-        if name.startswith(ENV_PREFIX) and name not in known
+        if name.startswith(ENV_PREFIX) and name not in (*known, *NOT_SETTINGS)
     ]
 
 

@@ -22,6 +22,8 @@ class SchedulerConfig(msgspec.Struct, frozen=True):
     max_num_waiting: int
     """Requests that may wait; one more is refused as overloaded."""
     prefix_cache: bool = True
+    eviction_policy: str = "lru"
+    """Which cached page goes first; a name of `kvpaging.cache.eviction.names`."""
 
 
 class EngineOptions(msgspec.Struct, frozen=True):
@@ -45,6 +47,12 @@ class EngineOptions(msgspec.Struct, frozen=True):
     prefix_cache: bool = True
     host_cache_bytes: int = 0
     """Memory for pages that left the device; 0: none."""
+    disk_cache_dir: str | None = None
+    """Where pages are written as they are computed, and found again after a restart."""
+    disk_cache_bytes: int = 16 * 2**30
+    eviction_policy: str = "lru"
+    record: str | None = None
+    """A file to write what each step was given to, for `kvpaging replay`."""
 
 
 class EngineConfig(msgspec.Struct, frozen=True):

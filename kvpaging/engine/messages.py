@@ -84,7 +84,7 @@ class StepDone(msgspec.Struct, frozen=True, tag=True):
     stats: EngineStats
 
 
-class PageState(msgspec.Struct, frozen=True, gc=False):
+class PageState(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """One page as it is now."""
 
     page_id: int

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -20,6 +21,7 @@ from kernels.ops import Ops
 from kvpaging.base.config import EngineConfig, EngineOptions, SchedulerConfig
 from kvpaging.base.errors import ConfigError
 from kvpaging.base.kv_spec import DTYPE_BYTES, KVSpec
+from kvpaging.cache.prefix_key import root_key
 from kvpaging.execution.checkpoint import resolve_checkpoint
 from kvpaging.execution.kv_pool import KVPool
 from kvpaging.execution.local_executor import LocalExecutor
@@ -29,6 +31,7 @@ from kvpaging.execution.models.registry import model_class
 from kvpaging.execution.page_mover import LevelSetting, PageMover
 from kvpaging.execution.rope import inverse_frequencies
 from kvpaging.execution.weights import Checkpoint, OnProgress, Parameters
+from kvpaging.levels.disk import DiskLevel
 from kvpaging.levels.host import HostLevel
 
 GIB: Final = 1024**3
@@ -75,7 +78,8 @@ def load_executor(
         model = family(model_config, parameters, max_model_len)
         fingerprint = parameters.finish(model.ignored_tensors())
         pool = KVPool(spec, num_pages, device)
-    levels = _levels(options)
+    identity = _numerics_identity(fingerprint, model_config, spec, ops, max_model_len)
+    levels = _levels(options, identity, DTYPE_BYTES[dtype], decisions)
     config = EngineConfig(
         model_dir=str(model_dir),
         architecture=model_config.architecture,
@@ -95,8 +99,9 @@ def load_executor(
             max_model_len=max_model_len,
             max_num_waiting=options.max_num_waiting,
             prefix_cache=options.prefix_cache,
+            eviction_policy=options.eviction_policy,
         ),
-        numerics_identity=_numerics_identity(fingerprint, model_config, spec, ops, max_model_len),
+        numerics_identity=identity,
         decisions=tuple(decisions),
     )
     mover = PageMover(pool, levels) if levels else None
@@ -299,12 +304,25 @@ def _numerics_identity(
     return identity.digest()
 
 
-def _levels(options: EngineOptions) -> list[LevelSetting]:
-    """The levels below the device, the fastest first."""
+def _levels(
+    options: EngineOptions, identity: bytes, item_bytes: int, decisions: list[str]
+) -> list[LevelSetting]:
+    """The levels below the device, the fastest first. Raises ConfigError."""
     levels = []
     if options.host_cache_bytes:
         host = HostLevel(options.host_cache_bytes)
         levels.append(LevelSetting(host, is_write_through=False, deadline_s=1.0))
+    if options.disk_cache_dir is not None:
+        disk = DiskLevel(
+            Path(options.disk_cache_dir),
+            options.disk_cache_bytes,
+            root=root_key(identity),
+            item_bytes=item_bytes,
+        )
+        levels.append(LevelSetting(disk, is_write_through=True, deadline_s=1.0))
+        decisions.append(
+            f"disk cache {options.disk_cache_dir}: {disk.stats().num_pages} pages are there"
+        )
     return levels
 
 

@@ -92,8 +92,8 @@ class Sample(msgspec.Struct, frozen=True, gc=False):
 class StepResult(msgspec.Struct, frozen=True, gc=False):
     """What a step sampled: for each entry of `plan.scheduled` one sample per `sample_for`.
 
-    `failed` names sequences whose logits were not finite: their request ends with an error and the
-    others go on.
+    `failed` names sequences whose logits were not finite; they have no samples. Their request ends
+    with an error and the others go on.
     """
 
     step_id: StepId

@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 
@@ -173,6 +174,26 @@ def test_pages_that_went_down_and_came_back_change_nothing(dtype: str, seed: int
         assert back.num_cached_tokens == 288
         assert stats.num_loaded_pages >= 18
         assert back.samples == cold.samples
+
+
+@pytest.mark.parametrize("seed", [SEED])
+def test_pages_on_disk_survive_the_engine_and_change_nothing(
+    dtype: str, seed: int, tmp_path: Path
+) -> None:
+    rng = random.Random(seed)
+    tokens, params = prompt(rng, 300), sampling(rng)
+    with engine(dtype, disk_cache_dir=str(tmp_path / "pages")) as first:
+        cold = alone(first, tokens, params)
+    with engine(dtype, disk_cache_dir=str(tmp_path / "pages")) as second:
+        warm = alone(second, tokens, params)
+        assert second.stats().num_loaded_pages == 18
+    assert (cold.num_cached_tokens, warm.num_cached_tokens) == (0, 288)
+    assert warm.samples == cold.samples
+    # Another page size is another way to lay out the same tokens: nothing of it is found.
+    with engine(dtype, disk_cache_dir=str(tmp_path / "pages"), page_size=8) as other:
+        again = alone(other, tokens, params)
+        assert again.num_cached_tokens == 0
+    assert again.samples == cold.samples
 
 
 @pytest.mark.parametrize("seed", [SEED])
