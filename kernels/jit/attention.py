@@ -9,7 +9,7 @@ weights are 0 and its rescaling is 1), and neither does merging an empty split.
 
 Knows pages as tensors; nothing about who owns them.
 """
-# mypy: disallow-untyped-defs=False, disallow-untyped-calls=False, disallow-untyped-decorators=False
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 # ruff: noqa: N803, N806
 
 from __future__ import annotations
@@ -349,10 +349,9 @@ def decode_kernel(
         HAS_SOFT_CAP,
     )
     if visible_begin // SPLIT == (visible_end - 1) // SPLIT:
+        sink = maximum
         if HAS_SINKS:
             sink = tl.load(sinks + head, mask=is_row, other=0.0) * 1.4426950408889634
-        else:
-            sink = maximum
         result = _normalise(acc, maximum, total, sink, HAS_SINKS)
         out_row = out + token.to(tl.int64) * (HEADS * HEAD_DIM)
         out_at = out_row + (head * HEAD_DIM)[:, None] + column[None, :]
@@ -417,10 +416,9 @@ def combine_kernel(
         other_maximum = tl.load(part_state + part * 2, mask=is_head, other=float("-inf"))
         other_total = tl.load(part_state + part * 2 + 1, mask=is_head, other=0.0)
         acc, maximum, total = _merge(acc, maximum, total, other_acc, other_maximum, other_total)
+    sink = maximum
     if HAS_SINKS:
         sink = tl.load(sinks + head, mask=is_head, other=0.0) * 1.4426950408889634
-    else:
-        sink = maximum
     result = _normalise(acc, maximum, total, sink, HAS_SINKS)
     out_row = out + token.to(tl.int64) * (HEADS * HEAD_DIM)
     out_at = out_row + (head * HEAD_DIM)[:, None] + column[None, :]
@@ -505,10 +503,8 @@ def extend_kernel(
     all_acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     all_maximum = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     all_total = tl.zeros([BLOCK_M], dtype=tl.float32)
-    if EXACT:
-        stretch = SPLIT
-    else:
-        stretch = visible_end + TILE  # one stretch for all keys
+    # Without EXACT one stretch for all keys.
+    stretch = SPLIT if EXACT else visible_end + TILE
     for split_begin in tl.range(
         visible_begin // stretch * stretch, visible_end, stretch, num_stages=1
     ):
@@ -578,10 +574,7 @@ def extend_kernel(
         else:
             all_acc, all_maximum, all_total = acc, maximum, total
 
-    if HAS_SINKS:
-        sink = tl.load(sinks + head) * 1.4426950408889634
-    else:
-        sink = all_maximum
+    sink = tl.load(sinks + head) * 1.4426950408889634 if HAS_SINKS else all_maximum
     result = _normalise(all_acc, all_maximum, all_total, sink, HAS_SINKS)
     out_at = ((token * HEADS + head) * HEAD_DIM)[:, None] + column[None, :]
     tl.store(out + out_at, result.to(out.dtype.element_ty), mask=mask)

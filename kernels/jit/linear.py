@@ -4,7 +4,7 @@ Each element of the result is one chain of matrix instructions over ascending K,
 split of K, one BLOCK_K for every number of rows. Only the tile's height and width follow the number
 of rows. With `grouped_linear_kernel` each tile takes the weight of its rows' expert.
 """
-# mypy: disallow-untyped-defs=False, disallow-untyped-calls=False, disallow-untyped-decorators=False
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 # ruff: noqa: N803
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ last logit and the last id with that logit, which a search over the logits' bit 
 
 Meaning: `kernels.ops.Ops.sample`. Knows nothing of penalties and grammars.
 """
-# mypy: disallow-untyped-defs=False, disallow-untyped-calls=False, disallow-untyped-decorators=False
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 # ruff: noqa: N803
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 Knows which kernel computes which operation; the tiles and grids are the kernels' own.
 """
+# ruff: noqa: D102  (the operations are documented once, in kernels/ops.py)
 
 from __future__ import annotations
 
