@@ -1,4 +1,4 @@
-"""The command `kvpaging`: serve, config, doctor, version.
+"""The command `kvpaging`: serve, config, doctor, replay, version.
 
 Imports little, so that the engine process is started before anything slow is imported.
 Exit codes: 0 well, 1 the engine crashed for good, 2 something that was asked for can't be done.
@@ -17,6 +17,7 @@ COMMANDS = {
     "serve": "serve a model over HTTP",
     "config": "print the resolved settings and where each came from",
     "doctor": "say what this machine can do, and what is missing",
+    "replay": "run a trace through the cache, or the scheduler, without a model",
     "version": "print the version",
 }
 USAGE = "\n".join(
@@ -49,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             case "doctor":
                 _parser("doctor").parse(rest)
                 return _doctor()
+            case "replay":
+                _replay(rest)
             case _:
                 hint = did_you_mean(command, COMMANDS)
                 raise ConfigError(f"{command!r} is not a command{hint}\n{USAGE}")
@@ -81,6 +84,15 @@ def _doctor() -> int:
 
     print("\n".join(examine()))
     return 0
+
+
+def _replay(argv: Sequence[str]) -> None:
+    from server import replay
+
+    parser = _parser("replay")
+    replay.add_flags(parser)
+    for line in replay.replay(parser.parse(argv)):
+        print(line, flush=True)
 
 
 def _version() -> str:

@@ -61,6 +61,13 @@ class PrefixChain:
         self.page_size = page_size
         self.links: list[ChainLink] = []
 
+    @classmethod
+    def of_links(cls, root: PageKey, links: list[ChainLink], page_size: int) -> PrefixChain:
+        """A chain of links that were made elsewhere, as a trace's are."""
+        chain = cls(root, b"", page_size)
+        chain.links = links
+        return chain
+
     def extend(self, token_ids: Sequence[int]) -> None:
         """Add the links of all pages that `token_ids` (the whole sequence) fills."""
         size = self.page_size

@@ -9,6 +9,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Final, Self
 
 from kvpaging.base.clock import Clock, monotonic
@@ -17,8 +18,10 @@ from kvpaging.base.errors import BadRequest, KvPagingError
 from kvpaging.base.ids import PageId, RequestId
 from kvpaging.cache.audit import Audit
 from kvpaging.cache.cache_manager import CacheManager
+from kvpaging.cache.eviction.names import POLICIES
 from kvpaging.engine.messages import EngineStats, PageState
 from kvpaging.execution.executor import Executor
+from kvpaging.replay.recording import Recorder, create_file
 from kvpaging.scheduling.events import Abort, Arrival, Event
 from kvpaging.scheduling.outputs import Finished, FinishReason, StepOutputs
 from kvpaging.scheduling.plan import Sample
@@ -51,16 +54,25 @@ class Engine:
     Not thread-safe: one thread owns the engine and its device.
     """
 
-    def __init__(self, config: EngineConfig, executor: Executor, *, clock: Clock = monotonic):
+    def __init__(
+        self,
+        config: EngineConfig,
+        executor: Executor,
+        *,
+        clock: Clock = monotonic,
+        recorder: Recorder | None = None,
+    ):
         self.config = config
         self._executor = executor
         self._clock = clock
+        self._recorder = recorder
         self._cache = CacheManager(
             config.scheduler.num_pages,
             config.scheduler.page_size,
             numerics_identity=config.numerics_identity,
             prefix_cache=config.scheduler.prefix_cache,
-            levels=executor.lower_levels,
+            policy=POLICIES[config.scheduler.eviction_policy](config.scheduler.num_pages),
+            levels=executor.lower_levels if recorder is None else recorder.levels,
         )
         self._scheduler = Scheduler(
             config.scheduler,
@@ -78,7 +90,7 @@ class Engine:
         from kvpaging.execution.loading import load_executor
 
         config, executor = load_executor(options)
-        return cls(config, executor)
+        return cls(config, executor, recorder=make_recorder(options, config, executor))
 
     @property
     def has_work(self) -> bool:
@@ -92,10 +104,13 @@ class Engine:
         is not to be trusted.
         """
         started = self._clock()
-        plan = self._scheduler.schedule([*self._executor.completions(), *events], started)
+        events = [*self._executor.completions(), *events]
+        plan = self._scheduler.schedule(events, started)
         result = self._executor.run(plan)
         ended = self._clock()
         outputs = self._scheduler.apply(plan, result, ended)
+        if self._recorder is not None:
+            self._recorder.record(started, events, plan, result, outputs)
         self._audit.check_counts()
         self._audit.check_next_lease()
         self._step_id = plan.step_id
@@ -184,6 +199,17 @@ class Engine:
     def close(self) -> None:
         """Give the device's memory back."""
         self._executor.close()
+        if self._recorder is not None:
+            self._recorder.close()
+
+
+def make_recorder(
+    options: EngineOptions, config: EngineConfig, executor: Executor
+) -> Recorder | None:
+    """A recorder where the options ask for one. Raises ConfigError if its file can't be made."""
+    if options.record is None:
+        return None
+    return Recorder(create_file(Path(options.record)), config.scheduler, executor.lower_levels)
 
 
 def _collect(outputs: StepOutputs, completions: dict[RequestId, list[Completion]]) -> None:

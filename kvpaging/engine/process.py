@@ -87,11 +87,11 @@ MakeEngine = Callable[[EngineOptions, OnProgress], SteppedEngine]
 def load_engine(options: EngineOptions, on_progress: OnProgress) -> SteppedEngine:
     """Import what is slow and load the checkpoint. Raises `ConfigError`."""
     on_progress("importing torch", 0, 0)
-    from kvpaging.engine.engine import Engine
+    from kvpaging.engine.engine import Engine, make_recorder
     from kvpaging.execution.loading import load_executor
 
     config, executor = load_executor(options, on_progress)
-    return Engine(config, executor)
+    return Engine(config, executor, recorder=make_recorder(options, config, executor))
 
 
 def run(sock: socket.socket, make_engine: MakeEngine = load_engine) -> int:
