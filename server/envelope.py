@@ -20,8 +20,8 @@ from server.errors import ApiError, ClientGone, Dialect, ErrorAnswer, answer_to
 from server.observe.record import RequestRecord, attach, record_of, request_id_from
 
 REQUEST_ID_HEADER: Final = "X-Request-Id"
-OPEN_PATHS: Final = frozenset({"/live", "/health", "/ready"})
-"""For load balancers and orchestrators, which have no key."""
+OPEN_PATHS: Final = frozenset({"/live", "/health", "/ready", "/pages/view"})
+"""For load balancers and orchestrators, which have no key; and a page that asks for one itself."""
 TGI_PATHS: Final = frozenset({"/", "/generate_stream"})
 """Errors here are in TGI's words even before the body is read."""
 MAX_SHOWN_PATH_CHARS: Final = 200

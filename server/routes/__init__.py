@@ -9,7 +9,7 @@ from typing import Final
 
 from fastapi import APIRouter
 
-from server.routes import chat, completions, generate, openai, operations, tgi, tokens
+from server.routes import chat, completions, generate, openai, operations, pages, tgi, tokens
 
 ROUTERS: Final[tuple[APIRouter, ...]] = (
     generate.router,
@@ -19,4 +19,5 @@ ROUTERS: Final[tuple[APIRouter, ...]] = (
     chat.router,
     tokens.router,
     operations.router,
+    pages.router,
 )
