@@ -52,9 +52,9 @@ class LevelStats(msgspec.Struct, frozen=True):
     rescued: int
     """Pages that would have left and were kept, because they had been used."""
     refused: int
-    """Pages not taken or not asked for: no room, too large, too much in flight, breaker open."""
+    """Pages not taken or not asked for: no room, too much in flight, the breaker is open."""
     late: int
-    """Pages given up at the deadline."""
+    """Pages given up, at the deadline or because the medium failed."""
     corrupt: int
     """Pages whose bytes failed their check; each is a miss."""
     failures: int
