@@ -9,9 +9,10 @@ from server.settings import Settings, flag_of, variable_of
 PAGE = Path(__file__).parents[3] / "docs" / "settings.md"
 HEAD = """# Settings
 
-Each setting is a flag of `kvpaging serve` and an environment variable; the flag wins. An unknown flag or
-`KVPAGING_` variable is refused. Sizes take units (`4GiB`, `512MiB`, plain bytes). `auto` is decided at start
-and printed; `kvpaging config` prints what everything resolves to and where it came from.
+Each setting is a flag of `kvpaging serve` and an environment variable; the flag wins. An unknown
+flag or `KVPAGING_` variable is refused. Sizes take units (`4GiB`, `512MiB`, plain bytes). What is
+`auto` is decided at start and printed; `kvpaging config` prints what everything resolves to and
+where it came from.
 
 | flag | variable | default | |
 |---|---|---|---|
