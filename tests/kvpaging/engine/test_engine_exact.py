@@ -6,7 +6,10 @@ parameters are drawn afresh; the seed is part of the test's name.
 
 from __future__ import annotations
 
+import os
 import random
+import secrets
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
@@ -25,7 +28,8 @@ from kvpaging.scheduling.request import Request, SamplingParams
 
 DEMO_MODEL = str(files("kvpaging") / "demo_model")
 PAGE_BYTES = {"float32": 4, "bfloat16": 2}
-SEED = random.SystemRandom().randrange(10**6)
+# Afresh in each run, and the same in all of its workers: it is part of the tests' names.
+SEED = zlib.crc32(os.environ.get("PYTEST_XDIST_TESTRUNUID", secrets.token_hex(8)).encode())
 
 pytestmark = pytest.mark.skipif(
     not any(path.name == "native" and path.available for path in registry.describe()),
