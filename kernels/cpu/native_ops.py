@@ -65,7 +65,7 @@ class NativeOps:
         self.isa = isa or usable[0]
         if self.isa not in usable:
             raise KernelUnavailableError(f"no {self.isa} kernels here; there are: {usable}")
-        self.threads = threads or len(os.sched_getaffinity(0))
+        self.threads = threads or _usable_cpus()
         self.name = f"native {self.isa}"
         context = self._library.kv_create(self.threads, self.isa.encode())
         if context is None:
@@ -371,6 +371,12 @@ class NativeOps:
             )
         )
         return out
+
+
+def _usable_cpus() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _own(weight: Linear, x: torch.Tensor) -> NativeLinear:
