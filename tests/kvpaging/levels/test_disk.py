@@ -1,0 +1,442 @@
+"""The disk level: what survives, what is never believed, and that the bound holds."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from level_pages import ROOT, key_of, page_of
+
+from kvpaging.base.errors import ConfigError
+from kvpaging.levels.codec import OVERHEAD_BYTES
+from kvpaging.levels.disk import MIN_CAPACITY_BYTES, DiskLevel
+
+PAYLOAD = 90
+VALUE_BYTES = OVERHEAD_BYTES + 16 + PAYLOAD  # not compressed
+
+
+def opened(directory: Path, capacity: int = MIN_CAPACITY_BYTES, **options: object) -> DiskLevel:
+    settings = {"root": ROOT, "item_bytes": 2, "compress": False, **options}
+    return DiskLevel(directory, capacity, **settings)  # type: ignore[arg-type]
+
+
+def fill(level: DiskLevel, numbers: range, payload: int = PAYLOAD) -> None:
+    for number in numbers:
+        assert level.store([page_of(number, payload)], 60.0) == 1
+
+
+def whole(level: DiskLevel, numbers: range, payload: int = PAYLOAD) -> set[int]:
+    """The pages that the level answers; each must be right."""
+    answers = level.load([key_of(n) for n in numbers], 60.0)
+    for number, page in zip(numbers, answers, strict=True):
+        assert page is None or page == page_of(number, payload)
+    return {n for n, page in zip(numbers, answers, strict=True) if page is not None}
+
+
+def num_bytes(directory: Path) -> int:
+    total = 0
+    for path in directory.iterdir():
+        try:
+            total += path.stat().st_size
+        except FileNotFoundError:  # it left meanwhile
+            continue
+    return total
+
+
+def index_of(directory: Path) -> Path:
+    return directory / "index.sqlite"
+
+
+def segments_of(directory: Path) -> list[Path]:
+    return sorted(directory.glob("*.pages"))
+
+
+def crashed(directory: Path, to: Path) -> Path:
+    """What a process that is killed now leaves behind."""
+    shutil.rmtree(to, ignore_errors=True)
+    shutil.copytree(directory, to)
+    return to
+
+
+def test_comes_back_after_a_restart(tmp_path: Path) -> None:
+    directory = tmp_path / "cache"
+    level = opened(directory, segment_bytes=1000, compress=True)
+    fill(level, range(20))
+    assert whole(level, range(25)) == set(range(20))
+    level.close()
+    level = opened(directory)
+    assert level.contains([key_of(n) for n in range(25)]) == [n < 20 for n in range(25)]
+    assert whole(level, range(25)) == set(range(20))
+    stats = level.stats()
+    assert (stats.num_pages, stats.hits, stats.corrupt, stats.failures) == (20, 20, 0, 0)
+    level.close()
+    assert whole(level, range(20)) == set()
+    assert level.store([page_of(1)], 1.0) == 0
+
+
+def test_is_for_the_owner_alone(tmp_path: Path) -> None:
+    directory = tmp_path / "cache"
+    level = opened(directory)
+    fill(level, range(3))
+    level.flush()
+    assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+    for path in directory.iterdir():
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    level.close()
+    directory.chmod(0o755)
+    opened(directory).close()
+    assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+
+
+def test_is_locked_against_a_second_server(tmp_path: Path) -> None:
+    level = opened(tmp_path / "cache")
+    with pytest.raises(ConfigError, match="another server"):
+        opened(tmp_path / "cache")
+    level.close()
+    opened(tmp_path / "cache").close()
+
+
+def test_refuses_what_it_cannot_use(tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("dear")
+    with pytest.raises(ConfigError, match="other files"):
+        opened(tmp_path)
+    with pytest.raises(ConfigError, match="can't be used"):
+        opened(tmp_path / "letter.txt")
+    with pytest.raises(ConfigError, match="at least"):
+        opened(tmp_path / "cache", 1000)
+
+
+def test_another_root_is_never_answered(tmp_path: Path) -> None:
+    level = opened(tmp_path / "cache")
+    fill(level, range(3))
+    level.close()
+    level = opened(tmp_path / "cache", root=b"other weights".ljust(32))
+    assert whole(level, range(3)) == set()
+    level.close()
+
+
+def test_a_known_page_is_not_written_again(tmp_path: Path) -> None:
+    level = opened(tmp_path / "cache")
+    fill(level, range(3))
+    before = segments_of(tmp_path / "cache")[0].stat().st_size
+    assert level.store([page_of(n, PAYLOAD) for n in (1, 2, 3, 3)], 60.0) == 3
+    assert segments_of(tmp_path / "cache")[0].stat().st_size == before + VALUE_BYTES
+    assert (level.stats().known, level.stats().stored) == (2, 4)
+    level.close()
+
+
+def test_nothing_is_done_after_the_deadline(tmp_path: Path) -> None:
+    level = opened(tmp_path / "cache")
+    fill(level, range(3))
+    assert level.load([key_of(0)], 0.0) == [None]
+    assert level.store([page_of(9)], 0.0) == 0
+    assert level.stats().late == 2
+    level.close()
+
+
+def test_what_arrived_in_time_is_kept(tmp_path: Path) -> None:
+    now = [0.0]
+
+    def clock() -> float:
+        now[0] += 1.0
+        return now[0]
+
+    level = opened(tmp_path / "cache", clock=clock)
+    level.store([page_of(n, PAYLOAD) for n in range(10)], 60.0)
+    keys = [key_of(n) for n in (0, 2, 4, 6, 8)]  # five reads, for they are no neighbours
+    answers = level.load(keys, 3.5)
+    assert [page is not None for page in answers] == [True, True, True, False, False]
+    assert level.stats().late == 2
+    level.close()
+
+
+# Room.
+
+
+def test_the_bound_holds_at_all_times(tmp_path: Path) -> None:
+    directory = tmp_path / "cache"
+    level = opened(directory, segment_bytes=100_000)
+    largest = 0
+    is_over = threading.Event()
+
+    def watch() -> None:
+        nonlocal largest
+        while not is_over.is_set():
+            largest = max(largest, num_bytes(directory))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    rng = random.Random(1)
+    for number in range(0, 3000, 10):
+        size = rng.choice((0, 100, 6000))
+        level.store([page_of(n, size) for n in range(number, number + 10)], 60.0)
+        level.load([key_of(rng.randrange(number + 10)) for _ in range(5)], 60.0)
+        assert num_bytes(directory) <= MIN_CAPACITY_BYTES
+        assert level.stats().num_bytes == num_bytes(directory)  # the lock's file is empty
+    is_over.set()
+    watcher.join()
+    stats = level.stats()
+    assert MIN_CAPACITY_BYTES // 2 < largest <= MIN_CAPACITY_BYTES
+    assert stats.evicted > 0
+    assert stats.rescued > 0
+    assert stats.failures == 0
+    level.close()
+
+
+def test_a_smaller_bound_lets_the_oldest_go(tmp_path: Path) -> None:
+    level = opened(tmp_path / "cache", 4 * MIN_CAPACITY_BYTES, segment_bytes=100_000)
+    fill(level, range(400), 6000)
+    level.close()
+    level = opened(tmp_path / "cache", segment_bytes=100_000)
+    assert num_bytes(tmp_path / "cache") <= MIN_CAPACITY_BYTES
+    kept = whole(level, range(400), 6000)
+    assert kept == set(range(min(kept), 400))
+    assert len(kept) > 50
+    level.close()
+
+
+def test_used_pages_stay_and_must_be_used_again(tmp_path: Path) -> None:
+    level = opened(tmp_path / "cache", segment_bytes=100_000)
+    fill(level, range(3), 6000)
+    for number in range(3, 1000):
+        level.store([page_of(number, 6000)], 60.0)
+        assert whole(level, range(1), 6000) == {0}
+    assert whole(level, range(1, 3), 6000) == set()
+    for number in range(1000, 1400):
+        level.store([page_of(number, 6000)], 60.0)
+    assert whole(level, range(1), 6000) == set()
+    level.close()
+
+
+def test_a_page_larger_than_a_segment_has_one_of_its_own(tmp_path: Path) -> None:
+    level = opened(tmp_path / "cache", segment_bytes=10_000)
+    fill(level, range(3), 50_000)
+    assert whole(level, range(3), 50_000) == {0, 1, 2}
+    assert level.store([page_of(9, 2 * MIN_CAPACITY_BYTES)], 60.0) == 0
+    assert level.stats().refused == 1
+    level.close()
+
+
+def test_clear_forgets_all(tmp_path: Path) -> None:
+    level = opened(tmp_path / "cache", segment_bytes=1000)
+    fill(level, range(10))
+    whole(level, range(10))
+    level.clear()
+    assert whole(level, range(10)) == set()
+    assert segments_of(tmp_path / "cache") == []
+    fill(level, range(10))
+    level.close()
+    level = opened(tmp_path / "cache")
+    assert whole(level, range(10)) == set(range(10))
+    level.close()
+
+
+# Crashes, cuts and flips.
+
+
+@pytest.mark.parametrize("has_index", [True, False])
+def test_cut_at_every_byte(tmp_path: Path, has_index: bool) -> None:
+    level = opened(tmp_path / "cache")
+    fill(level, range(3))
+    if has_index:
+        level.flush()
+    left = crashed(tmp_path / "cache", tmp_path / "left")
+    level.close()
+    size = segments_of(left)[0].stat().st_size
+    assert size == 3 * VALUE_BYTES
+    for end in range(size + 1):
+        copy = crashed(left, tmp_path / "copy")
+        os.truncate(segments_of(copy)[0], end)
+        level = opened(copy)
+        assert whole(level, range(3)) == set(range(end // VALUE_BYTES))
+        fill(level, range(3, 4))  # it goes on behind the last whole page
+        level.close()
+        level = opened(copy)
+        assert whole(level, range(5)) == {*range(end // VALUE_BYTES), 3}
+        level.close()
+
+
+@pytest.mark.parametrize("has_index", [True, False])
+def test_every_flipped_byte_is_a_miss_with_a_count(tmp_path: Path, has_index: bool) -> None:
+    level = opened(tmp_path / "cache")
+    fill(level, range(3))
+    level.close()
+    path = segments_of(tmp_path / "cache")[0]
+    data = path.read_bytes()
+    rng = random.Random(2)
+    for i in range(len(data)):
+        broken = bytearray(data)
+        broken[i] ^= 1 << rng.randrange(8)
+        path.write_bytes(broken)
+        if not has_index:
+            index_of(tmp_path / "cache").unlink()
+        level = opened(tmp_path / "cache")
+        expected = {0, 1, 2} - {i // VALUE_BYTES}
+        found = whole(level, range(3))
+        assert found == expected if has_index else found <= expected
+        assert found >= set(range(i // VALUE_BYTES))
+        assert level.stats().corrupt == 1
+        assert level.stats().num_pages == len(found)
+        level.close()
+
+
+def test_a_broken_index_costs_nothing_but_a_scan(tmp_path: Path) -> None:
+    level = opened(tmp_path / "cache", segment_bytes=1000)
+    fill(level, range(9))
+    level.close()
+    index = index_of(tmp_path / "cache")
+    data = index.read_bytes()
+    rng = random.Random(3)
+    damages = [data[: rng.randrange(len(data))] for _ in range(60)]
+    for _ in range(300):
+        broken = bytearray(data)
+        broken[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        damages.append(bytes(broken))
+    damages += [b"", b"not a database" * 1000, rng.randbytes(len(data))]
+    for damage in damages:
+        index.write_bytes(damage)
+        level = opened(tmp_path / "cache")
+        assert whole(level, range(9)) == set(range(9))
+        level.close()
+
+
+def test_a_broken_page_can_be_stored_again(tmp_path: Path) -> None:
+    level = opened(tmp_path / "cache")
+    fill(level, range(3))
+    path = segments_of(tmp_path / "cache")[0]
+    data = bytearray(path.read_bytes())
+    data[VALUE_BYTES + 100] ^= 1
+    path.write_bytes(data)
+    assert whole(level, range(3)) == {0, 2}
+    fill(level, range(1, 2))
+    assert whole(level, range(3)) == {0, 1, 2}
+    level.close()
+    level = opened(tmp_path / "cache")
+    assert whole(level, range(3)) == {0, 1, 2}
+    level.close()
+
+
+def test_a_segment_that_vanishes_is_a_miss(tmp_path: Path) -> None:
+    level = opened(tmp_path / "cache", segment_bytes=1000)
+    fill(level, range(9))
+    segments_of(tmp_path / "cache")[0].unlink()
+    lost = 1000 // VALUE_BYTES
+    assert whole(level, range(9)) == set(range(lost, 9))
+    assert level.stats().failures > 0
+    level.close()
+    level = opened(tmp_path / "cache")
+    assert level.contains([key_of(n) for n in range(9)]) == [n >= lost for n in range(9)]
+    level.close()
+
+
+@contextmanager
+def file_size_limit(limit: int) -> Iterator[None]:
+    """Writes beyond `limit` fail half-way, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_costs_the_page_alone(tmp_path: Path) -> None:
+    level = opened(tmp_path / "cache", segment_bytes=500_000)
+    fill(level, range(30), 2000)
+    size = segments_of(tmp_path / "cache")[0].stat().st_size
+    for room in (0, 1, 130, 1999):
+        with file_size_limit(size + room):
+            assert level.store([page_of(99, 2000)], 60.0) == 0
+        assert segments_of(tmp_path / "cache")[0].stat().st_size == size
+        assert whole(level, range(100), 2000) == set(range(30))
+    with file_size_limit(100):
+        level.flush()  # nor can the index be written
+    assert level.stats().failures >= 5
+    fill(level, range(30, 40), 2000)
+    level.close()
+    level = opened(tmp_path / "cache")
+    assert whole(level, range(100), 2000) == set(range(40))
+    level.close()
+
+
+KILLED = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from level_pages import ROOT, page_of
+from kvpaging.levels.disk import DiskLevel
+level = DiskLevel(Path(sys.argv[2]), 1 << 20, root=ROOT, item_bytes=2, segment_bytes=60_000)
+number = int(sys.argv[3])
+while True:
+    assert level.store([page_of(n, 3000) for n in range(number, number + 3)], 60.0) == 3
+    number += 3
+    print(number, flush=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+def test_killed_at_any_moment(tmp_path: Path) -> None:
+    """What a killed process had stored is there, what it was storing is there whole or not."""
+    support = Path(__file__).parents[2] / "support"
+    rng = random.Random()
+    end = 0
+    for _ in range(4):
+        command = [sys.executable, "-c", KILLED, str(support), str(tmp_path / "cache"), str(end)]
+        writer = subprocess.Popen(command, stdout=subprocess.PIPE)
+        assert writer.stdout is not None
+        lines = [writer.stdout.readline()]
+        timer = threading.Timer(rng.uniform(0, 0.15), writer.kill)
+        timer.start()
+        lines += writer.stdout.readlines()
+        writer.stdout.close()
+        assert writer.wait() == -signal.SIGKILL
+        first, end = end, int([line for line in lines if line.endswith(b"\n")][-1])
+        assert end > first
+        assert num_bytes(tmp_path / "cache") <= 1 << 20
+        level = opened(tmp_path / "cache", segment_bytes=60_000)
+        found = whole(level, range(end + 3), 3000)
+        kept = {n for n in found if n < end}
+        assert kept == set(range(min(kept), end))
+        assert level.stats().corrupt <= 1  # the torn one
+        level.close()
+
+
+def test_threads_at_once(tmp_path: Path) -> None:
+    level = opened(tmp_path / "cache", segment_bytes=60_000)
+    failures: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        rng = random.Random(seed)
+        try:
+            for _ in range(60):
+                first = rng.randrange(400)
+                level.store([page_of(n, 3000) for n in range(first, first + 4)], 60.0)
+                first = rng.randrange(400)
+                whole(level, range(first, first + 10), 3000)
+                if rng.random() < 0.05:
+                    level.clear()
+        except BaseException as error:  # noqa: BLE001
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert level.stats().corrupt == 0
+    assert num_bytes(tmp_path / "cache") <= MIN_CAPACITY_BYTES
+    level.close()
