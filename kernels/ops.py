@@ -159,8 +159,10 @@ class Ops(Protocol):
         int32. Temperature 0 takes the largest logit, the lowest id on a tie. Else: divide by the
         temperature, keep the top_k largest, of these the smallest set whose probability reaches
         top_p, of these those with at least min_p times the largest probability, and draw by inverse
-        CDF with a uniform number from Philox 4x32-10 (Salmon et al. 2011) under (seed,
-        output index, position): a row's token depends on nothing but its own inputs.
+        CDF over ascending ids with a uniform number from Philox 4x32-10 (Salmon et al. 2011) under
+        (seed, output index, position): a row's token depends on nothing but its own inputs.
+        Among equal logits the lower id counts as larger; the largest is always kept; NaN is never
+        drawn; a row of nothing but NaN gives token 0.
         """
 
     def log_softmax(self, logits: torch.Tensor) -> torch.Tensor:
