@@ -162,7 +162,7 @@ class Ops(Protocol):
         CDF over ascending ids with a uniform number from Philox 4x32-10 (Salmon et al. 2011) under
         (seed, output index, position): a row's token depends on nothing but its own inputs.
         Among equal logits the lower id counts as larger; the largest is always kept; NaN is never
-        drawn; a row of nothing but NaN gives token 0.
+        drawn while there is anything else.
         """
 
     def log_softmax(self, logits: torch.Tensor) -> torch.Tensor:
