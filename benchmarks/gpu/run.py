@@ -1,0 +1,623 @@
+"""Checks and times the Triton kernels on this machine's card; prints tables and writes JSON.
+
+    PYTHONPATH=. python benchmarks/gpu/run.py [--out gpu.json] [--only decode,prefill]
+
+Needs torch, Triton and this checkout, nothing else. Every rate is beside the limit measured in the
+same run: copy bandwidth and matrix rate. Ends within eight minutes: what no longer fits is named.
+`TRITON_INTERPRET=1 ... --tiny` runs every part on a CPU, to find mistakes; its times mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+import triton
+import triton.language as tl
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "support"))
+
+import jit_cases
+
+from kernels.jit import TritonOps, attention, linear
+from kernels.jit.attention import Attention, AttentionTiles, Tiles
+from kernels.jit.launch import Launch, Schedule, current_target, runner_for
+
+TIME_LIMIT_S = 8 * 60 - 20
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """Where it runs, and how large the problems may be."""
+
+    device: str
+    is_tiny: bool
+    copy_gb_s: float = 0.0
+    matrix_tflop_s: float = 0.0
+
+    def pick(self, full: Any, tiny: Any) -> Any:
+        """The problem for a card, or the one to find mistakes with."""
+        return tiny if self.is_tiny else full
+
+    def synchronize(self) -> None:
+        """Wait for the card."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def time_ms(self, run: Callable[[], object]) -> float:
+        """Median of single calls, the caches swept between them."""
+        if self.is_tiny:
+            begin = time.perf_counter()
+            run()
+            return (time.perf_counter() - begin) * 1e3
+        return float(triton.testing.do_bench(run, warmup=10, rep=60, return_mode="median"))
+
+    def graph_ms(self, run: Callable[[], object]) -> float:
+        """The same from a CUDA graph: without the host's part."""
+        if self.is_tiny:
+            return self.time_ms(run)
+        return float(triton.testing.do_bench_cudagraph(run, rep=40, return_mode="median"))
+
+    def random(self, *shape: int) -> torch.Tensor:
+        """Normal numbers in bfloat16."""
+        return torch.randn(*shape, device=self.device, dtype=torch.bfloat16)
+
+
+# --- limits and checks ----------------------------------------------------------------------------
+
+
+def measure_limits(machine: Machine) -> tuple[Machine, list[Row]]:
+    """What every rate is compared with: a large copy, and a large square product."""
+    size = machine.pick(1 << 31, 1 << 16)
+    source = torch.empty(size, dtype=torch.uint8, device=machine.device)
+    target = torch.empty_like(source)
+    copy_ms = min(machine.time_ms(lambda: target.copy_(source)) for _ in range(3))
+    side = machine.pick(8192, 64)
+    a, b = machine.random(side, side), machine.random(side, side)
+    matrix_ms = min(machine.time_ms(lambda: a @ b) for _ in range(3))
+    measured = dataclasses.replace(
+        machine,
+        copy_gb_s=2 * size / copy_ms / 1e6,
+        matrix_tflop_s=2 * side**3 / matrix_ms / 1e9,
+    )
+    return measured, [
+        {"copy GB/s": measured.copy_gb_s, "bf16 matrix TFLOP/s": measured.matrix_tflop_s}
+    ]
+
+
+def run_checks(machine: Machine) -> Iterator[Row]:
+    """Each kernel against float64 or plain torch, then bits; a failure is a row, not the end."""
+    ops = jit_cases.make_ops(machine.device)
+    case = jit_cases.AttentionCase
+    lengths = machine.pick((1, 15, 16, 17, 255, 256, 257, 513), (1, 17))
+    ones = (1,) * len(lengths)
+    checks: dict[str, Callable[[], None]] = {
+        "rows": lambda: jit_cases.check_rows(ops, 9, 1000, torch.bfloat16, machine.device),
+        "rope_store": lambda: jit_cases.check_rope_store(ops, 20, torch.bfloat16, machine.device),
+        "copy_pages": lambda: jit_cases.check_copy_pages(ops, torch.bfloat16, machine.device),
+        "sample": lambda: jit_cases.check_sample(ops, 8, 1000, machine.device),
+        "grouped_linear": lambda: jit_cases.check_grouped_linear(ops, 20, 4, machine.device),
+        "linear": lambda: jit_cases.check_linear(ops, 5, 136, 40, torch.bfloat16, machine.device),
+        "linear bits": lambda: jit_cases.check_linear_bits(
+            ops, machine.pick((1, 16, 64, 65, 257, 600), (1, 20)), 136, 40, machine.device
+        ),
+    }
+    for dim in machine.pick((64, 128, 256), (64,)):
+        for name, features in (("", {}), (" window cap sinks", FEATURES)):
+            decode = case(lengths, ones, head_dim=dim, **features)
+            extend = case(lengths, lengths, head_dim=dim, **features)
+            both = machine.pick((400, 30, 300), (20, 5))
+            bits = case(both, (0,) * len(both), head_dim=dim, **features)
+            for label, one in (("decode", decode), ("extend", extend)):
+                checks[f"{label} {dim}{name}"] = lambda one=one: jit_cases.check_attention(
+                    ops, one, machine.device
+                )
+            checks[f"attention bits {dim}{name}"] = lambda bits=bits: jit_cases.check_bits(
+                ops, bits, machine.pick((37, 200), (20,)), machine.device
+            )
+    for name, check in checks.items():
+        try:
+            check()
+            outcome = "ok"
+        except Exception as error:  # noqa: BLE001  (the table says which)
+            outcome = f"FAILED {type(error).__name__}: {str(error)[:100]}"
+        yield {"check": name, "outcome": outcome}
+
+
+FEATURES: dict[str, Any] = {"window": 100, "soft_cap": 20.0, "has_sinks": True}
+
+
+# --- attention ------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Equal sequences in a pool of one layer's pages, shuffled."""
+
+    num_seqs: int
+    seq_len: int
+    num_queries: int = 1
+    page_size: int = 16
+    num_layers: int = 1
+    """Of the page-major pool whose first layer is read: how far apart pages lie."""
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+
+    @property
+    def kv_bytes(self) -> int:
+        """Keys and values that a call must read."""
+        return 4 * self.num_seqs * self.seq_len * self.kv_heads * self.head_dim
+
+    @property
+    def flop(self) -> float:
+        """Of the visible keys only."""
+        seen = self.num_queries * (self.seq_len - (self.num_queries - 1) / 2)
+        return 4.0 * self.num_seqs * self.heads * self.head_dim * seen
+
+    def inputs(self, machine: Machine) -> tuple[torch.Tensor, ...]:
+        """query, key_pages, value_pages, page_tables, seq_lens, query_starts."""
+        pages_each = -(-self.seq_len // self.page_size)
+        count = self.num_seqs * pages_each
+        shape = (count, self.num_layers, 2, self.kv_heads, self.page_size, self.head_dim)
+        pool = torch.empty(shape, dtype=torch.bfloat16, device=machine.device)
+        pool[:, 0].normal_()
+        tables = torch.randperm(count, device=machine.device).view(self.num_seqs, pages_each)
+        starts = torch.arange(self.num_seqs + 1, device=machine.device) * self.num_queries
+        return (
+            machine.random(self.num_seqs * self.num_queries, self.heads, self.head_dim),
+            pool[:, 0, 0],
+            pool[:, 0, 1],
+            tables.to(torch.int32),
+            torch.full((self.num_seqs,), self.seq_len, device=machine.device, dtype=torch.int32),
+            starts.to(torch.int32),
+        )
+
+
+def attend_with(
+    machine: Machine, inputs: tuple[torch.Tensor, ...], tiles: AttentionTiles, *, exact: bool
+) -> tuple[Callable[[], object], torch.Tensor]:
+    """A call with given tiles, its memory taken before; and what it fills."""
+    query, target = inputs[0], current_target()
+    call = Attention(*inputs, query.shape[2] ** -0.5, None, None, None, tiles, exact)
+    parts = (call.part_rows, query.shape[1], call.max_splits)
+    out = torch.full_like(query, torch.nan)
+    launches = call.launches(
+        out,
+        torch.empty(*parts, query.shape[2], dtype=torch.float32, device=machine.device),
+        torch.empty(*parts, 2, dtype=torch.float32, device=machine.device),
+    )
+    run = runner_for(target, query.device)
+    return lambda: [run(launch) for launch in launches], out
+
+
+def default_tiles(batch: Batch, *, exact: bool) -> AttentionTiles:
+    """What `TritonOps` would take."""
+    group = batch.heads // batch.kv_heads
+    return attention.choose_tiles(
+        current_target(), batch.head_dim, group, torch.bfloat16, exact=exact
+    )
+
+
+def dense_attention(machine: Machine, batch: Batch) -> Callable[[], object]:
+    """The attention of torch on dense K and V: no pages to look up."""
+    kv_shape = (batch.num_seqs, batch.kv_heads, batch.seq_len, batch.head_dim)
+    key, value = machine.random(*kv_shape), machine.random(*kv_shape)
+    query = machine.random(batch.num_seqs, batch.heads, batch.num_queries, batch.head_dim)
+    causal = batch.num_queries == batch.seq_len and batch.num_queries > 1
+    return lambda: F.scaled_dot_product_attention(
+        query, key, value, is_causal=causal, enable_gqa=True
+    )
+
+
+def decode_row(machine: Machine, batch: Batch, name: str, run: Callable[[], object]) -> Row:
+    """Time and rate of one decode call."""
+    took_ms = machine.graph_ms(run) if batch.kv_bytes < 1 << 26 else machine.time_ms(run)
+    rate = batch.kv_bytes / took_ms / 1e6
+    return {
+        "decode": name,
+        "sequences": batch.num_seqs,
+        "keys": batch.seq_len,
+        "page": batch.page_size,
+        "us": took_ms * 1e3,
+        "KV GB/s": rate,
+        "of copy %": 100 * rate / machine.copy_gb_s,
+    }
+
+
+def bench_decode(machine: Machine) -> Iterator[Row]:
+    """Our two settings against torch's attention on dense keys."""
+    shapes = [(1, 2048), (1, 32768), (8, 4096), (64, 512), (64, 4096), (256, 2048)]
+    for num_seqs, seq_len in machine.pick(shapes, [(2, 40)]):
+        for page_size in machine.pick((16, 64), (16,)):
+            batch = Batch(num_seqs, seq_len, page_size=page_size, **machine.pick({}, TINY_HEADS))
+            inputs = batch.inputs(machine)
+            for exact in (True, False):
+                tiles = default_tiles(batch, exact=exact)
+                run, _ = attend_with(machine, inputs, tiles, exact=exact)
+                yield decode_row(machine, batch, "exact" if exact else "not exact", run)
+        yield decode_row(machine, batch, "torch, dense", dense_attention(machine, batch))
+
+
+TINY_HEADS = {"heads": 2, "kv_heads": 1, "head_dim": 16}
+
+
+def bench_layout(machine: Machine) -> Iterator[Row]:
+    """Does page-major (a page's layers together) cost anything against layer-major?"""
+    for layers in machine.pick((1, 8, 32), (1, 2)):
+        batch = Batch(*machine.pick((32, 4096), (2, 40)), num_layers=layers)
+        pool_bytes = batch.kv_bytes * layers
+        if machine.device == "cuda" and pool_bytes > 0.6 * torch.cuda.mem_get_info()[0]:
+            continue
+        run, _ = attend_with(
+            machine, batch.inputs(machine), default_tiles(batch, exact=True), exact=True
+        )
+        yield decode_row(machine, batch, f"{layers} layers a page", run)
+
+
+def sweep_decode(machine: Machine) -> Iterator[Row]:
+    """Tile, warps, stages and split of the decode kernel at one large batch."""
+    batch = Batch(*machine.pick((64, 4096), (2, 40)), **machine.pick({}, TINY_HEADS))
+    inputs = batch.inputs(machine)
+    choices = [
+        (rows, tile, warps, stages)
+        for rows in (16, 64)
+        for tile in (32, 64, 128)
+        for warps in (4, 8)
+        for stages in (2, 3, 5)
+    ]
+    for rows, tile, warps, stages in machine.pick(choices, choices[:2]):
+        tiles = Tiles(rows, tile, Schedule(warps, stages))
+        name = f"rows {rows} tile {tile} warps {warps} stages {stages}"
+        yield try_decode(machine, batch, inputs, name, tiles)
+    shipped = attention.SPLIT
+    for split in (256, 512, 1024, 2048):
+        attention.SPLIT = split
+        tiles = default_tiles(batch, exact=False).decode
+        yield try_decode(machine, batch, inputs, f"split {split}", tiles)
+    attention.SPLIT = shipped
+
+
+def try_decode(
+    machine: Machine, batch: Batch, inputs: tuple[torch.Tensor, ...], name: str, tiles: Tiles
+) -> Row:
+    """The row of one choice of tiles, or why there is none."""
+    try:
+        run, _ = attend_with(machine, inputs, AttentionTiles(tiles, tiles), exact=False)
+        return decode_row(machine, batch, name, run)
+    except Exception as error:  # noqa: BLE001  (too much shared memory, most likely)
+        return {"decode": name, "sequences": type(error).__name__}
+
+
+def prefill_row(machine: Machine, batch: Batch, name: str, run: Callable[[], object]) -> Row:
+    """Time and rate of one prefill call."""
+    took_ms = machine.time_ms(run)
+    rate = batch.flop / took_ms / 1e9
+    return {
+        "prefill": name,
+        "sequences": batch.num_seqs,
+        "keys": batch.seq_len,
+        "queries": batch.num_queries,
+        "ms": took_ms,
+        "TFLOP/s": rate,
+        "of matrix %": 100 * rate / machine.matrix_tflop_s,
+    }
+
+
+def bench_prefill(machine: Machine) -> Iterator[Row]:
+    """Whole prompts, then chunks at the end of a long one, against torch's attention."""
+    shapes = [(8, 1024, 1024), (1, 8192, 8192), (1, 32768, 32768), (1, 32768, 2048), (1, 8192, 512)]
+    for num_seqs, seq_len, num_queries in machine.pick(shapes, [(1, 40, 40)]):
+        batch = Batch(num_seqs, seq_len, num_queries, **machine.pick({}, TINY_HEADS))
+        inputs = batch.inputs(machine)
+        for exact in (True, False):
+            run, _ = attend_with(machine, inputs, default_tiles(batch, exact=exact), exact=exact)
+            yield prefill_row(machine, batch, "exact" if exact else "not exact", run)
+        if num_queries == seq_len:
+            yield prefill_row(machine, batch, "torch, dense", dense_attention(machine, batch))
+
+
+def sweep_prefill(machine: Machine) -> Iterator[Row]:
+    """Tiles of the extend kernel at one long prompt, with and without split sums."""
+    length = machine.pick(8192, 40)
+    for page_size in machine.pick((16, 64), (16,)):
+        batch = Batch(1, length, length, page_size, **machine.pick({}, TINY_HEADS))
+        inputs = batch.inputs(machine)
+        choices = [
+            (128, 64, 8, 2), (128, 64, 8, 3), (128, 32, 8, 2), (128, 32, 8, 3), (128, 128, 8, 2),
+            (64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3), (64, 64, 8, 2), (256, 64, 8, 2),
+        ]  # fmt: skip
+        for rows, tile, warps, stages in machine.pick(choices, choices[:1]):
+            for exact in (True, False):
+                tiles = Tiles(rows, tile, Schedule(warps, stages))
+                name = f"{rows}x{tile} warps {warps} stages {stages} page {page_size}"
+                name += " exact" if exact else ""
+                try:
+                    run, _ = attend_with(machine, inputs, AttentionTiles(tiles, tiles), exact=exact)
+                    yield prefill_row(machine, batch, name, run)
+                except Exception as error:  # noqa: BLE001  (as above)
+                    yield {"prefill": name, "sequences": type(error).__name__}
+
+
+# --- linears --------------------------------------------------------------------------------------
+
+
+def bench_linear(machine: Machine) -> Iterator[Row]:
+    """The weights of Llama 3 8B: what exact linears cost against cuBLAS."""
+    shapes = {
+        "qkv": (6144, 4096),
+        "output": (4096, 4096),
+        "gate_up": (28672, 4096),
+        "down": (4096, 14336),
+        "head": (128256, 4096),
+    }
+    ops = TritonOps(machine.device)
+    for name, (n, k) in machine.pick(shapes, {"qkv": (96, 64)}).items():
+        weight = machine.random(n, k)
+        prepared = ops.prepare_linear(weight)
+        for rows in machine.pick((1, 8, 32, 64, 128, 256, 512, 4096), (1, 3)):
+            x = machine.random(rows, k)
+            ours_ms = machine.time_ms(lambda x=x, w=prepared: ops.linear(x, w))
+            vendor_ms = machine.time_ms(lambda x=x, w=weight: F.linear(x, w))
+            least_bytes = 2 * (n * k + rows * (n + k))
+            least_ms = max(
+                least_bytes / machine.copy_gb_s / 1e6,
+                2 * rows * n * k / machine.matrix_tflop_s / 1e9,
+            )
+            yield {
+                "linear": name,
+                "rows": rows,
+                "exact us": ours_ms * 1e3,
+                "cuBLAS us": vendor_ms * 1e3,
+                "exact / cuBLAS": ours_ms / vendor_ms,
+                "of least %": 100 * least_ms / ours_ms,
+            }
+
+
+def sweep_linear(machine: Machine) -> Iterator[Row]:
+    """Tiles of the product, for few rows and for many."""
+    n, k = machine.pick((4096, 4096), (96, 64))
+    weight = machine.random(n, k)
+    narrow = [(64, bn, w, s) for bn in (16, 32, 64) for w in (4,) for s in (3, 6, 8)]
+    wide = [(128, 128, 4, 4), (128, 128, 8, 3), (128, 256, 8, 3), (128, 256, 8, 4), (64, 256, 4, 4)]
+    run = runner_for(current_target(), weight.device)
+    for rows, choices in machine.pick(((1, narrow), (64, narrow), (4096, wide)), ((2, wide[:1]),)):
+        x = machine.random(rows, k)
+        out = torch.empty(rows, n, dtype=x.dtype, device=machine.device)
+        for block_m, block_n, warps, stages in choices:
+            tiles = linear.Tiles(block_m, block_n, linear.BLOCK_K, Schedule(warps, stages))
+            launch = linear.linear_launch(out, x, weight, None, tiles)
+            row: Row = {"linear tile": f"{block_m}x{block_n} warps {warps} stages {stages}"}
+            try:
+                took_ms = machine.time_ms(lambda launch=launch: run(launch))
+                yield {**row, "rows": rows, "us": took_ms * 1e3}
+            except Exception as error:  # noqa: BLE001  (as above)
+                yield {**row, "rows": type(error).__name__}
+
+
+# --- bits -----------------------------------------------------------------------------------------
+
+
+def compare_bits(machine: Machine) -> Iterator[Row]:
+    """Do small and large matrix instructions give the same bits? Decides the exact tiles."""
+    k = machine.pick(4096, 64)
+    x, weight = machine.random(128, k), machine.random(256, k)
+    run = runner_for(current_target(), x.device)
+    results = {}
+    for block_m, block_n, warps in machine.pick(
+        ((16, 32, 4), (32, 32, 4), (64, 32, 4), (64, 128, 4), (128, 256, 8)),
+        ((16, 32, 4), (64, 32, 4)),
+    ):
+        out = torch.full((128, 256), torch.nan, device=machine.device)
+        tiles = linear.Tiles(block_m, block_n, linear.BLOCK_K, Schedule(warps, 3))
+        run(linear.linear_launch(out, x, weight, None, tiles))
+        results[f"{block_m}x{block_n}"] = out
+    yield from differences("linear", results)
+    for head_dim in machine.pick((64, 128, 256), (16,)):
+        yield from attention_bits(machine, head_dim)
+
+
+def attention_bits(machine: Machine, head_dim: int) -> Iterator[Row]:
+    """Decode against extend, in exact tiles and with 16 rows for decode."""
+    length = machine.pick(1000, 20)
+    heads = {**machine.pick({}, TINY_HEADS), "head_dim": head_dim}
+    prompt, query = Batch(1, length, length, **heads), Batch(1, length, 1, **heads)
+    shared = prompt.inputs(machine)
+    last = (shared[0][-1:].contiguous(), *query.inputs(machine)[1:])
+    last = (last[0], *shared[1:4], last[4], last[5])
+    exact, loose = default_tiles(query, exact=True), default_tiles(query, exact=False)
+    small = dataclasses.replace(loose.decode, tile=exact.decode.tile)
+    results = {}
+    for name, inputs, tiles in (
+        ("extend", shared, exact),
+        ("decode, exact tiles", last, exact),
+        ("decode, 16 rows", last, AttentionTiles(small, small)),
+    ):
+        run, out = attend_with(machine, inputs, tiles, exact=True)
+        run()
+        results[name] = out[-1]
+    yield from differences(f"attention {head_dim}", results)
+
+
+def differences(what: str, results: dict[str, torch.Tensor]) -> Iterator[Row]:
+    """How many entries of the others differ in any bit from the first."""
+    first, *others = results
+    for other in others:
+        unequal = (results[first] != results[other]).float().mean().item()
+        yield {"bits": what, "of": first, "and": other, "unequal %": 100 * unequal}
+
+
+# --- moving pages ---------------------------------------------------------------------------------
+
+
+@triton.jit
+def gather_kernel(target, source, places, page_entries, BLOCK: tl.constexpr):  # noqa: N803
+    """`target[i] = source[places[i]]` for pages; either may be pinned host memory."""
+    page = tl.load(places + tl.program_id(0)) * page_entries
+    entry = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = entry < page_entries
+    own = tl.program_id(0).to(tl.int64) * page_entries
+    tl.store(target + own + entry, tl.load(source + page + entry, mask=mask), mask=mask)
+
+
+def bench_swap(machine: Machine) -> Iterator[Row]:
+    """Device pages to pinned host memory: copy_ page by page, in one run, and a kernel."""
+    if machine.device != "cuda":
+        return
+    page_bytes, count = 2 << 20, 256  # a page of 16 tokens of Llama 3 8B
+    pool = torch.zeros(2 * count, page_bytes // 8, dtype=torch.int64, device="cuda")
+    host = torch.zeros(count, page_bytes // 8, dtype=torch.int64, pin_memory=True)
+    places = torch.randperm(2 * count)[:count]
+    on_device = places.cuda()
+
+    def page_by_page() -> None:
+        for index, place in enumerate(places.tolist()):
+            host[index].copy_(pool[place], non_blocking=True)
+
+    def by_kernel() -> None:
+        grid = (count, triton.cdiv(pool.shape[1], 4096))
+        launch = Launch(
+            gather_kernel,
+            grid,
+            {
+                "target": host,
+                "source": pool,
+                "places": on_device,
+                "page_entries": pool.shape[1],
+                "BLOCK": 4096,
+            },
+            Schedule(8, 1),
+        )
+        runner_for(current_target(), torch.device("cuda"))(launch)
+
+    for name, run in (
+        ("copy_ page by page", page_by_page),
+        ("copy_ in one run", lambda: host.copy_(pool[:count], non_blocking=True)),
+        ("kernel over mapped memory", by_kernel),
+    ):
+        times = []
+        for _ in range(5):
+            machine.synchronize()
+            begin = time.perf_counter()
+            run()
+            machine.synchronize()
+            times.append(time.perf_counter() - begin)
+        yield {"swap out": name, "GB/s": count * page_bytes / statistics.median(times) / 1e9}
+
+
+# --- the run --------------------------------------------------------------------------------------
+
+PARTS: dict[str, Callable[[Machine], Iterator[Row]]] = {
+    "checks": run_checks,
+    "bits": compare_bits,
+    "decode": bench_decode,
+    "prefill": bench_prefill,
+    "linear": bench_linear,
+    "layout": bench_layout,
+    "swap": bench_swap,
+    "sweep-decode": sweep_decode,
+    "sweep-prefill": sweep_prefill,
+    "sweep-linear": sweep_linear,
+}
+"""In the order of worth: when time runs out, the last ones are missing."""
+
+
+def describe_machine(machine: Machine) -> Row:
+    """Card, driver and versions."""
+    versions = {"torch": torch.__version__, "triton": triton.__version__}
+    if machine.device != "cuda":
+        return {"card": "none (interpreter)", **versions}
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout
+        driver = found.splitlines()[0].split(",")[-1].strip()
+    except (OSError, IndexError, subprocess.TimeoutExpired):
+        driver = "unknown"
+    return {
+        "card": torch.cuda.get_device_name(),
+        "driver": driver,
+        "cuda": torch.version.cuda or torch.version.hip,
+        "target": current_target().arch,
+        **versions,
+    }
+
+
+def print_table(title: str, rows: list[Row]) -> None:
+    """Rows may have different columns."""
+    print(f"\n== {title}")
+    if not rows:
+        print("(nothing to measure here)")
+        return
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [
+        [
+            f"{value:.4g}" if isinstance(value, float) else str(value)
+            for value in (row.get(column, "") for column in columns)
+        ]
+        for row in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+    for line in (columns, *cells):
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+    sys.stdout.flush()
+
+
+def collect(
+    part: Callable[[Machine], Iterator[Row]], machine: Machine, ends_at: float
+) -> list[Row]:
+    """The part's rows, as far as time allows; a failure ends the part and is its last row."""
+    rows: list[Row] = []
+    try:
+        for row in part(machine):
+            rows.append(row)
+            if time.monotonic() > ends_at:
+                rows.append({next(iter(row)): "cut short: out of time"})
+                break
+    except Exception as error:  # noqa: BLE001  (the other parts still count)
+        rows.append({"failed": f"{type(error).__name__}: {str(error)[:300]}"})
+    return rows
+
+
+def main() -> None:
+    """Run the parts in order; the JSON is complete after each."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("gpu.json"), help="where the JSON goes")
+    parser.add_argument("--only", help=f"some of {','.join(PARTS)}")
+    parser.add_argument(
+        "--tiny", action="store_true", help="tiny shapes on a CPU, to find mistakes"
+    )
+    options = parser.parse_args()
+    names = options.only.split(",") if options.only else list(PARTS)
+    ends_at = time.monotonic() + TIME_LIMIT_S
+
+    torch.manual_seed(0)
+    machine = Machine("cpu" if options.tiny else "cuda", options.tiny)
+    results: dict[str, list[Row]] = {"machine": [describe_machine(machine)]}
+    print_table("machine", results["machine"])
+    machine, results["limits"] = measure_limits(machine)
+    print_table("limits", results["limits"])
+    for name in names:
+        if time.monotonic() > ends_at:
+            results[name] = [{"skipped": "out of time"}]
+        else:
+            results[name] = collect(PARTS[name], machine, ends_at)
+        print_table(name, results[name])
+        options.out.write_text(json.dumps(results, indent=1))
+    print(f"\nwritten to {options.out}")
+
+
+if __name__ == "__main__":
+    main()
