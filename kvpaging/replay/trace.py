@@ -52,13 +52,16 @@ class Trace:
     read: Callable[[IO[bytes]], Iterator[TraceRequest]]
 
     def __iter__(self) -> Iterator[TraceRequest]:
-        with open_binary(self.path) as file:
-            before_s = 0.0
-            for number, request in enumerate(self.read(file), 1):
-                if request.arrival_s < before_s:
-                    raise ConfigError(f"{self.path}: request {number} arrives before the last one")
-                before_s = request.arrival_s
-                yield request
+        before_s = 0.0
+        try:
+            with open_binary(self.path) as file:
+                for number, request in enumerate(self.read(file), 1):
+                    if request.arrival_s < before_s:
+                        raise ConfigError(f"request {number} arrives before the one before it")
+                    before_s = request.arrival_s
+                    yield request
+        except (ConfigError, OSError, EOFError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{self.path}: {error}") from None
 
 
 def open_binary(path: Path) -> IO[bytes]:
