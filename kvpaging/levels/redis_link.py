@@ -114,15 +114,17 @@ class RedisLink:
         self, connection: AbstractConnection, commands: Sequence[Command], replies: list[object]
     ) -> None:
         """Send and receive; the connection is idle afterwards, or closed if anything went wrong."""
+        transport: asyncio.WriteTransport | None = None
         try:
             await connection.connect()
+            transport = _transport(connection)
             packed = connection.pack_commands(commands)
             await connection.send_packed_command(packed, check_health=False)
             for _ in commands:
                 reply = await _reply(connection)
                 replies.append(reply)
         except BaseException:
-            await _disconnect(connection)
+            await _drop(connection, transport)
             raise
         self._idle.append(connection)
 
@@ -132,7 +134,8 @@ class RedisLink:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         for connection in self._idle:
-            await _disconnect(connection)
+            await _drop(connection, _transport(connection))
+        await asyncio.sleep(0)  # the transports' last callbacks
         self._loop.stop()
 
 
@@ -143,7 +146,15 @@ async def _reply(connection: AbstractConnection) -> object:
         return Refusal(str(error))
 
 
-async def _disconnect(connection: AbstractConnection) -> None:
+def _transport(connection: AbstractConnection) -> asyncio.WriteTransport | None:
+    writer: asyncio.StreamWriter | None = getattr(connection, "_writer", None)
+    return None if writer is None else writer.transport
+
+
+async def _drop(connection: AbstractConnection, transport: asyncio.WriteTransport | None) -> None:
+    """Close at once: redis-py would keep the socket until a deaf server has read everything."""
+    if transport is not None:
+        transport.abort()
     try:
         await connection.disconnect(nowait=True)
     except (RedisError, OSError):
