@@ -26,8 +26,8 @@ from kvpaging.cache.eviction.names import DEFAULT_POLICY, POLICIES
 
 ENV_PREFIX: Final = "KVPAGING_"
 DEMO_NAME: Final = "kvpaging-demo"
-NOT_SETTINGS: Final = ("KVPAGING_TRACES",)
-"""Variables with our prefix that are somebody else's: where tests find traces."""
+NOT_SETTINGS: Final = ("KVPAGING_TRACES", "KVPAGING_REQUIRE_REDIS")
+"""Variables with our prefix that are somebody else's: those of the tests."""
 
 _UNITS: Final = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12} | {
     "ki": 2**10,
@@ -187,6 +187,8 @@ class Settings(BaseModel):
             threads=self.threads,
             kernels=self.kernels,
             prefix_cache=self.prefix_cache,
+            eviction_policy=self.eviction_policy,
+            record=None if self.record is None else str(self.record.expanduser().absolute()),
             host_cache_bytes=self.host_cache,
             disk_cache_dir=None if self.disk_cache is None else os.path.abspath(self.disk_cache),
             disk_cache_bytes=self.disk_cache_size,

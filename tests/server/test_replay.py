@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from kvpaging.base.errors import ConfigError
 from kvpaging.replay.synthetic import conversations, write_mooncake
 from server import cli
+from server.settings import resolve
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +102,15 @@ def test_no_matplotlib_says_what_to_install_before_the_work(
     assert cli.main(["replay", trace, "--plot", "p.svg"]) == 2
     assert "pip install 'kvpaging[plot]'" in capsys.readouterr().err
     assert not Path("p.svg").exists()
+
+
+def test_what_serve_is_told_reaches_the_engine(tmp_path: Path) -> None:
+    flags = {"record": str(tmp_path / "recording"), "eviction_policy": "arc"}
+    options = resolve(flags, {}).settings.engine_options()
+    assert options.record == str(tmp_path / "recording")
+    assert options.eviction_policy == "arc"
+    with pytest.raises(ConfigError, match="did you mean arc"):
+        resolve({"eviction_policy": "ark"}, {})
 
 
 def test_a_missing_trace(capsys: pytest.CaptureFixture[str]) -> None:
