@@ -53,9 +53,7 @@ def replay_cache(
     """
     started = time.perf_counter()
     size = page_size or trace.block_size
-    # Pages that a trace can't fill cost memory for nothing.
-    num_unique, longest = count_pages(trace, size)
-    num_pages = min(capacity_pages or num_unique + longest, num_unique + longest)
+    num_pages = capacity_pages or sum(count_pages(trace, size))
     cache = CacheManager(num_pages, size, policy=POLICIES[policy](num_pages))
     num_requests = queried = hits = tokens = hit_tokens = 0
     for request in trace:
