@@ -79,21 +79,35 @@ def server(behave: Behaviour) -> Iterator[str]:
             open_socket.close()
 
 
-def hang(connection: socket.socket) -> None:
+def greet(connection: socket.socket) -> None:
+    """Answer what redis-py says first: its name and its version."""
+    connection.recv(1 << 16)
+    connection.sendall(b"+OK\r\n+OK\r\n")
+
+
+def never_greet(connection: socket.socket) -> None:
     """Take everything and answer nothing."""
     while connection.recv(1 << 16):
         pass
 
 
+def hang(connection: socket.socket) -> None:
+    """Greet, then take everything and answer nothing."""
+    greet(connection)
+    while connection.recv(1 << 16):
+        pass
+
+
 def hang_deaf(connection: socket.socket) -> None:
-    """Do not even read."""
+    """Greet, then do not even read."""
+    greet(connection)
     time.sleep(30)
 
 
 def drip(connection: socket.socket) -> None:
     """Begin a reply of a megabyte, and send a byte of it now and then."""
-    connection.recv(1 << 16)
-    connection.sendall(b"+OK\r\n+OK\r\n$1000000\r\n")
+    greet(connection)
+    connection.sendall(b"$1000000\r\n")
     while True:
         connection.sendall(b"x")
         time.sleep(0.01)
