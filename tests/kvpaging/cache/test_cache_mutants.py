@@ -13,6 +13,7 @@ from kvpaging.base.errors import LawBroken
 from kvpaging.base.ids import PageId, PageKey
 from kvpaging.cache import prefix_key
 from kvpaging.cache.cache_manager import CacheManager, _CachedPages
+from kvpaging.cache.eviction.arc import AdaptiveReplacement
 from kvpaging.cache.page_lease import PageLease
 from kvpaging.cache.prefix_index import PrefixIndex
 from kvpaging.cache.prefix_key import ChainLink, PrefixChain
@@ -95,7 +96,31 @@ def one_page_a_key(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(PrefixIndex, "publish", publish)
 
 
+def forget_who_has_children(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(CacheMachine, "policy", "fifo")
+    patch.setattr(PrefixIndex, "has_children", lambda self, key: False)
+
+
+def forget_that_a_parent_became_a_leaf(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(CacheMachine, "policy", "arc")
+    patch.setattr(AdaptiveReplacement, "expose", lambda self, page_id: None)
+
+
+def keep_a_twin_of_what_is_in_use(patch: pytest.MonkeyPatch) -> None:
+    def keep(self: _CachedPages, page_id: PageId) -> bool:
+        if page_id not in self._index:
+            return False
+        key = self._index.entry(page_id).link.key
+        self._policy.add(page_id, key, is_leaf=not self._index.has_children(key))
+        return True
+
+    patch.setattr(_CachedPages, "keep", keep)
+
+
 MUTANTS: list[Patch] = [
+    forget_who_has_children,
+    forget_that_a_parent_became_a_leaf,
+    keep_a_twin_of_what_is_in_use,
     drop_the_namespace,
     drop_the_parent,
     match_the_last_token_too,
