@@ -80,7 +80,7 @@ class Level(Protocol):
         """`host`, `disk` or `remote`, as metrics and explanations call it."""
 
     def contains(self, keys: Sequence[PageKey]) -> list[bool]:
-        """Which pages are believed to be here. Host and disk answer at once, from memory."""
+        """Which pages are believed to be here. Answers at once, from memory."""
 
     def load(self, keys: Sequence[PageKey], deadline_s: float) -> list[StoredPage | None]:
         """Each page, whole and checked, or `None`, in the order of `keys`.

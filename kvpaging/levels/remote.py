@@ -38,11 +38,12 @@ _IN_FLIGHT_BYTES: Final = 64 << 20
 _MAX_BATCH_PAGES: Final = 128
 _FIRST_BATCH_PAGES: Final = 4
 """As long as no value's size is known."""
-_QUESTIONS_A_BATCH: Final = 1024
 _COMMAND_BYTES: Final = 200
 """What a question and its answer take, at most."""
 _CLEAR_S: Final = 30.0
-_MAX_BROKEN: Final = 10_000
+_MISS_LASTS_S: Final = 2.0
+"""How long a page that was not there is not asked for again."""
+_MAX_REMEMBERED: Final = 100_000
 _MAC_BYTES: Final = 32
 
 
@@ -161,20 +162,19 @@ class RemoteLevel:
         """The largest value seen so far: what a page to fetch is reckoned as."""
         self._broken: set[PageKey] = set()
         """Pages whose values on the server are not to be kept."""
+        self._missing_until_s: dict[PageKey, float] = {}
         self._link = RedisLink(url)
 
     def contains(self, keys: Sequence[PageKey]) -> list[bool]:
-        """Which pages the server says it has, asked within one batch's deadline."""
-        end_s = self._clock() + self._batch_deadline_s
-        answers: list[bool] = []
-        for first in range(0, len(keys), _QUESTIONS_A_BATCH):
-            batch = keys[first : first + _QUESTIONS_A_BATCH]
-            commands = [(b"EXISTS", self._seal.name(key)) for key in batch]
-            replies, trouble = self._exchange(commands, _COMMAND_BYTES * len(batch), end_s)
-            answers += [reply == 1 for reply in replies]
-            if trouble:
-                break
-        return answers + [False] * (len(keys) - len(answers))
+        """Which pages may be there: all but those just missed, and none while the breaker is open.
+
+        Answers at once and asks nobody: other servers may have stored any page, and asking would
+        cost as long as finding that a load misses.
+        """
+        if self._breaker.is_open:
+            return [False] * len(keys)
+        now_s = self._clock()
+        return [self._missing_until_s.get(key, now_s) <= now_s for key in keys]
 
     def load(self, keys: Sequence[PageKey], deadline_s: float) -> list[StoredPage | None]:
         """Each page, whole, authentic and checked, or `None`.
@@ -190,6 +190,7 @@ class RemoteLevel:
             commands = [(b"GET", self._seal.name(key)) for key in batch]
             replies, trouble = self._exchange(commands, num_bytes, started + deadline_s)
             found += map(self._open, batch, replies)
+            self._note_missing(batch, replies)
         missing = len(keys) - len(found)
         hits = [page for page in found if page is not None]
         self._counters.add(
@@ -269,6 +270,14 @@ class RemoteLevel:
         self._failed(trouble)
         return replies, "late"
 
+    def _note_missing(self, keys: Sequence[PageKey], replies: Sequence[object]) -> None:
+        if len(self._missing_until_s) > _MAX_REMEMBERED:
+            self._missing_until_s.clear()
+        until_s = self._clock() + _MISS_LASTS_S
+        for key, reply in zip(keys, replies, strict=False):
+            if reply is None:
+                self._missing_until_s[key] = until_s
+
     def _failed(self, trouble: str) -> None:
         self._counters.add(failures=1)
         self._complaints.warn("the remote cache fails", f"{self._link.address}: {trouble}")
@@ -292,7 +301,7 @@ class RemoteLevel:
                 raise BadValue(f"the server answered {reply!r:.100}")
             page = self._codec.decode(self._seal.open(reply), key)
         except BadValue as error:
-            if len(self._broken) < _MAX_BROKEN:
+            if len(self._broken) < _MAX_REMEMBERED:
                 self._broken.add(key)
             self._counters.add(corrupt=1)
             self._complaints.warn("a page is corrupt", f"{self._link.address}: {error}")
@@ -321,7 +330,9 @@ class RemoteLevel:
         for reply in replies:
             if isinstance(reply, Refusal):
                 self._failed(reply.message)
-        self._broken.difference_update(pages[i].key for i in taken)
+        for i in taken:
+            self._broken.discard(pages[i].key)
+            self._missing_until_s.pop(pages[i].key, None)
         self._counters.add(
             stored=len(taken),
             refused=len(replies) - len(taken),

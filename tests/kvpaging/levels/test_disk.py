@@ -259,6 +259,7 @@ def test_cut_at_every_byte(tmp_path: Path, has_index: bool) -> None:
         copy = crashed(left, tmp_path / "copy")
         os.truncate(segments_of(copy)[0], end)
         level = opened(copy)
+        assert level.stats().num_pages == end // VALUE_BYTES
         assert whole(level, range(3)) == set(range(end // VALUE_BYTES))
         fill(level, range(3, 4))  # it goes on behind the last whole page
         level.close()
