@@ -123,6 +123,13 @@ class Settings(BaseModel):
         16 * 2**30, description="bound of the disk cache, such as 64GiB"
     )
 
+    remote_cache: SecretStr | None = Field(
+        None, min_length=1, description="redis://… of a server for pages that servers share"
+    )
+    cache_secret: str | None = Field(
+        None, min_length=1, description="file with the secret that seals pages on the remote server"
+    )
+
     # Who may ask, and how long.
     host: str = Field("127.0.0.1", description="address to listen on")
     port: Port = Field(8000, description="port to listen on; 0: any free one")
@@ -192,6 +199,10 @@ class Settings(BaseModel):
             host_cache_bytes=self.host_cache,
             disk_cache_dir=None if self.disk_cache is None else os.path.abspath(self.disk_cache),
             disk_cache_bytes=self.disk_cache_size,
+            remote_cache_url=(
+                None if self.remote_cache is None else self.remote_cache.get_secret_value()
+            ),
+            cache_secret_file=self.cache_secret,
         )
 
 
@@ -207,8 +218,9 @@ class Resolved:
         values = {name: getattr(self.settings, name) for name in Settings.model_fields}
         values["model"] = self.settings.model_or_demo
         values["served_model_name"] = self.settings.model_name
-        if self.settings.api_key is None:
-            values["api_key"] = "none"
+        for secret in ("api_key", "remote_cache"):
+            if values[secret] is None:
+                values[secret] = "none"
         width = max(map(len, values))
         return [
             f"{name:<{width}}  {_shown(value):<12}  {self.origins.get(name, 'default')}"
@@ -273,7 +285,7 @@ def _faults(error: pydantic.ValidationError, origins: Mapping[str, str]) -> list
         rule = _RULES.get(fault["type"], "").format(**limits) or fault["msg"]
         if name in _WORDS:
             rule = _WORDS[name]
-        given = "" if name == "api_key" else f", not {fault['input']!r}"
+        given = "" if name in ("api_key", "remote_cache") else f", not {fault['input']!r}"
         lines.setdefault(name, f"{origins[name]} {rule}{given}")
     return list(lines.values())
 

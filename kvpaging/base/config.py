@@ -50,6 +50,10 @@ class EngineOptions(msgspec.Struct, frozen=True):
     disk_cache_dir: str | None = None
     """Where pages are written as they are computed, and found again after a restart."""
     disk_cache_bytes: int = 16 * 2**30
+    remote_cache_url: str | None = None
+    """A server that speaks the Redis protocol, for pages that several engines share."""
+    cache_secret_file: str | None = None
+    """What seals pages on the remote server; the same for all engines that share them."""
     eviction_policy: str = "lru"
     record: str | None = None
     """A file to write what each step was given to, for `kvpaging replay`."""

@@ -33,12 +33,15 @@ from kvpaging.execution.rope import inverse_frequencies
 from kvpaging.execution.weights import Checkpoint, OnProgress, Parameters
 from kvpaging.levels.disk import DiskLevel
 from kvpaging.levels.host import HostLevel
+from kvpaging.levels.remote import RemoteLevel
 
 GIB: Final = 1024**3
 CPU_KV_SHARE: Final = 4
 """On a CPU the pool takes one part in so many of what is free, ..."""
 CPU_KV_LIMIT_BYTES: Final = 4 * GIB
 """... and at most this."""
+REMOTE_BATCH_S: Final = 0.4
+"""For 32 pages of a load from a remote server, in exchanges of at most 0.2 s."""
 DEFAULT_BATCHED_TOKENS: Final = {"cpu": 512, "cuda": 8192}
 
 
@@ -323,7 +326,31 @@ def _levels(
         decisions.append(
             f"disk cache {options.disk_cache_dir}: {disk.stats().num_pages} pages are there"
         )
+    if options.remote_cache_url is not None:
+        remote = RemoteLevel(
+            options.remote_cache_url,
+            secret=_secret(options),
+            root=root_key(identity),
+            item_bytes=item_bytes,
+        )
+        # Whether a page is there only its server knows: asking costs as much as fetching.
+        levels.append(
+            LevelSetting(remote, is_write_through=True, deadline_s=REMOTE_BATCH_S, is_local=False)
+        )
     return levels
+
+
+def _secret(options: EngineOptions) -> bytes:
+    """The secret for pages on a remote server. Raises ConfigError."""
+    if options.cache_secret_file is None:
+        raise ConfigError(
+            "the remote cache needs cache_secret, a file of at least 16 random bytes that all "
+            "servers which share pages have: head -c 32 /dev/urandom > FILE"
+        )
+    try:
+        return Path(options.cache_secret_file).read_bytes().strip()
+    except OSError as error:
+        raise ConfigError(f"cache_secret: {error}") from error
 
 
 def _gib(num_bytes: int) -> str:

@@ -43,6 +43,8 @@ class LevelSetting:
     """Takes pages as they are computed; else when they leave the device."""
     deadline_s: float
     """For one batch of a load."""
+    is_local: bool = True
+    """It knows at once, without asking anybody, which pages it has."""
 
 
 @dataclass(slots=True)
@@ -108,6 +110,8 @@ class PageMover:
         """How many of these pages, from the first on, some level believes to have."""
         if not links:
             return 0
+        if not all(setting.is_local for setting in self._settings):
+            return len(links)  # maybe: only the try will tell, and it ends at the first miss
         keys = [link.key for link in links]
         answers = [setting.level.contains(keys) for setting in self._settings]
         for i, found in enumerate(zip(*answers, strict=True)):
