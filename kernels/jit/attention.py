@@ -88,7 +88,8 @@ def choose_tiles(
         return AttentionTiles(tiles(64, 32, num_warps, stages), tiles(64, 32, num_warps, 2))
     if width > 128 or target.shared_bytes < (160 << 10):
         return AttentionTiles(tiles(16, 32, 4, 3), tiles(64, 32, 8, 2))
-    return AttentionTiles(tiles(16, 64, 4, 3), tiles(128, 64, 8, 2))
+    extend_tile = 64 if target.arch == "sm_90" else 32
+    return AttentionTiles(tiles(16, 64, 4, 3), tiles(128, extend_tile, 8, 2))
 
 
 # --- what both kernels share ----------------------------------------------------------------------
@@ -259,7 +260,7 @@ def _find_query(query_starts, num_seqs, place, BY_QUERY: tl.constexpr):
     return sequence, query
 
 
-@triton.jit(do_not_specialize=["num_seqs", "window", "max_splits"])
+@triton.jit(do_not_specialize=["num_seqs", "window", "max_splits", "page_table_stride"])
 def decode_kernel(
     out,
     part_acc,
@@ -428,7 +429,7 @@ def combine_kernel(
 # --- extend ---------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["num_seqs", "min_queries", "window"])
+@triton.jit(do_not_specialize=["num_seqs", "min_queries", "window", "page_table_stride"])
 def extend_kernel(
     out,
     query,

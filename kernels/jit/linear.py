@@ -50,7 +50,8 @@ def choose_tiles(
         block_n = 32 if out_features <= 8192 else 64
         return Tiles(block_m, block_n, BLOCK_K, _fitting(target, block_m, block_n, 4, 6))
     if num_rows <= 256 or is_small:
-        return Tiles(64, 128, BLOCK_K, _fitting(target, 64, 128, 4, 4))
+        num_warps = 4 if target.has_large_tile_instructions or target.backend == "hip" else 8
+        return Tiles(64, 128, BLOCK_K, _fitting(target, 64, 128, num_warps, 4))
     block_n = 256 if target.has_large_tile_instructions else 128
     return Tiles(128, block_n, BLOCK_K, _fitting(target, 128, block_n, 8, 3))
 
