@@ -10,7 +10,8 @@ Each store holds `--keys` pages by their 32-byte keys:
     redis        a server at --redis, where one answers (pip install redis); pipelines of 32 keys
 
 Look-ups come in random order. `dict + list` is quadratic and left out above 20,000 keys. Prints
-microseconds a key; nothing moves the pages' bytes: this is bookkeeping only.
+microseconds a key, the least of five runs up to 100,000 keys. Nothing moves the pages' bytes: this
+is bookkeeping only.
 
     python benchmarks/page_store.py [--keys 5000] [--redis redis://localhost] [--json]
 """
@@ -199,6 +200,23 @@ def measure(name: str, store: _Store, num_keys: int) -> Row:
     return Row(name, num_keys, store_us, look_up_us, evict_us)
 
 
+def best(name: str, make: Callable[[int], _Store], num_keys: int) -> Row:
+    """The least of several runs over stores of their own: the rest is other people's work."""
+    runs = []
+    for _ in range(1 if num_keys > 100_000 else 5):
+        store = make(num_keys)
+        runs.append(measure(name, store, num_keys))
+        if isinstance(store, _Redis):
+            store.close()
+    return Row(
+        name,
+        num_keys,
+        min(run.store_us for run in runs),
+        min(run.look_up_us for run in runs),
+        min(run.evict_us for run in runs),
+    )
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -220,13 +238,9 @@ def main() -> None:
             if name == "dict + list" and num_keys > MAX_QUADRATIC:
                 continue
             try:
-                store = make(num_keys)
+                rows.append(best(name, make, num_keys))
             except ImportError as error:
                 print(f"# {name} is left out: {error}")
-                continue
-            rows.append(measure(name, store, num_keys))
-            if isinstance(store, _Redis):
-                store.close()
     if options.json:
         print(json.dumps([asdict(row) for row in rows]))
         return
