@@ -88,8 +88,10 @@ def choose_tiles(
         return AttentionTiles(tiles(64, 32, num_warps, stages), tiles(64, 32, num_warps, 2))
     if width > 128 or target.shared_bytes < (160 << 10):
         return AttentionTiles(tiles(16, 32, 4, 3), tiles(64, 32, 8, 2))
-    extend_tile = 64 if target.arch == "sm_90" else 32
-    return AttentionTiles(tiles(16, 64, 4, 3), tiles(128, extend_tile, 8, 2))
+    if target.arch == "sm_90":
+        return AttentionTiles(tiles(16, 64, 4, 3), tiles(128, 64, 8, 2))
+    extend = tiles(64, 64, 8, 2) if width <= 64 else tiles(128, 32, 8, 2)
+    return AttentionTiles(tiles(16, 64, 4, 3), extend)
 
 
 # --- what both kernels share ----------------------------------------------------------------------
