@@ -39,7 +39,11 @@ class PathStatus:
 
 
 def select(
-    device: torch.device | str, *, prefer: PathName | None = None, threads: int | None = None
+    device: torch.device | str,
+    *,
+    prefer: PathName | None = None,
+    threads: int | None = None,
+    exact: bool = True,
 ) -> Ops:
     """Choose the path for `device`: native C++ on a CPU, Triton on CUDA, else plain torch.
 
@@ -48,6 +52,7 @@ def select(
         prefer: take this path or fail.
         threads: threads of the native path; all that this process may use if not given. torch's
             own thread count is left alone.
+        exact: False lets the Triton path trade equal bits for speed; the others have no choice.
 
     Raises:
         KernelUnavailableError: `prefer` names a path that can't run here, or not on this device.
@@ -60,7 +65,7 @@ def select(
     try:
         if wanted != fast:
             raise KernelUnavailableError(f"the {wanted} path doesn't serve device {device}")
-        inner = _native(threads) if wanted == "native" else _triton(device)
+        inner = _native(threads) if wanted == "native" else _triton(device, exact)
     except KernelUnavailableError as error:
         if prefer is not None:
             raise
@@ -92,10 +97,10 @@ def _native(threads: int | None) -> Ops:
     return NativeOps(threads=threads)
 
 
-def _triton(device: torch.device) -> Ops:
+def _triton(device: torch.device, exact: bool) -> Ops:
     _triton_detail()
     jit = importlib.import_module("kernels.jit")
-    return cast(Ops, jit.TritonOps(device))
+    return cast(Ops, jit.TritonOps(device, exact=exact))
 
 
 def _triton_detail() -> str:

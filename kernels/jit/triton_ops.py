@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F  # noqa: N812  (its usual name)
+import triton
 
 from kernels.jit import attention, linear, pages, rope, rows, sampling
 from kernels.jit.launch import Runner, Target, current_target, runner_for
@@ -72,7 +73,10 @@ class TritonOps:
         self._run = runner or runner_for(self._target, torch.device(device))
         self._experts: dict[tuple[int, ...], _Experts] = {}
         self.exact = exact
-        self.name = f"triton {self._target.arch}"
+        # A part of the pages' identity: another compiler may give other bits.
+        self.name = f"triton {triton.__version__} {self._target.arch}"
+        if not exact:
+            self.name += " not exact"
 
     def prepare_linear(
         self, weight: torch.Tensor, bias: torch.Tensor | None = None
