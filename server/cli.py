@@ -1,4 +1,4 @@
-"""The command `kvpaging`: serve, config, doctor, replay, version.
+"""The command `kvpaging`: serve, config, doctor, bench, plan, replay, version.
 
 Imports little, so that the engine process is started before anything slow is imported.
 Exit codes: 0 well, 1 the engine crashed for good, 2 something that was asked for can't be done.
@@ -17,6 +17,8 @@ COMMANDS = {
     "serve": "serve a model over HTTP",
     "config": "print the resolved settings and where each came from",
     "doctor": "say what this machine can do, and what is missing",
+    "bench": "measure how long steps take on this machine, for plan",
+    "plan": "what to expect of a model, memory, device and trace",
     "replay": "run a trace through the cache, or the scheduler, without a model",
     "version": "print the version",
 }
@@ -50,6 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             case "doctor":
                 _parser("doctor").parse(rest)
                 return _doctor()
+            case "bench":
+                _bench(rest)
+            case "plan":
+                _plan(rest)
             case "replay":
                 _replay(rest)
             case _:
@@ -84,6 +90,24 @@ def _doctor() -> int:
 
     print("\n".join(examine()))
     return 0
+
+
+def _bench(argv: Sequence[str]) -> None:
+    from server import plan
+
+    parser = _parser("bench")
+    plan.add_bench_flags(parser)
+    for line in plan.bench(parser.parse(argv)):
+        print(line, flush=True)
+
+
+def _plan(argv: Sequence[str]) -> None:
+    from server import plan
+
+    parser = _parser("plan")
+    plan.add_plan_flags(parser)
+    for line in plan.plan(parser.parse(argv)):
+        print(line, flush=True)
 
 
 def _replay(argv: Sequence[str]) -> None:

@@ -65,6 +65,7 @@ def replay_cache(
         num_tokens = len(links) * size
         lease = cache.reserve(matched, num_tokens)
         cache.commit(lease, chain, num_tokens)
+        cache.prove(lease, chain)
         cache.release(lease)
         num_requests += 1
         queried += len(prompt)

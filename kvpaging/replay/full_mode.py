@@ -61,6 +61,8 @@ class Limits(msgspec.Struct, frozen=True):
 
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 8192
+    max_model_len: int | None = None
+    """Longer requests are rejected; `None`: none is too long."""
 
 
 def page_tokens(pages: Sequence[int], num_tokens: int, page_size: int) -> list[int]:
@@ -131,7 +133,7 @@ class Simulation:
                 page_size=self._size,
                 max_num_seqs=limits.max_num_seqs,
                 max_num_batched_tokens=max(limits.max_num_batched_tokens, limits.max_num_seqs),
-                max_model_len=longest,
+                max_model_len=limits.max_model_len or longest,
                 max_num_waiting=2**31,
             ),
             self.cache,

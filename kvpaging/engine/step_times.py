@@ -1,0 +1,155 @@
+"""How long steps take on this machine, as the three numbers that a simulation needs.
+
+Runs the engine itself, with made-up prompts: prefill of several lengths, decoding at several
+numbers of sequences and context lengths. Fits `fixed + new tokens + context` by least relative
+squares.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Final
+
+import msgspec
+import numpy as np
+
+from kvpaging.base.clock import monotonic
+from kvpaging.base.config import EngineConfig, EngineOptions
+from kvpaging.cache.lower_levels import LowerLevels, PagesLoaded
+from kvpaging.engine.engine import Engine
+from kvpaging.execution.executor import Executor
+from kvpaging.replay.full_mode import StepTimes
+from kvpaging.scheduling.events import Event
+from kvpaging.scheduling.outputs import StepOutputs
+from kvpaging.scheduling.plan import StepPlan, StepResult
+from kvpaging.scheduling.request import SamplingParams
+
+CASES: Final = (
+    (1, 16, 24),
+    (1, 128, 16),
+    (1, 512, 16),
+    (1, 2048, 16),
+    (4, 64, 24),
+    (4, 512, 16),
+    (16, 32, 24),
+    (16, 256, 16),
+)
+"""(sequences, prompt tokens, steps of decoding)."""
+
+
+class StepPoint(msgspec.Struct, frozen=True):
+    """One step as it was measured."""
+
+    num_new_tokens: int
+    num_context_tokens: int
+    seconds: float
+
+
+class MeasuredSteps(msgspec.Struct, frozen=True):
+    """What the machine was found to take."""
+
+    model: str
+    device: str
+    times: StepTimes
+    error_ratio: float
+    """Median relative error of the fit over the measured steps."""
+    num_steps: int
+
+
+class _Watched:
+    """An `executor.Executor` that keeps the last plan."""
+
+    def __init__(self, executor: Executor):
+        self._executor = executor
+        self.plan: StepPlan | None = None
+
+    @property
+    def lower_levels(self) -> LowerLevels | None:
+        return self._executor.lower_levels
+
+    def run(self, plan: StepPlan) -> StepResult:
+        self.plan = plan
+        return self._executor.run(plan)
+
+    def completions(self) -> Sequence[PagesLoaded]:
+        return self._executor.completions()
+
+    def wait(self, timeout_s: float) -> None:
+        self._executor.wait(timeout_s)
+
+    def close(self) -> None:
+        self._executor.close()
+
+
+class _MeasuredEngine(Engine):
+    """An engine that notes how long each of its steps took, host work included."""
+
+    def __init__(self, config: EngineConfig, executor: Executor):
+        self.watched = _Watched(executor)
+        super().__init__(config, self.watched)
+        self.points: list[StepPoint] = []
+
+    def step(self, events: Sequence[Event] = ()) -> StepOutputs:
+        """As `Engine.step`."""
+        started = monotonic()
+        outputs = super().step(events)
+        plan = self.watched.plan
+        if plan is not None and plan.scheduled:
+            context = sum(entry.start for entry in plan.scheduled)
+            self.points.append(StepPoint(plan.num_new_tokens, context, monotonic() - started))
+        return outputs
+
+
+def fit(points: Sequence[StepPoint]) -> tuple[StepTimes, float]:
+    """Step times and the median relative error; no term is negative."""
+    seconds = np.array([point.seconds for point in points])
+    terms = np.array([(1.0, p.num_new_tokens, p.num_context_tokens) for p in points])
+    used = [0, 1, 2]
+    while True:
+        found, *_ = np.linalg.lstsq(
+            terms[:, used] / seconds[:, None], np.ones(len(points)), rcond=None
+        )
+        if found.min() >= 0 or len(used) == 1:
+            break
+        used.pop(int(found.argmin()))
+    values = np.zeros(3)
+    values[used] = np.maximum(found, 0.0)
+    errors = np.abs(terms @ values - seconds) / seconds
+    return StepTimes(*map(float, values)), float(np.median(errors))
+
+
+def measure(options: EngineOptions) -> MeasuredSteps:
+    """Load the model and measure. Takes some seconds on a small model. Raises ConfigError."""
+    from kvpaging.execution.loading import load_executor
+
+    config, executor = load_executor(options)
+    engine = _MeasuredEngine(config, executor)
+    try:
+        points = _points(engine)
+    finally:
+        engine.close()
+    times, error_ratio = fit(points)
+    return MeasuredSteps(config.model_dir, config.device, times, error_ratio, len(points))
+
+
+def _points(engine: _MeasuredEngine) -> list[StepPoint]:
+    scheduler = engine.config.scheduler
+    lot = random.Random(0)
+    engine.generate([[1] * 8], SamplingParams(max_new_tokens=4, seed=0))  # warm up
+    engine.points.clear()
+    for num_seqs, length, num_steps in CASES:
+        longest = min(
+            scheduler.max_model_len, scheduler.num_pages * scheduler.page_size // num_seqs
+        )
+        num_seqs = min(num_seqs, scheduler.max_num_seqs)
+        length = min(length, longest - num_steps - 1)
+        if length < 1:
+            continue
+        vocab = engine.config.vocab_size
+        prompts = [[lot.randrange(vocab) for _ in range(length)] for _ in range(num_seqs)]
+        sampling = SamplingParams(
+            max_new_tokens=num_steps, seed=0, temperature=0.0, ignore_eos=True
+        )
+        engine.generate(prompts, sampling)
+    return engine.points
