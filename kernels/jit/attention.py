@@ -68,7 +68,9 @@ def choose_tiles(
     least_rows = triton.next_power_of_2(group)
 
     def tiles(block_m: int, tile: int, num_warps: int, num_stages: int) -> Tiles:
-        block_m = max(block_m, least_rows)
+        if block_m < least_rows:  # a large group: as many rows a warp as before
+            num_warps = min(8, num_warps * least_rows // block_m)
+            block_m = least_rows
         step_bytes = 2 * 2 * tile * width  # keys and values of one step
         spare = target.shared_bytes - 2 * block_m * max(width, 64)
         fitting = num_stages if target.backend == "hip" else spare // step_bytes

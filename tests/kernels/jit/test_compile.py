@@ -30,13 +30,15 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def attention(head_dim: int, *, featured: bool = False) -> Callable[[TritonOps], object]:
-    """A mixed batch: all three kernels. Heads as in Llama 3 8B."""
+def attention(
+    head_dim: int, *, featured: bool = False, heads: int = 32, kv_heads: int = 8
+) -> Callable[[TritonOps], object]:
+    """A mixed batch: all three kernels. Heads as in Llama 3 8B, if not given."""
 
     def call(ops: TritonOps) -> torch.Tensor:
-        pool = empty(512, 2, 2, 8, 16, head_dim)
+        pool = empty(512, 2, 2, kv_heads, 16, head_dim)
         return ops.paged_attention(
-            empty(2000, 32, head_dim),
+            empty(2000, heads, head_dim),
             pool[:, 0, 0],
             pool[:, 0, 1],
             empty(4, 256, dtype=torch.int32),
@@ -45,7 +47,7 @@ def attention(head_dim: int, *, featured: bool = False) -> Callable[[TritonOps],
             scale=0.1,
             window=4096 if featured else None,
             soft_cap=50.0 if featured else None,
-            sinks=empty(32, dtype=torch.float32) if featured else None,
+            sinks=empty(heads, dtype=torch.float32) if featured else None,
         )
 
     return call
@@ -98,6 +100,7 @@ MATRIX_CALLS = {
     "attention 128": attention(128),
     "attention 128 window cap sinks": attention(128, featured=True),
     "attention 256 window cap sinks": attention(256, featured=True),
+    "attention 128 of 64 heads on one": attention(128, heads=64, kv_heads=1),
     "linear 1 narrow": linear(1, 4096),
     "linear 32 wide": linear(32, 28672),
     "linear 200": linear(200, 4096),
@@ -163,11 +166,12 @@ def test_other_kernels_compile(arch: str, name: str) -> None:
 
 @pytest.mark.parametrize("arch", TARGETS)
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("heads", [8, 32, 512])
 def test_exact_attention_takes_one_step_and_one_kind_of_instruction(
-    arch: str, head_dim: int
+    arch: str, head_dim: int, heads: int
 ) -> None:
     target = TARGETS[arch]
-    extend, decode, _ = record(target, attention(head_dim), exact=True)
+    extend, decode, _ = record(target, attention(head_dim, heads=heads), exact=True)
     for name in ("TILE", "SPLIT", "BLOCK_D"):
         assert extend.arguments[name] == decode.arguments[name]
     assert matrix_instruction(extend, target) == matrix_instruction(decode, target)
