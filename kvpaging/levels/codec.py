@@ -18,10 +18,9 @@ from __future__ import annotations
 
 import struct
 import threading
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import xxhash
 import zstandard
 
@@ -32,6 +31,7 @@ MAGIC: Final = b"KVPG"
 VERSION: Final = 1
 RAW: Final = 0
 PLANES_ZSTD: Final = 1
+_WORD_BYTES: Final = (1, 2, 4, 8)
 
 _HEADER: Final = struct.Struct("<4sBBBxIII32s32s32s")
 _CHECK_BYTES: Final = 8
@@ -42,7 +42,7 @@ OVERHEAD_BYTES: Final = HEADER_BYTES + _DIGEST_BYTES
 """What a value costs beside its tokens and body."""
 KEY_BYTES: Final = 32
 
-_SAMPLE_BYTES: Final = 4096
+_SAMPLE_BYTES: Final = 1024
 _WORTHWHILE: Final = 0.95
 """A plane is compressed if a sample of it shrinks below this."""
 
@@ -90,12 +90,19 @@ class PageCodec:
 
     def __init__(self, root: bytes, item_bytes: int, *, compress: bool = True) -> None:
         self._root = root
-        self._item_bytes = item_bytes
+        self._item_bytes = item_bytes if item_bytes in _WORD_BYTES else 1
         self._compress = compress
         self._zstd = _ZstdOfThread()
 
     def encode(self, page: StoredPage) -> bytes:
         """The value of a page."""
+        return b"".join(self.encode_parts(page))
+
+    def encode_parts(self, page: StoredPage) -> list[bytes | memoryview]:
+        """The value of a page in pieces, for those who can write pieces: saves copying it.
+
+        One of them may be a view of the page's payload.
+        """
         payload = memoryview(page.payload).cast("B")
         codec, item, body = RAW, 1, [payload]
         if self._compress and len(payload) and len(payload) % self._item_bytes == 0:
@@ -106,8 +113,12 @@ class PageCodec:
             MAGIC, VERSION, codec, item, len(payload), body_bytes, len(page.tokens),
             self._root, page.key, page.parent,
         )  # fmt: skip
-        value = b"".join((header, xxhash.xxh3_64_digest(header), page.tokens, *body))
-        return value + xxhash.xxh3_128_digest(value)
+        check = xxhash.xxh3_64_digest(header)
+        parts: list[bytes | memoryview] = [header, check, page.tokens, *body]
+        digest = xxhash.xxh3_128()
+        for part in parts:
+            digest.update(part)
+        return [*parts, digest.digest()]
 
     def decode(self, value: bytes | memoryview, key: PageKey) -> StoredPage:
         """The page `key` that `value` holds. Raises BadValue, whatever the bytes are.
@@ -121,7 +132,7 @@ class PageCodec:
         body = value[body_at : body_at + header.body_bytes]
         if header.codec == RAW and header.body_bytes == header.payload_bytes:
             payload = body
-        elif header.codec == PLANES_ZSTD and header.item_bytes:
+        elif header.codec == PLANES_ZSTD and header.item_bytes in _WORD_BYTES:
             payload = self._grow(body, header)
         else:
             raise BadValue(f"codec {header.codec} is not known here")
@@ -142,9 +153,11 @@ class PageCodec:
 
     def _shrink(self, payload: memoryview) -> list[memoryview]:
         """Sizes of the planes as uint32, then the planes. A plane of its full size is raw."""
-        items: npt.NDArray[np.uint8] = np.frombuffer(payload, np.uint8)
-        items = items.reshape(-1, self._item_bytes)
-        planes = [self._zstd.shrink(items[:, i].copy().data) for i in range(self._item_bytes)]
+        words = np.frombuffer(payload, _word(self._item_bytes))
+        planes = [
+            self._zstd.shrink((words >> (8 * i)).astype(np.uint8).data)
+            for i in range(self._item_bytes)
+        ]
         sizes = np.array([len(plane) for plane in planes], "<u4")
         return [memoryview(sizes.tobytes()), *planes]
 
@@ -154,12 +167,18 @@ class PageCodec:
         at = 4 * item_bytes
         if rest or len(body) < at:
             raise BadValue("the planes do not fit the payload")
-        items = np.empty((num_items, item_bytes), np.uint8)
+        words = np.zeros(num_items, _word(item_bytes))
         for i, size in enumerate(struct.unpack(f"<{item_bytes}I", body[:at])):
             plane = self._zstd.grow(body[at : at + size], num_items)
-            items[:, i] = np.frombuffer(plane, np.uint8)
+            word = np.frombuffer(plane, np.uint8).astype(words.dtype)
+            word <<= 8 * i
+            words |= word
             at += size
-        return items.reshape(-1).data
+        return words.view(np.uint8).data
+
+
+def _word(item_bytes: int) -> np.dtype[np.unsignedinteger[Any]]:
+    return np.dtype(f"<u{item_bytes}")
 
 
 class _ZstdOfThread(threading.local):

@@ -15,16 +15,19 @@ Knows nothing of the tokens' meaning or of who uses the pages.
 from __future__ import annotations
 
 import fcntl
+import itertools
 import logging
 import os
 import sqlite3
 import stat
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, TypeVar
 
 from kvpaging.base.clock import Clock, monotonic
 from kvpaging.base.errors import ConfigError
@@ -39,17 +42,29 @@ MIN_CAPACITY_BYTES: Final = 1 << 20
 _SEGMENTS: Final = 64
 _SMALLEST_SEGMENT_BYTES: Final = 8 << 20
 _LARGEST_SEGMENT_BYTES: Final = 256 << 20
-_MOVE_BYTES: Final = 4 << 20
-"""Bytes between two looks at the clock."""
+_MOVE_BYTES: Final = 1 << 20
+"""About what is read or written at once, and handed to one thread to pack or check."""
+_MAX_WORKERS: Final = 4
 _ENTRIES_A_STRETCH: Final = 1024
 _INDEX_NAME: Final = "index.sqlite"
 _LOCK_NAME: Final = "lock"
 
+_Item = TypeVar("_Item")
+_Done = TypeVar("_Done")
 
-class _Place(NamedTuple):
-    segment: int
-    offset: int
-    num_bytes: int
+
+_Place = tuple[int, int, int]
+"""Segment, offset, bytes. A plain tuple: the garbage collector need not look at a million."""
+
+
+class _Value:
+    """The pieces of one page's value."""
+
+    __slots__ = ("num_bytes", "pieces")
+
+    def __init__(self, pieces: list[bytes | memoryview]) -> None:
+        self.pieces = pieces
+        self.num_bytes = sum(map(len, pieces))
 
 
 @dataclass(slots=True)
@@ -67,6 +82,11 @@ class _Run:
     num_bytes: int
     wanted: list[tuple[int, PageKey, _Place]]
     """Their positions in the call, keys and places."""
+
+    @property
+    def end(self) -> int:
+        """The offset behind the last."""
+        return self.offset + self.num_bytes
 
 
 def _segment_bytes(capacity_bytes: int) -> int:
@@ -130,12 +150,18 @@ class DiskLevel:
         self._pending: list[Entry] = []
         self._index_bytes = 0
         self._is_closed = False
+        self._workers = ThreadPoolExecutor(
+            min(_MAX_WORKERS, os.cpu_count() or 1), thread_name_prefix="kvpaging-disk"
+        )
+        """Pack pages for writing; read and check them. A thread that the medium holds is given up
+        by who waits for it."""
         try:
             self._lock_file = _lock_directory(directory)
             try:
                 self._index = self._open_index()
                 self._recover()
             except OSError:
+                self._workers.shutdown()
                 os.close(self._lock_file)
                 raise
         except OSError as error:
@@ -150,16 +176,17 @@ class DiskLevel:
         started = self._clock()
         found: list[StoredPage | None] = [None] * len(keys)
         runs = list(self._runs(keys))
-        for i, run in enumerate(runs):
-            if self._clock() - started >= deadline_s:
-                self._counters.add(late=sum(len(run.wanted) for run in runs[i:]))
-                break
-            self._load_run(run, found)
+        num_late = sum(len(run.wanted) for run in runs)
+        for run, pages in self._ahead(self._load_run, runs, started + deadline_s):
+            num_late -= len(run.wanted)
+            for (i, _, _), page in zip(run.wanted, pages, strict=True):
+                found[i] = page
         hits = [page for page in found if page is not None]
         self._mark_used([page.key for page in hits])
         self._counters.add(
             loads=len(keys),
             hits=len(hits),
+            late=num_late,
             loaded_payload_bytes=sum(len(page.payload) for page in hits),
             load_s=self._clock() - started,
         )
@@ -171,25 +198,29 @@ class DiskLevel:
         new = {page.key: page for page in pages if page.key not in self._places}
         known = [page.key for page in pages if page.key in self._places]
         self._mark_used(known)
-        stored = 0
-        for batch in _batches(new.values()):
-            if self._clock() - started >= deadline_s:
-                self._counters.add(late=len(new) - stored)
-                break
-            values = [self._codec.encode(page) for page in batch]
+        num_left = len(new)
+        num_stored = 0
+        for batch, values in self._ahead(
+            self._encode, _batches(new.values()), started + deadline_s
+        ):
             with self._write_lock:
                 taken = self._store_values([page.key for page in batch], values)
-            stored += taken
+            num_left -= len(batch)
+            num_stored += taken
             self._counters.add(
                 stored=taken,
+                refused=len(batch) - taken,
                 stored_payload_bytes=sum(len(page.payload) for page in batch[:taken]),
-                written_bytes=sum(map(len, values[:taken])),
+                written_bytes=sum(value.num_bytes for value in values[:taken]),
             )
             if taken < len(batch):
-                self._counters.add(refused=len(new) - stored)
+                self._counters.add(refused=num_left)
+                num_left = 0
                 break
-        self._counters.add(stores=len(pages), known=len(known), store_s=self._clock() - started)
-        return len(known) + stored
+        self._counters.add(
+            stores=len(pages), known=len(known), late=num_left, store_s=self._clock() - started
+        )
+        return len(known) + num_stored
 
     def flush(self) -> None:
         """Index what is not indexed yet, and have the medium hold the newest segment."""
@@ -222,7 +253,37 @@ class DiskLevel:
                 self._index.close()
             with self._places_lock:
                 self._places.clear()
+            self._workers.shutdown(wait=False, cancel_futures=True)
             os.close(self._lock_file)
+
+    def _ahead(
+        self, work: Callable[[_Item], _Done], items: Iterable[_Item], end_s: float
+    ) -> Iterator[tuple[_Item, _Done]]:
+        """Each item with what `work` makes of it, in order, some of them worked out ahead.
+
+        Ends early at `end_s`, or when the level is closed.
+        """
+        under_way: deque[tuple[_Item, Future[_Done]]] = deque()
+        rest = iter(items)
+        try:
+            while True:
+                for item in itertools.islice(rest, _MAX_WORKERS + 1 - len(under_way)):
+                    under_way.append((item, self._workers.submit(work, item)))
+                if not under_way:
+                    return
+                item, future = under_way.popleft()
+                left_s = end_s - self._clock()
+                if left_s <= 0:
+                    return
+                yield item, future.result(left_s)
+        except (TimeoutError, CancelledError, RuntimeError):  # late, or closed meanwhile
+            return
+        finally:
+            for _, future in under_way:
+                future.cancel()
+
+    def _encode(self, pages: list[StoredPage]) -> list[_Value]:
+        return [_Value(self._codec.encode_parts(page)) for page in pages]
 
     # Opening.
 
@@ -247,7 +308,7 @@ class DiskLevel:
             self._newest = segment_id
             self._recover_segment(segment_id, size, known.get(segment_id, []))
         self._measure_index()
-        while self._segments and not self._fits(0):
+        while self._segments and not self._fits(0, 0):
             self._drop_oldest(keep_used=False)
         newest = self._segments.get(self._newest)
         if newest is not None and newest.num_bytes < self._segment_bytes:
@@ -308,37 +369,41 @@ class DiskLevel:
             place = self._places.get(key)
             if place is None:
                 continue
+            segment_id, offset, num_bytes = place
             if (
                 run is not None
-                and (place.segment, place.offset) == (run.segment, run.offset + run.num_bytes)
-                and run.num_bytes + place.num_bytes <= _MOVE_BYTES
+                and (segment_id, offset) == (run.segment, run.end)
+                and run.num_bytes + num_bytes <= _MOVE_BYTES
             ):
-                run.num_bytes += place.num_bytes
+                run.num_bytes += num_bytes
                 run.wanted.append((i, key, place))
                 continue
             if run is not None:
                 yield run
-            run = _Run(*place, [(i, key, place)])
+            run = _Run(segment_id, offset, num_bytes, [(i, key, place)])
         if run is not None:
             yield run
 
-    def _load_run(self, run: _Run, found: list[StoredPage | None]) -> None:
+    def _load_run(self, run: _Run) -> list[StoredPage | None]:
+        """The run's pages, read and checked."""
         path = segment.path_of(self._directory, run.segment)
         try:
             data = segment.read(path, run.offset, run.num_bytes)
         except OSError as error:
             if run.segment in self._segments:  # else it went meanwhile: a plain miss
                 self._failed("a segment can't be read", error)
-            return
-        for i, key, place in run.wanted:
-            at = place.offset - run.offset
+            return [None] * len(run.wanted)
+        pages: list[StoredPage | None] = []
+        for _, key, place in run.wanted:
+            at = place[1] - run.offset
             try:
-                found[i] = self._codec.decode(data[at : at + place.num_bytes], key)
+                pages.append(self._codec.decode(data[at : at + place[2]], key))
             except BadValue as error:
-                if run.segment in self._segments:
-                    self._counters.add(corrupt=1)
-                    self._complaints.warn("a page is corrupt", f"{path} at {place.offset}: {error}")
+                pages.append(None)
+                self._counters.add(corrupt=1)
+                self._complaints.warn("a page is corrupt", f"{path} at {place[1]}: {error}")
                 self._forget(key, place)
+        return pages
 
     def _mark_used(self, keys: Iterable[PageKey]) -> None:
         with self._places_lock:
@@ -352,42 +417,60 @@ class DiskLevel:
 
     # Writing. The caller holds the write lock.
 
-    def _store_values(self, keys: list[PageKey], values: list[bytes]) -> int:
+    def _store_values(self, keys: list[PageKey], values: list[_Value]) -> int:
         """Append these values and make room for them; returns how many, from the first on."""
-        if self._is_closed:
-            return 0
+        done = 0
         try:
-            for i, value in enumerate(values):
-                while not self._fits(len(value), self._segment_bytes // 2):
-                    if not self._can_drop():
-                        self._complaints.warn("no room for a page", f"of {len(value)} bytes")
-                        return i
-                    self._drop_oldest()
-                self._append(keys[i], value)
+            while done < len(values) and not self._is_closed:
+                size = values[done].num_bytes
+                rest = sum(value.num_bytes for value in values[done:])
+                wanted = max(size, min(rest, self._segment_bytes))
+                if not self._make_room(wanted, len(values) - done):
+                    self._complaints.warn("no room for a page", f"of {size} bytes")
+                    break
+                done += self._append(keys[done:], values[done:])
         except OSError as error:
             self._failed("a page can't be written", error)
-            return i
-        return len(values)
+        return done
 
-    def _fits(self, num_bytes: int, reserve_bytes: int = 0) -> bool:
+    def _make_room(self, num_bytes: int, num_entries: int) -> bool:
+        """Let the oldest segments go until so much fits, and the reserve for used pages too."""
+        while not self._fits(num_bytes + self._segment_bytes // 2, num_entries):
+            if len(self._segments) <= (self._writer is not None):
+                return False
+            self._drop_oldest()
+        return True
+
+    def _fits(self, num_bytes: int, num_entries: int) -> bool:
         """Whether so much more fits, with what indexing it may take."""
-        growth = SegmentIndex.growth_bytes(len(self._pending) + 1)
-        wanted = num_bytes + growth + reserve_bytes
+        wanted = num_bytes + SegmentIndex.growth_bytes(len(self._pending) + num_entries)
         return self._num_bytes + self._index_bytes + wanted <= self._capacity_bytes
 
-    def _append(self, key: PageKey, value: bytes | memoryview) -> None:
-        """Write one value behind the newest segment's end. Raises OSError."""
+    def _append(self, keys: Sequence[PageKey], values: Sequence[_Value]) -> int:
+        """Write the values that one segment takes, at least the first; returns how many.
+
+        Raises OSError when none could be written.
+        """
         writer = self._writer
-        if writer is None or (writer.end and writer.end + len(value) > self._segment_bytes):
+        if writer is None or (
+            writer.end and writer.end + values[0].num_bytes > self._segment_bytes
+        ):
             writer = self._begin_segment()
-        entry = Entry(key, writer.end, len(value))
-        writer.append([value])
-        self._num_bytes += len(value)
+        entries: list[Entry] = []
+        end = writer.end
+        for key, value in zip(keys, values, strict=True):
+            if entries and end + value.num_bytes > self._segment_bytes:
+                break
+            entries.append(Entry(key, end, value.num_bytes))
+            end += value.num_bytes
+        writer.append([piece for value in values[: len(entries)] for piece in value.pieces])
+        self._num_bytes += writer.end - entries[0].offset
         self._segments[self._newest].num_bytes = writer.end
-        self._place(self._newest, [entry])
-        self._pending.append(entry)
+        self._place(self._newest, entries)
+        self._pending += entries
         if len(self._pending) >= _ENTRIES_A_STRETCH:
             self._index_pending()
+        return len(entries)
 
     def _begin_segment(self) -> SegmentWriter:
         self._seal()
@@ -407,12 +490,8 @@ class DiskLevel:
     def _place(self, segment_id: int, entries: Iterable[Entry]) -> None:
         with self._places_lock:
             for entry in entries:
-                self._places[entry.key] = _Place(segment_id, entry.offset, entry.num_bytes)
+                self._places[entry.key] = (segment_id, entry.offset, entry.num_bytes)
                 self._segments[segment_id].keys.append(entry.key)
-
-    def _can_drop(self) -> bool:
-        """There is a segment besides the one that is being written."""
-        return len(self._segments) > (self._writer is not None)
 
     def _drop_oldest(self, *, keep_used: bool = True) -> None:
         """Delete the oldest segment, but keep what was used of it. Frees half of it or more."""
@@ -420,7 +499,7 @@ class DiskLevel:
         here = [
             (key, place)
             for key in dict.fromkeys(oldest.keys)
-            if (place := self._places.get(key)) is not None and place.segment == segment_id
+            if (place := self._places.get(key)) is not None and place[0] == segment_id
         ]
         rescued = self._rescue(here) if keep_used else 0
         for key, place in here:
@@ -442,19 +521,19 @@ class DiskLevel:
         """
         rescued = 0
         with self._complaining("keeping used pages"):
-            for key, place in pages:
+            for key, (segment_id, offset, num_bytes) in pages:
                 if key not in self._used:
                     continue
-                if not self._fits(place.num_bytes):
+                if not self._fits(num_bytes, 1):
                     break
-                path = segment.path_of(self._directory, place.segment)
-                value = segment.read(path, place.offset, place.num_bytes)
+                path = segment.path_of(self._directory, segment_id)
+                value = segment.read(path, offset, num_bytes)
                 try:
                     self._codec.check(value, key)
                 except BadValue:
                     self._counters.add(corrupt=1)
                     continue
-                self._append(key, value)
+                self._append([key], [_Value([value])])
                 with self._places_lock:
                     self._used.discard(key)
                 rescued += 1

@@ -18,8 +18,8 @@ from kvpaging.levels.codec import HEADER_BYTES, BadValue, read_header
 
 _SUFFIX: Final = ".pages"
 _MODE: Final = 0o600
-_MAX_PARTS: Final = 512
-"""Values that one call writes: systems allow 1024."""
+_MAX_PIECES: Final = 512
+"""Pieces that one call writes: systems allow 1024."""
 
 
 class Entry(NamedTuple):
@@ -87,21 +87,21 @@ class SegmentWriter:
         self.end = end
         os.ftruncate(self._file, end)
 
-    def append(self, values: Sequence[bytes | memoryview]) -> None:
-        """Write all of `values` behind the end, or nothing of them. Raises OSError."""
+    def append(self, pieces: Sequence[bytes | memoryview]) -> None:
+        """Write all of `pieces` behind the end, or nothing of them. Raises OSError."""
         at = self.end
         try:
-            for first in range(0, len(values), _MAX_PARTS):
-                at = self._write(values[first : first + _MAX_PARTS], at)
+            for first in range(0, len(pieces), _MAX_PIECES):
+                at = self._write(pieces[first : first + _MAX_PIECES], at)
         except OSError:
             os.ftruncate(self._file, self.end)
             raise
         self.end = at
 
-    def _write(self, values: Sequence[bytes | memoryview], at: int) -> int:
-        written = os.pwritev(self._file, values, at)
-        if written < sum(map(len, values)):  # a full disk or a signal: go on with what is left
-            rest = memoryview(b"".join(values))
+    def _write(self, pieces: Sequence[bytes | memoryview], at: int) -> int:
+        written = os.pwritev(self._file, pieces, at)
+        if written < sum(map(len, pieces)):  # a full disk or a signal: go on with what is left
+            rest = memoryview(b"".join(pieces))
             while written < len(rest):
                 written += os.pwrite(self._file, rest[written:], at + written)
         return at + written

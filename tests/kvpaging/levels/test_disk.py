@@ -194,6 +194,17 @@ def test_the_bound_holds_at_all_times(tmp_path: Path) -> None:
     level.close()
 
 
+def test_the_bound_holds_over_the_index_of_tiny_pages(tmp_path: Path) -> None:
+    directory = tmp_path / "cache"
+    level = opened(directory, segment_bytes=30_000)
+    for first in range(0, 12_000, 400):
+        level.store([page_of(n, 0) for n in range(first, first + 400)], 60.0)
+        assert num_bytes(directory) <= MIN_CAPACITY_BYTES
+    assert level.stats().evicted > 0
+    assert level.stats().num_pages == len(whole(level, range(12_000), 0)) > 3000
+    level.close()
+
+
 def test_a_smaller_bound_lets_the_oldest_go(tmp_path: Path) -> None:
     level = opened(tmp_path / "cache", 4 * MIN_CAPACITY_BYTES, segment_bytes=100_000)
     fill(level, range(400), 6000)
@@ -325,6 +336,26 @@ def test_a_broken_page_can_be_stored_again(tmp_path: Path) -> None:
     level.close()
     level = opened(tmp_path / "cache")
     assert whole(level, range(3)) == {0, 1, 2}
+    level.close()
+
+
+def test_a_page_stored_again_outlives_its_first_segment(tmp_path: Path) -> None:
+    level = opened(tmp_path / "cache", segment_bytes=100_000)
+    fill(level, range(2), 6000)
+    path = segments_of(tmp_path / "cache")[0]
+    data = bytearray(path.read_bytes())
+    data[1000] ^= 1
+    path.write_bytes(data)
+    assert whole(level, range(2), 6000) == {1}
+    fill(level, range(2, 60), 6000)
+    fill(level, range(1), 6000)
+    number = 60
+    while path.exists():
+        fill(level, range(number, number + 1), 6000)
+        number += 1
+    assert level.contains([key_of(n) for n in range(2)]) == [True, True]
+    assert whole(level, range(2), 6000) == {0, 1}
+    assert level.stats().rescued == 1
     level.close()
 
 
