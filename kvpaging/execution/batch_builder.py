@@ -54,6 +54,10 @@ class BatchBuilder:
         """Append one sampled token to each of several distinct rows."""
         self._tokens.append_each(rows, token_ids)
 
+    def tokens(self, seq_id: SeqId, start: int, end: int) -> npt.NDArray[np.int64]:
+        """A copy of the sequence's tokens at the positions from `start` to before `end`."""
+        return self._tokens.cells[self._row_of[seq_id], start:end].astype(np.int64)
+
     def build(self, scheduled: Sequence[ScheduledSequence]) -> DeviceBatch:
         """Append the step's new pages to their rows and lay its tokens out behind each other."""
         count = len(scheduled)

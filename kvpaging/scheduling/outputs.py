@@ -52,6 +52,9 @@ class SequenceOutput(msgspec.Struct, frozen=True):
     num_cached_tokens: int
     """Prompt tokens that were found in the prefix cache when the request was first scheduled."""
     finished: Finished | None = None
+    prompt_samples: tuple[Sample, ...] = ()
+    """The prompt's next tokens with their log-probabilities, from the second one on and each once;
+    all of them come before or with the first sample."""
 
 
 class Rejection(msgspec.Struct, frozen=True):

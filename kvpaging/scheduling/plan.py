@@ -30,7 +30,7 @@ class AddedSequence(msgspec.Struct, frozen=True, gc=False):
     output_index: int
 
 
-class ScheduledSequence(msgspec.Struct, frozen=True, gc=False):
+class ScheduledSequence(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """This step's work for one sequence: `num_new_tokens` tokens from position `start`.
 
         0 ........ start ............ start + num_new_tokens ....... known tokens
@@ -46,6 +46,8 @@ class ScheduledSequence(msgspec.Struct, frozen=True, gc=False):
     new_page_ids: tuple[PageId, ...]
     """Appended to its page table before the step; empty for a sequence in `added`."""
     sample_for: tuple[int, ...]
+    prompt_logprobs: int | None = None
+    """k: the log-probability of each prompt token that follows a new one, and the k largest."""
 
 
 class PageCopy(msgspec.Struct, frozen=True, gc=False):
@@ -81,7 +83,7 @@ class StepPlan(msgspec.Struct, frozen=True, gc=False):
 
 
 class Sample(msgspec.Struct, frozen=True, gc=False):
-    """One sampled token; `logprob` and `top` where the request asked for log-probabilities."""
+    """One token; `logprob` and `top` where the request asked for log-probabilities."""
 
     token_id: int
     logprob: float | None = None
@@ -101,3 +103,6 @@ class StepResult(msgspec.Struct, frozen=True, gc=False):
     failed: tuple[SeqId, ...] = ()
     elapsed_s: float = 0.0
     """What the work took."""
+    prompt_logprobs: tuple[tuple[Sample, ...], ...] = ()
+    """For each entry of `plan.scheduled`, or empty where none asks: one sample for each of its new
+    tokens that a prompt token follows, of that next token. Nothing for a failed one."""

@@ -41,6 +41,9 @@ class SamplingParams(msgspec.Struct, frozen=True):
     ignore_eos: bool = False
     logprobs: int | None = None
     """`None`: none; k: the chosen token's and the k most probable ones', of the raw logits."""
+    prompt_logprobs: int | None = None
+    """The same for each prompt token after the first. They come with output 0 and cost prefix hits:
+    logits can't be had of what was not computed."""
 
 
 class Request(msgspec.Struct, frozen=True):
