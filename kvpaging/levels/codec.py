@@ -91,7 +91,7 @@ class PageCodec:
     def __init__(self, root: bytes, item_bytes: int, *, compress: bool = True) -> None:
         self._root = root
         self._item_bytes = item_bytes if item_bytes in _WORD_BYTES else 1
-        self._compress = compress
+        self.compresses = compress
         self._zstd = _ZstdOfThread()
 
     def encode(self, page: StoredPage) -> bytes:
@@ -105,7 +105,7 @@ class PageCodec:
         """
         payload = memoryview(page.payload).cast("B")
         codec, item, body = RAW, 1, [payload]
-        if self._compress and len(payload) and len(payload) % self._item_bytes == 0:
+        if self.compresses and len(payload) and len(payload) % self._item_bytes == 0:
             codec, item = PLANES_ZSTD, self._item_bytes
             body = self._shrink(payload)
         body_bytes = sum(map(len, body))

@@ -200,9 +200,7 @@ class DiskLevel:
         self._mark_used(known)
         num_left = len(new)
         num_stored = 0
-        for batch, values in self._ahead(
-            self._encode, _batches(new.values()), started + deadline_s
-        ):
+        for batch, values in self._packed(new.values(), started + deadline_s):
             with self._write_lock:
                 taken = self._store_values([page.key for page in batch], values)
             num_left -= len(batch)
@@ -281,6 +279,19 @@ class DiskLevel:
         finally:
             for _, future in under_way:
                 future.cancel()
+
+    def _packed(
+        self, pages: Iterable[StoredPage], end_s: float
+    ) -> Iterator[tuple[list[StoredPage], list[_Value]]]:
+        """Batches of pages and their values, until `end_s`."""
+        batches = _batches(pages)
+        if self._codec.compresses:
+            yield from self._ahead(self._encode, batches, end_s)
+            return
+        for batch in batches:  # nothing that would be worth another thread
+            if self._clock() >= end_s:
+                return
+            yield batch, self._encode(batch)
 
     def _encode(self, pages: list[StoredPage]) -> list[_Value]:
         return [_Value(self._codec.encode_parts(page)) for page in pages]
