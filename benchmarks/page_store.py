@@ -67,7 +67,9 @@ class _Pages:
     def store(self, links: Sequence[ChainLink]) -> None:
         """As a sequence that was computed and ended."""
         lease = self._cache.reserve([], len(links))
-        self._cache.commit(lease, self._chain(links), len(links))
+        chain = self._chain(links)
+        self._cache.commit(lease, chain, len(links))
+        self._cache.prove(lease, chain)
         self._cache.release(lease)
 
     def look_up(self, links: Sequence[ChainLink]) -> int:

@@ -1,16 +1,18 @@
 """The laws over pages, checked in production, a slice at a time.
 
 1. free + cached + held + quarantined = all pages.
-2. A page's reference count is the number of leases that name it.
-3. A page with a key is full and computed: no lease has published more than it committed.
+2. A page that a lease names is held; with no lease alive, none is.
 6. No cached page is unreachable: its parent's key has a page, or is the root.
 
-A leaked page (held by nobody's lease) is quarantined and the rest serves on. A lease that names a
-page which isn't held might read another's tokens: that raises, and the engine stops.
+A leaked page (held by nobody's lease) is quarantined, an unreachable one forgotten, and the rest
+serves on; both are logged as errors. A lease that names a page which isn't held might read
+another's tokens: that raises, and the engine stops.
 """
 
 from __future__ import annotations
 
+import logging
+from collections import deque
 from collections.abc import Iterator
 from itertools import islice
 
@@ -18,6 +20,8 @@ from kvpaging.base.errors import LawBroken
 from kvpaging.base.ids import PageId
 from kvpaging.cache.cache_manager import CacheManager
 from kvpaging.cache.page_lease import PageLease
+
+_logger = logging.getLogger(__name__)
 
 PAGES_PER_SLICE = 512
 
@@ -28,9 +32,12 @@ class Audit:
     def __init__(self, cache: CacheManager):
         self._cache = cache
         self._leases: Iterator[PageLease] = iter(())
+        self._lease: PageLease | None = None
+        self._next_in_lease = 0
         self._next_page = 1
-        self.breaches: list[str] = []
-        """What was found and mended by quarantine, in words."""
+        self.num_breaches = 0
+        self.breaches: deque[str] = deque(maxlen=8)
+        """The last ones, in words; what they touched is out of service."""
 
     def check_counts(self) -> None:
         """Law 1, in O(1). Raises LawBroken."""
@@ -43,19 +50,28 @@ class Audit:
             )
 
     def check_next_lease(self) -> None:
-        """One lease's pages: each is held. Raises LawBroken."""
-        lease = next(self._leases, None)
+        """The next slice of a lease's pages: each is held. Raises LawBroken."""
+        lease = self._lease
+        if lease is None or not lease.is_live or self._next_in_lease >= len(lease.pages):
+            lease = self._lease = self._following_lease()
+            self._next_in_lease = 0
         if lease is None:
-            self._leases = iter(tuple(self._cache.leases.values()))
-            lease = next(self._leases, None)
-        if lease is not None and lease.is_live:
-            self._check_lease(lease)
-
-    def _check_lease(self, lease: PageLease) -> None:
+            return
+        last = self._next_in_lease + PAGES_PER_SLICE
         pages = self._cache.allocator
-        for page_id in islice(lease.pages, PAGES_PER_SLICE):
+        for page_id in islice(lease.pages, self._next_in_lease, last):
             if pages.num_owners(page_id) < 1:
                 raise LawBroken(f"a lease names page {page_id}, which is {pages.state(page_id)}")
+        self._next_in_lease = last
+
+    def _following_lease(self) -> PageLease | None:
+        """The next one alive; after the last of a round the first of a new one."""
+        for _ in range(2):
+            for lease in self._leases:
+                if lease.is_live:
+                    return lease
+            self._leases = iter(tuple(self._cache.leases.values()))
+        return None
 
     def check_idle_slice(self) -> bool:
         """With no lease alive: laws 2 and 6 on the next slice of pages; quarantines leaked ones.
@@ -76,10 +92,16 @@ class Audit:
         state = cache.allocator.state(page_id)
         if state == "held":
             cache.quarantine(page_id)
-            self.breaches.append(f"page {page_id} was held by no lease; quarantined")
+            self._report(f"page {page_id} was held by no lease; quarantined")
         elif state == "cached":
             parent = cache.index.entry(page_id).parent
             if parent != cache.root and not cache.index.has_key(parent):
-                self.breaches.append(f"cached page {page_id} can't be reached: its parent is gone")
+                cache.discard(page_id)
+                self._report(f"cached page {page_id} could not be reached; forgotten")
         elif state == "free" and page_id in cache.index:
             raise LawBroken(f"page {page_id} is free and still published")
+
+    def _report(self, breach: str) -> None:
+        self.num_breaches += 1
+        self.breaches.append(breach)
+        _logger.error("a law was broken: %s", breach)

@@ -6,6 +6,7 @@ them. Knows sequences only as chains of tokens and as leases; knows no queue and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvpaging.base.errors import LawBroken
@@ -42,6 +43,8 @@ class _CachedPages:
         counters: CacheCounters,
         evicted: list[PageStore] | None,
     ):
+        self.unproven: set[PageKey] = set()
+        """Published keys that no finite logits were sampled from yet. Their pages have owners."""
         self._evicted = evicted
         self._index = index
         self._policy = policy
@@ -57,7 +60,7 @@ class _CachedPages:
         if page_id not in self._index:
             return False
         key = self._index.entry(page_id).link.key
-        if len(self._index.pages_of(key)) > 1:
+        if key in self.unproven or len(self._index.pages_of(key)) > 1:
             self.withdraw(page_id)
             return False
         self._policy.add(page_id, key, is_leaf=not self._index.has_children(key))
@@ -77,8 +80,10 @@ class _CachedPages:
 
     def withdraw(self, page_id: PageId) -> None:
         """The page no longer holds what was published; its parent may be a leaf now."""
-        parent = self._index.entry(page_id).parent
+        parent, link = self._index.entry(page_id)
         self._index.withdraw(page_id)
+        if not self._index.has_key(link.key):
+            self.unproven.discard(link.key)
         if not self._index.has_children(parent):
             for parent_id in self._index.pages_of(parent):
                 if parent_id in self._policy:
@@ -119,6 +124,11 @@ class CacheManager:
     def chain(self, namespace: bytes) -> PrefixChain:
         """An empty chain for a sequence of this namespace."""
         return PrefixChain(self.root, namespace, self.page_size)
+
+    def extend(self, chain: PrefixChain, token_ids: Sequence[int]) -> None:
+        """Add the links of all pages that the sequence's tokens fill, where anybody will ask."""
+        if self._prefix_cache:
+            chain.extend(token_ids)
 
     def pages_for(self, num_tokens: int) -> int:
         """Pages that hold `num_tokens` tokens."""
@@ -172,21 +182,48 @@ class CacheManager:
         return tuple(taken)
 
     def commit(self, lease: PageLease, chain: PrefixChain, num_computed_tokens: int) -> None:
-        """Publish the pages that are full and computed now. `chain` covers them."""
+        """Publish the pages that are full and computed now. `chain` covers them.
+
+        Others may share them at once, but they outlive their owners, and go down to other levels,
+        only once they are proven.
+        """
         if not self._prefix_cache:
             return
-        first = lease.num_published
-        self.publish(lease, chain, num_computed_tokens // self.page_size)
-        if self._levels is not None and self._levels.wants_computed:
-            self.stores.extend(
-                PageStore(lease.pages[i], chain.parent_of(i), chain.links[i], is_eviction=False)
-                for i in range(first, lease.num_published)
-            )
+        self._publish(lease, chain, num_computed_tokens // self.page_size, is_proven=False)
 
-    def publish(self, lease: PageLease, chain: PrefixChain, num_pages: int) -> None:
+    def commit_loaded(self, lease: PageLease, chain: PrefixChain, num_pages: int) -> None:
+        """Publish `num_pages` more pages, which came from a lower level: they were proven once.
+
+        Where what goes before them is not, they are worth nothing without it.
+        """
+        first = lease.num_published
+        parent = chain.parent_of(first)
+        self._publish(
+            lease, chain, first + num_pages, is_proven=parent not in self._cached.unproven
+        )
+
+    def prove(self, lease: PageLease, chain: PrefixChain) -> None:
+        """Finite logits were sampled from all of the lease's pages: what they hold is good."""
+        stores_computed = self._levels is not None and self._levels.wants_computed
+        for i in range(lease.num_proven, lease.num_published):
+            page_id, parent, link = lease.pages[i], chain.parent_of(i), chain.links[i]
+            if page_id not in self.index:  # another reader failed, and withdrew it
+                self.index.publish(page_id, parent, link)
+            elif link.key not in self._cached.unproven:
+                continue
+            self._cached.unproven.discard(link.key)
+            if stores_computed:
+                self.stores.append(PageStore(page_id, parent, link, is_eviction=False))
+        lease.num_proven = lease.num_published
+
+    def _publish(
+        self, lease: PageLease, chain: PrefixChain, num_pages: int, *, is_proven: bool
+    ) -> None:
         """Say of the lease's first `num_pages` pages that they hold the chain's links."""
         for i in range(lease.num_published, num_pages):
             link = chain.links[i]
+            if not is_proven and not self.index.has_key(link.key):
+                self._cached.unproven.add(link.key)
             for twin in self.index.pages_of(link.key):
                 if twin in self._cached:
                     self.discard(twin)
@@ -214,6 +251,7 @@ class CacheManager:
         self.allocator.share(lease.pages[: full + len(taken)])
         twin = self._lease([*lease.pages[:full], *taken], 0)
         twin.num_published = min(lease.num_published, full)
+        twin.num_proven = min(lease.num_proven, full)
         return twin, lease.pages[full] if tail else None
 
     def unpin(self, page_id: PageId) -> None:
@@ -229,9 +267,12 @@ class CacheManager:
         self.allocator.release(lease.pages[::-1])
 
     def distrust(self, lease: PageLease) -> None:
-        """Withdraw what this sequence computed: its values were no numbers. Shared pages stay."""
-        for page_id in lease.pages[lease.num_cached_tokens // self.page_size : lease.num_published]:
-            if self.allocator.num_owners(page_id) == 1:
+        """Its logits were no numbers: withdraw every page of it that nobody sampled well from."""
+        for page_id in lease.pages[: lease.num_published]:
+            if (
+                page_id in self.index
+                and self.index.entry(page_id).link.key in self._cached.unproven
+            ):
                 self._cached.withdraw(page_id)
 
     def discard(self, page_id: PageId) -> None:

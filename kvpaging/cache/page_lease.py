@@ -20,4 +20,6 @@ class PageLease:
     """Tokens whose keys and values were already there: they need not be computed."""
     num_published: int
     """How many of the first pages are in the index."""
+    num_proven: int = 0
+    """How many of the first pages some sequence read and sampled finite logits from."""
     is_live: bool = True

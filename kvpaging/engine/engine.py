@@ -7,6 +7,7 @@ engine process, in tests, and as a library (`from kvpaging import Engine`).
 from __future__ import annotations
 
 import secrets
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Final, Self
 
 from kvpaging.base.clock import Clock, monotonic
 from kvpaging.base.config import EngineConfig, EngineOptions
-from kvpaging.base.errors import BadRequest, KvPagingError
+from kvpaging.base.errors import BadRequest, KvPagingError, LawBroken
 from kvpaging.base.ids import PageId, RequestId
 from kvpaging.cache.audit import Audit
 from kvpaging.cache.cache_manager import CacheManager
@@ -147,7 +148,7 @@ class Engine:
             num_loaded_pages=scheduler.counters.loaded_pages,
             step_s=self._step_s,
             num_quarantined_pages=pages.num_quarantined,
-            broken_laws=tuple(self._audit.breaches[-8:]),
+            broken_laws=tuple(self._audit.breaches),
         )
 
     def pages(self) -> tuple[PageState, ...]:
@@ -175,24 +176,26 @@ class Engine:
         """Complete each prompt (token ids), all of them batched; `n` outputs each.
 
         Raises BadRequest if one can't be served, KvPagingError if one failed; the others are
-        aborted then.
+        aborted then. An interrupt within a step leaves the engine unusable: close it.
         """
         prefix = secrets.token_hex(8)
-        requests = [
+        requests = deque(
             Request(RequestId(f"{prefix}-{i}"), tuple(prompt), sampling, n)
             for i, prompt in enumerate(prompts)
-        ]
+        )
         completions = {
             request.request_id: [Completion(request.request_id, k) for k in range(n)]
             for request in requests
         }
         try:
-            outputs = self.step([Arrival(request) for request in requests])
-            _collect(outputs, completions)
-            while self.has_work:
-                _collect(self.step(), completions)
+            while requests or self.has_work:
+                room = self.config.scheduler.max_num_waiting - self._scheduler.num_waiting
+                arrivals = [Arrival(requests.popleft()) for _ in range(min(room, len(requests)))]
+                _collect(self.step(arrivals), completions)
+        except LawBroken:
+            raise  # this engine is over
         except KvPagingError:
-            self.step([Abort(request.request_id) for request in requests])
+            self.step([Abort(request_id) for request_id in completions])
             raise
         return list(completions.values())
 

@@ -66,8 +66,14 @@ class LocalExecutor:
                 self._copy(pool, plan.copies)
             if not plan.scheduled:
                 return StepResult(plan.step_id, ())
-            samples, failed = runner.run(plan.scheduled)
-        return StepResult(plan.step_id, samples, failed, monotonic() - started)
+            found = runner.run(plan.scheduled)
+        return StepResult(
+            plan.step_id,
+            found.samples,
+            found.failed,
+            monotonic() - started,
+            found.prompt_logprobs,
+        )
 
     def close(self) -> None:
         """Let go of weights and pool. Idempotent."""

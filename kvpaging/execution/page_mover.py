@@ -23,7 +23,7 @@ from kvpaging.base.clock import Clock, monotonic
 from kvpaging.cache.lower_levels import PageLoad, PagesLoaded, PageStore
 from kvpaging.cache.prefix_key import ChainLink
 from kvpaging.execution.kv_pool import KVPool
-from kvpaging.levels.level import Level, LevelStats, StoredPage
+from kvpaging.levels.level import Complaints, Level, LevelStats, StoredPage
 
 _logger = logging.getLogger(__name__)
 
@@ -52,7 +52,11 @@ class _Fetch:
     """A load under way. `lock` keeps a late thread from writing into pages given up."""
 
     load: PageLoad
-    started_s: float
+    begun_s: float
+    """When it was ordered; it is given up a while after that."""
+    started_s: float = 0.0
+    """When the thread took it up: what it waited for others says nothing of a level's speed."""
+    ended_s: float = 0.0
     num_done: int = 0
     is_over: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -81,6 +85,7 @@ class PageMover:
         self._fetches: deque[_Fetch] = deque()
         self._stores: queue.SimpleQueue[tuple[bool, list[StoredPage]] | None] = queue.SimpleQueue()
         self._loads: queue.SimpleQueue[_Fetch | None] = queue.SimpleQueue()
+        self._complaints = Complaints(_logger, clock)
         self.num_queued_bytes = 0
         """Copied out of the pool and not yet written."""
         self._queued_lock = threading.Lock()
@@ -149,11 +154,12 @@ class PageMover:
         ended: list[PagesLoaded] = []
         for fetch in tuple(self._fetches):
             with fetch.lock:
-                if not fetch.is_over and now - fetch.started_s < self._give_up_s:
+                if not fetch.is_over and now - fetch.begun_s < self._give_up_s:
                     continue
+                elapsed_s = fetch.ended_s - fetch.started_s if fetch.is_over else self._give_up_s
                 fetch.is_over = True
             self._fetches.remove(fetch)
-            ended.append(PagesLoaded(fetch.load.seq_id, fetch.num_done, now - fetch.started_s))
+            ended.append(PagesLoaded(fetch.load.seq_id, fetch.num_done, elapsed_s))
         return tuple(ended)
 
     def wait(self, timeout_s: float) -> None:
@@ -182,14 +188,18 @@ class PageMover:
 
     def _run_loads(self) -> None:
         while (fetch := self._loads.get()) is not None:
+            fetch.started_s = self._clock()
             _guarded(partial(self._fetch, fetch))
             with fetch.lock:
                 fetch.is_over = True
+                fetch.ended_s = self._clock()
             self._news.set()
 
     def _fetch(self, fetch: _Fetch) -> None:
         links = fetch.load.links
         for first in range(0, len(links), BATCH_PAGES):
+            if fetch.is_over:
+                return  # given up while it waited, or while the last batch was on its way
             wanted = links[first : first + BATCH_PAGES]
             pages = self._find(wanted)
             for page_id, page in zip(fetch.load.page_ids[first:], pages, strict=False):
@@ -231,6 +241,7 @@ class PageMover:
         with self._queued_lock:
             if self.num_queued_bytes + self._page_bytes > MAX_QUEUED_BYTES:
                 self.num_dropped_stores += 1
+                self._complaints.warn("pages are not kept", "the levels below write too slowly")
                 return False
             self.num_queued_bytes += self._page_bytes
             return True

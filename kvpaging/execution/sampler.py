@@ -78,7 +78,7 @@ class Sampler:
             self._edits[row] = edits
         self._parameters[row] = (
             sampling.temperature,
-            sampling.top_k,
+            min(sampling.top_k, self._vocab_size),
             sampling.top_p,
             sampling.min_p,
             np.uint64(sampling.seed).astype(np.int64),
@@ -136,6 +136,25 @@ class Sampler:
                 if samples[draw] is not None:
                     samples[draw] = _with_logprobs(token_ids[draw], row, count)
         return samples
+
+    def score(
+        self,
+        logits: torch.Tensor,
+        token_ids: npt.NDArray[np.int64],
+        num_top: int,
+    ) -> list[Sample | None]:
+        """The log-probability of row i's `token_ids[i]`, and the `num_top` largest of each row.
+
+        `logits` is `[S, V]` float32, and stays. `None` where the row's logits aren't all finite.
+        """
+        logprobs = self._ops.log_softmax(logits)
+        chosen = logprobs.gather(1, self._send(token_ids)[:, None]).squeeze(1).tolist()
+        finite = torch.isfinite(logits.sum(dim=1)).tolist()
+        rows = zip(token_ids.tolist(), chosen, logprobs, finite, strict=True)
+        return [
+            Sample(token_id, logprob, _top(row, num_top)) if is_finite else None
+            for token_id, logprob, row, is_finite in rows
+        ]
 
     def _column(self, parameters: npt.NDArray[np.void], name: str) -> torch.Tensor:
         return self._send(parameters[name].copy())

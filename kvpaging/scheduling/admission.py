@@ -6,8 +6,6 @@ scheduler's business.
 
 from __future__ import annotations
 
-import math
-
 from kvpaging.base.config import SchedulerConfig
 from kvpaging.base.errors import BadRequest, NeverFits, PromptTooLong
 from kvpaging.scheduling.request import MAX_LOGPROBS, MAX_PRIORITY, Request
@@ -61,21 +59,18 @@ def _check_sampling(request: Request, vocab_size: int) -> None:
         f"in 0..max_new_tokens ({sampling.max_new_tokens})",
     )
     require(0 <= sampling.seed < 2**64, "seed", "in 0..2**64 - 1")
-    require(_finite(sampling.temperature) and sampling.temperature >= 0, "temperature", "0 or more")
-    require(sampling.top_k >= 0, "top_k", "0 (all) or more")
+    require(0 <= sampling.temperature <= 100, "temperature", "in 0..100")
+    require(0 <= sampling.top_k < 2**31, "top_k", "in 0..2**31 - 1; 0 means all")
     require(0 < sampling.top_p <= 1, "top_p", "above 0 and at most 1")
     require(0 <= sampling.min_p <= 1, "min_p", "in 0..1")
+    # Within these nothing overflows in float32.
+    require(0.01 <= sampling.repetition_penalty <= 100, "repetition_penalty", "in 0.01..100")
+    require(abs(sampling.presence_penalty) <= 100, "presence_penalty", "in -100..100")
+    require(abs(sampling.frequency_penalty) <= 100, "frequency_penalty", "in -100..100")
     require(
-        _finite(sampling.repetition_penalty) and sampling.repetition_penalty > 0,
-        "repetition_penalty",
-        "above 0",
-    )
-    require(_finite(sampling.presence_penalty), "presence_penalty", "a finite number")
-    require(_finite(sampling.frequency_penalty), "frequency_penalty", "a finite number")
-    require(
-        all(0 <= i < vocab_size and _finite(b) for i, b in sampling.logit_bias),
+        all(0 <= i < vocab_size and abs(b) <= 1e4 for i, b in sampling.logit_bias),
         "logit_bias",
-        f"finite numbers for token ids in 0..{vocab_size - 1}",
+        f"numbers in -10000..10000 for token ids in 0..{vocab_size - 1}",
     )
     require(
         all(0 <= i < vocab_size for i in sampling.stop_token_ids),
@@ -100,7 +95,3 @@ def _check_length(request: Request, config: SchedulerConfig) -> None:
     needs = -(-(num_prompt + num_new - 1) // config.page_size)
     if needs > config.num_pages:
         raise NeverFits(needs, config.num_pages)
-
-
-def _finite(value: float) -> bool:
-    return math.isfinite(value)

@@ -22,7 +22,10 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
 
 
 class Finish(msgspec.Struct, frozen=True, tag=True):
-    """Text ended one output (a stop string): it is complete with its first `num_tokens` tokens."""
+    """Text ended one output (a stop string): it is complete with its first `num_tokens` tokens.
+
+    The engine may have sampled more by now; whoever sent this drops them.
+    """
 
     request_id: RequestId
     output_index: int

@@ -50,17 +50,18 @@ class SchedulerCounters:
     preemptions: int = 0
     recomputed_tokens: int = 0
     computed_tokens: int = 0
-    loads: int = 0
     loaded_pages: int = 0
 
 
 class _Draft:
     """A plan in the making: entries may still be taken back when their sequence is preempted."""
 
-    __slots__ = ("budget", "copies", "entries", "has_preempted", "loads")
+    __slots__ = ("budget", "copies", "draws", "entries", "has_preempted", "loads")
 
-    def __init__(self, budget: int):
+    def __init__(self, budget: int, draws: int):
         self.budget = budget
+        self.draws = draws
+        """Tokens that may still be sampled: each takes a row of logits."""
         self.entries: dict[SeqId, tuple[Sequence, ScheduledSequence]] = {}
         self.copies: list[PageCopy] = []
         self.loads: list[PageLoad] = []
@@ -103,6 +104,12 @@ class Scheduler:
         """Pages kept from being overwritten until the step that copies from them is applied."""
         self._outputs: list[SequenceOutput] = []
         self._rejections: list[Rejection] = []
+        self._blocked: Sequence | None = None
+        """The first in the queue when it was last found not to fit, and ..."""
+        self._blocked_at = 0
+        """... the pages that were available then."""
+        self._num_unplaced = 0
+        """Requests that have not been placed yet, for the bound on the queue."""
         self._next_step = 1
         self._num_sequences = 0
         self._num_arrivals = 0
@@ -148,7 +155,7 @@ class Scheduler:
         """Take the events in, in order, and plan the next step; reserves pages for it."""
         for event in events:
             self._take_in(event, now)
-        draft = _Draft(self.config.max_num_batched_tokens)
+        draft = _Draft(self.config.max_num_batched_tokens, self.config.max_num_seqs)
         step_id = StepId(self._next_step)
         self._next_step += 1
         self._plan_copies(draft, step_id)
@@ -196,9 +203,10 @@ class Scheduler:
             arrival_index=self._num_arrivals,
             arrival_s=now,
         )
-        sequence.chain.extend(sequence.token_ids)
+        self.cache.extend(sequence.chain, sequence.token_ids)
         self._sequences[sequence.seq_id] = sequence
         self._requests[request.request_id] = [sequence]
+        self._num_unplaced += 1
         self._waiting.push(sequence)
 
     def _refusal(self, request: Request) -> Rejection | None:
@@ -212,10 +220,10 @@ class Scheduler:
             admission.check(request, self.config, self._vocab_size)
         except BadRequest as error:
             return Rejection(request.request_id, error.message, error.code, error.param)
-        if len(self._waiting) >= self.config.max_num_waiting:
+        if self._num_unplaced >= self.config.max_num_waiting:
             return Rejection(
                 request.request_id,
-                f"{len(self._waiting)} requests wait, and {self.config.max_num_waiting} may",
+                f"{self._num_unplaced} requests wait, and {self.config.max_num_waiting} may",
                 code="overloaded",
             )
         return None
@@ -261,7 +269,11 @@ class Scheduler:
         lease = sequence.lease
         if lease is None or sequence.state is not SeqState.RUNNING:
             return  # preempted for the sake of one before it in this very plan
-        end = sequence.num_scheduled_tokens + num_new_tokens
+        start = sequence.num_scheduled_tokens
+        num_new_tokens = self._within_draws(sequence, start, num_new_tokens, draft)
+        if not num_new_tokens:
+            return
+        end = start + num_new_tokens
         new_pages: tuple[PageId, ...] = ()
         if end > len(lease.pages) * self.cache.page_size:
             while True:
@@ -283,6 +295,8 @@ class Scheduler:
         start = sequence.num_scheduled_tokens
         end = start + num_new_tokens
         samples = end >= len(sequence.token_ids)
+        sample_for = self._sample_for(sequence) if samples else ()
+        draft.draws -= len(sample_for)
         draft.entries[sequence.seq_id] = (
             sequence,
             ScheduledSequence(
@@ -290,7 +304,7 @@ class Scheduler:
                 start,
                 num_new_tokens,
                 new_pages if sequence.has_row else (),
-                self._sample_for(sequence) if samples else (),
+                sample_for,
             ),
         )
         draft.budget -= num_new_tokens
@@ -298,6 +312,14 @@ class Scheduler:
         sequence.num_in_flight += 1
         if samples:
             sequence.num_pending += 1
+
+    @staticmethod
+    def _within_draws(sequence: Sequence, start: int, num_new_tokens: int, draft: _Draft) -> int:
+        """One token less where a fork's first tokens would be more than the step may sample."""
+        if sequence.is_forked:
+            return num_new_tokens  # running ones are at most `max_num_seqs`
+        ends = start + num_new_tokens >= len(sequence.token_ids)
+        return num_new_tokens - (ends and sequence.request.n > draft.draws)
 
     @staticmethod
     def _sample_for(sequence: Sequence) -> tuple[int, ...]:
@@ -310,9 +332,12 @@ class Scheduler:
 
         Returns whether `sequence` itself still runs and it is worth trying again.
         """
+        last_loading = max((s.order for s in self._loading.values()), default=sequence.order)
         for victim in reversed(self._running):
             if victim.order < sequence.order:
                 return False
+            if victim.order < last_loading:
+                return False  # a later one's load holds pages, and gives them back soon
             planned = draft.entries.get(victim.seq_id)
             if victim.num_in_flight > (planned is not None):
                 continue  # a running step reads its pages: they would not be free
@@ -327,6 +352,7 @@ class Scheduler:
     def _take_back(sequence: Sequence, entry: ScheduledSequence, draft: _Draft) -> None:
         del draft.entries[sequence.seq_id]
         draft.budget += entry.num_new_tokens
+        draft.draws += len(entry.sample_for)
         sequence.num_in_flight -= 1
         sequence.num_pending -= bool(entry.sample_for)
 
@@ -346,23 +372,29 @@ class Scheduler:
 
     def _plan_waiting(self, draft: _Draft, now: float) -> None:
         promised = self._num_promised_pages()
-        while draft.budget and len(self._running) < self.config.max_num_seqs:
+        while draft.budget and len(self._running) + len(self._loading) < self.config.max_num_seqs:
             sequence = self._waiting.first()
             if sequence is None:
                 return
+            if sequence is self._blocked and self.cache.num_available <= self._blocked_at:
+                return  # nothing came back since it was found not to fit
             num_tokens = sequence.num_tokens
-            sequence.chain.extend(sequence.token_ids)
+            self.cache.extend(sequence.chain, sequence.token_ids)
             matched = self.cache.match(sequence.chain, num_tokens)
             if self._load(sequence, matched, draft, promised):
                 continue
             needed = self.cache.num_new_pages(matched, num_tokens)
             if needed + self._reserve(promised) > self.cache.num_available:
                 if self.cache.allocator.num_held:
+                    self._blocked, self._blocked_at = sequence, self.cache.num_available
                     return  # pages will come back
                 self._fail_for_pages(sequence)
                 continue
             num_cached = len(matched) * self.cache.page_size
             chunk = min(num_tokens - num_cached, draft.budget)
+            chunk = self._within_draws(sequence, num_cached, chunk, draft)
+            if not chunk:
+                return
             self._waiting.pop()
             sequence.lease = self.cache.reserve(matched, num_cached + chunk)
             self._admit(sequence, num_cached, now)
@@ -413,11 +445,10 @@ class Scheduler:
         sequence = self._loading.pop(event.seq_id, None)
         if sequence is None or sequence.lease is None:
             raise LawBroken(f"pages were loaded for sequence {event.seq_id}, which asked for none")
-        self.counters.loads += 1
         self.counters.loaded_pages += event.num_pages
         self._load_costs.loaded(event.num_pages, event.elapsed_s)
         lease = sequence.lease
-        self.cache.publish(lease, sequence.chain, lease.num_published + event.num_pages)
+        self.cache.commit_loaded(lease, sequence.chain, event.num_pages)
         sequence.num_in_flight -= 1
         if sequence.state is SeqState.FINISHED:
             self._forget(sequence)
@@ -455,6 +486,7 @@ class Scheduler:
         self.counters.recomputed_tokens += recomputed
         if not sequence.was_admitted:
             sequence.was_admitted = True
+            self._num_unplaced -= 1
             sequence.num_cached_tokens = num_cached
             sequence.first_scheduled_s = now
             self.cache.counters.queried_tokens += sequence.num_tokens
@@ -494,7 +526,8 @@ class Scheduler:
             self._commit(entry, samples, entry.seq_id in failed, now)
         num_tokens = plan.num_new_tokens
         self.counters.computed_tokens += num_tokens
-        self._load_costs.computed(num_tokens, result.elapsed_s)
+        if num_tokens >= 4 * len(plan.scheduled):  # decoding says little of what a prompt costs
+            self._load_costs.computed(num_tokens, result.elapsed_s)
         outputs, self._outputs = tuple(self._outputs), []
         rejections, self._rejections = tuple(self._rejections), []
         return StepOutputs(outputs, rejections)
@@ -521,9 +554,11 @@ class Scheduler:
             return
         lease = sequence.lease
         if lease is not None and end >= (lease.num_published + 1) * self.cache.page_size:
-            sequence.chain.extend(sequence.token_ids)
+            self.cache.extend(sequence.chain, sequence.token_ids)
             self.cache.commit(lease, sequence.chain, end)
         if entry.sample_for:
+            if lease is not None and lease.num_proven < lease.num_published:
+                self.cache.prove(lease, sequence.chain)
             twins = self._fork(sequence, samples) if len(samples) > 1 else ()
             sequence.is_forked = True
             self._append(sequence, samples[0], now)
@@ -542,7 +577,8 @@ class Scheduler:
         return twins
 
     def _place(self, twin: Sequence, sequence: Sequence) -> None:
-        if sequence.lease is not None and len(self._running) < self.config.max_num_seqs:
+        num_placed = len(self._running) + len(self._loading)
+        if sequence.lease is not None and num_placed < self.config.max_num_seqs:
             try:
                 twin.lease, twin.copy_from = self.cache.fork(
                     sequence.lease, sequence.num_computed_tokens
@@ -607,6 +643,7 @@ class Scheduler:
         elif sequence.state is not SeqState.LOADING:
             self._waiting.discard()
         sequence.move(SeqState.FINISHED)
+        self._num_unplaced -= not sequence.was_admitted
         finished = Finished(
             reason,
             stop_token_id,

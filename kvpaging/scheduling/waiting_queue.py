@@ -11,7 +11,7 @@ class WaitingQueue:
     """Priority, then first come, first served; a preempted sequence goes before newer ones.
 
     A sequence that ends while it waits is told by `discard` and skipped when it comes up, so every
-    operation costs O(log n).
+    operation costs O(log n), on average.
     """
 
     def __init__(self) -> None:
@@ -40,3 +40,6 @@ class WaitingQueue:
     def discard(self) -> None:
         """One of the waiting sequences has moved to FINISHED."""
         self._num_live -= 1
+        if len(self._heap) > 2 * self._num_live + 64:  # so that the ended ones hold no memory
+            self._heap = [e for e in self._heap if e[1].state is not SeqState.FINISHED]
+            heapq.heapify(self._heap)

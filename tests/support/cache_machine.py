@@ -54,7 +54,7 @@ class CacheMachine(RuleBasedStateMachine):
         return live.lease.pages[position // self.size] * self.size + position % self.size
 
     def compute(self, live: Live, end: int) -> None:
-        """What the device does: write the new tokens' slots."""
+        """What the device does: write the new tokens' slots; the last one's logits are sampled."""
         for position in range(live.num_computed, end):
             self.memory[self.slot(live, position)] = (
                 live.namespace,
@@ -63,6 +63,8 @@ class CacheMachine(RuleBasedStateMachine):
         live.num_computed = end
         live.chain.extend(live.tokens)
         self.cache.commit(live.lease, live.chain, end)
+        if end == len(live.tokens):
+            self.cache.prove(live.lease, live.chain)
 
     def snapshot(self) -> tuple[object, ...]:
         pages = self.cache.allocator
@@ -138,6 +140,35 @@ class CacheMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.live)
     @rule(data=st.data())
+    def fail(self, data: st.DataObject) -> None:
+        """Its logits were no numbers: nothing that nobody else sampled well from is found again."""
+        live = data.draw(st.sampled_from(self.live))
+        self.live.remove(live)
+        self.cache.distrust(live.lease)
+        self.cache.release(live.lease)
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data(), come=st.integers(0, 3))
+    def load(self, data: st.DataObject, come: int) -> None:
+        """Pages of a prefix come back from below, some of them, into pages reserved for them."""
+        like = data.draw(st.sampled_from(self.live))
+        chain = like.chain.fork(len(like.tokens))
+        matched = self.cache.match(chain, len(like.tokens))
+        links = chain.links[len(matched) :]
+        num_tokens = (len(matched) + len(links)) * self.size
+        try:
+            lease = self.cache.reserve(matched, num_tokens)
+        except OutOfPages:
+            return
+        come = min(come, len(links))
+        for position in range(len(matched) * self.size, (len(matched) + come) * self.size):
+            slot = lease.pages[position // self.size] * self.size + position % self.size
+            self.memory[slot] = (like.namespace, tuple(like.tokens[: position + 1]))
+        self.cache.commit_loaded(lease, chain, come)
+        self.cache.release(lease)
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
     def leave(self, data: st.DataObject) -> None:
         live = data.draw(st.sampled_from(self.live))
         self.live.remove(live)
@@ -179,7 +210,8 @@ class CacheMachine(RuleBasedStateMachine):
             assert len({namespace for namespace, _ in written}) == 1
             packed = b"".join(p[-1].to_bytes(4, "little") for _, p in written)
             assert packed == entry.link.tokens
-            assert entry.parent == self.cache.root or index.has_key(entry.parent)
+            if page_id in self.cache.policy:
+                assert entry.parent == self.cache.root or index.has_key(entry.parent)
 
     @invariant()
     def a_cached_page_is_the_only_one_of_its_key(self) -> None:

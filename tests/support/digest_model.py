@@ -94,11 +94,12 @@ class DigestExecutor:
             read = [self.slots[self.slot(row, p)] for p in range(end)]
             seed = row.added.sampling.seed
             chosen = tuple(Sample(digest(read, seed, i)) for i in entry.sample_for)
-            if tuple(row.tokens[: row.added.num_prompt_tokens]) in self.failing:
-                failed.append(entry.seq_id)
-            samples.append(chosen)
             own = entry.sample_for.index(row.added.output_index)
             row.tokens.append(chosen[own].token_id)
+            if tuple(row.tokens[: row.added.num_prompt_tokens]) in self.failing:
+                failed.append(entry.seq_id)
+                chosen = ()
+            samples.append(chosen)
         return StepResult(plan.step_id, tuple(samples), tuple(failed))
 
     def _write(self, plan: StepPlan) -> None:

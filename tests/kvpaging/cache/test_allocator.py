@@ -49,6 +49,7 @@ def test_the_audit_finds_a_child_without_its_parent() -> None:
     chain.extend([1, 2, 3, 4])
     lease = cache.reserve([], 4)
     cache.commit(lease, chain, 4)
+    cache.prove(lease, chain)
     first = lease.pages[0]
     cache.release(lease)
     cache.policy.remove(first)
@@ -56,7 +57,9 @@ def test_the_audit_finds_a_child_without_its_parent() -> None:
     cache.allocator._free.append(first)
     audit = Audit(cache)
     audit.check_idle_slice()
-    assert ["can't be reached" in breach for breach in audit.breaches] == [True]
+    assert ["could not be reached" in breach for breach in audit.breaches] == [True]
+    audit.check_idle_slice()
+    assert audit.num_breaches == 1, "it was forgotten"
 
 
 def test_eviction_takes_the_oldest_tail_first() -> None:
@@ -67,6 +70,7 @@ def test_eviction_takes_the_oldest_tail_first() -> None:
         chain.extend(tokens)
         lease = cache.reserve([], 3)
         cache.commit(lease, chain, 3)
+        cache.prove(lease, chain)
         cache.release(lease)
         chains.append(chain)
     cache.allocator.take(2)
@@ -81,6 +85,7 @@ def test_twins_both_serve_their_prefix() -> None:
     leases = [cache.reserve([], 2) for _ in range(2)]
     for lease in leases:
         cache.commit(lease, chain, 2)
+        cache.prove(lease, chain)
     first, second = (list(lease.pages) for lease in leases)
     cache.release(leases[0])
     cache.allocator.take(4)  # two free ones, then the first twin's pages are evicted
@@ -95,6 +100,7 @@ def test_equal_keys_with_other_tokens_do_not_match() -> None:
     chain.extend([1, 2])
     lease = cache.reserve([], 2)
     cache.commit(lease, chain, 2)
+    cache.prove(lease, chain)
     other = cache.chain(b"")
     other.extend([3, 4])
     assert cache.match(chain, 3) == lease.pages

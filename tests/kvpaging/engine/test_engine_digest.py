@@ -350,6 +350,52 @@ def test_logits_that_are_no_numbers_fail_one_request_for_all_its_outputs() -> No
     assert again.num_cached_tokens == 0, "values that are no numbers must not be found again"
 
 
+def test_who_shared_a_failed_prompt_leaves_nothing_of_it_behind() -> None:
+    engine, executor = make_engine(
+        digest_config(num_pages=32, max_num_batched_tokens=8, eos_token_ids=())
+    )
+    prompt = [7] * 20
+    executor.failing.add(tuple(prompt))
+    seen = Collector()
+    seen.take(engine.step([Arrival(request("a", prompt, 2))]))
+    seen.take(engine.step([Arrival(request("b", prompt, 2))]))  # finds a's first pages
+    while engine.has_work:
+        seen.take(engine.step())
+    assert seen.reasons == {("a", 0): FinishReason.ERROR, ("b", 0): FinishReason.ERROR}
+    assert all(o.num_cached_tokens > 0 for o in seen.outputs if o.request_id == "b")
+    executor.failing.clear()
+    [[after]] = engine.generate([prompt], SamplingParams(max_new_tokens=2, seed=0))
+    assert after.num_cached_tokens == 0
+    assert after.token_ids == expected_tokens(prompt, 0, 0, 2, frozenset())
+
+
+def test_only_pages_that_somebody_sampled_well_from_go_down() -> None:
+    levels = DigestLevels(random.Random(1), wants_computed=True, wants_evicted=False)
+    config = digest_config(num_pages=32, max_num_batched_tokens=8, eos_token_ids=())
+    loop, seen = TwoPlans(config, 1, levels), Collector()
+    prompt = [7] * 20
+    loop.executor.failing.add(tuple(prompt))
+    seen.take(loop.step([Arrival(request("bad", prompt, 2))]))
+    while loop.scheduler.has_work:
+        seen.take(loop.step([]))
+    assert not levels.pages
+    seen.take(loop.step([Arrival(request("good", [8] * 20, 2))]))
+    assert not levels.pages, "nobody knows yet what they are worth"
+    stored = 0
+    while loop.scheduler.has_work:
+        seen.take(loop.step([]))
+        stored = max(stored, len(levels.pages))
+    assert stored > 0
+
+
+def test_more_prompts_than_may_wait_are_fed_as_there_is_room() -> None:
+    engine, _ = make_engine(digest_config(max_num_seqs=2, max_num_waiting=2, eos_token_ids=()))
+    done = engine.generate(
+        [[1] * (k % 5 + 1) for k in range(9)], SamplingParams(max_new_tokens=2, seed=0)
+    )
+    assert all(outputs[0].finished for outputs in done)
+
+
 def test_waste_stays_below_one_page_a_sequence() -> None:
     engine, _ = make_engine(digest_config(num_pages=40, max_num_seqs=4, eos_token_ids=()))
     events: list[Event] = [Arrival(request(f"{i}", [1] * (3 + i), 20, seed=i)) for i in range(4)]

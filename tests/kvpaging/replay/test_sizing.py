@@ -9,7 +9,11 @@ from kvpaging.replay.sizing import Expectation, ModelSize, at_rate, expect, time
 from kvpaging.replay.trace import Trace
 
 SIZE = ModelSize(
-    weight_bytes=2 * 10**9, num_parameters=10**9, kv_bytes_per_token=1000, max_model_len=60_000
+    weight_bytes=2 * 10**9,
+    num_parameters=10**9,
+    kv_bytes_per_token=1000,
+    attention_flops_per_pair=100_000,
+    max_model_len=60_000,
 )
 
 
@@ -32,6 +36,7 @@ def test_a_device_reads_its_weights_once_a_step() -> None:
     assert times.fixed_s == pytest.approx(2e-3)
     assert times.per_new_token_s == pytest.approx(2e-5)
     assert times.per_context_token_s == pytest.approx(1e-9)
+    assert times.per_pair_s == pytest.approx(1e-9)
 
 
 @pytest.mark.parametrize("rate", [0.5, 20.0])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from kvpaging.base.config import SchedulerConfig
 from kvpaging.base.errors import ConfigError, LawBroken
-from kvpaging.base.ids import RequestId
+from kvpaging.base.ids import RequestId, SeqId
 from kvpaging.cache.cache_manager import CacheManager
+from kvpaging.cache.lower_levels import LoadCosts, PagesLoaded
 from kvpaging.scheduling.events import Abort, Arrival, Finish
 from kvpaging.scheduling.outputs import FinishReason, StepOutputs
 from kvpaging.scheduling.plan import Sample, StepPlan, StepResult
@@ -157,6 +159,68 @@ def test_two_plans_pages_stay_until_the_last_that_reads_them_is_applied() -> Non
     scheduler.apply(three, results(three), 0.0)
     four, _ = step(scheduler)
     assert four.removed == (1,)
+
+
+def test_a_step_samples_no_more_than_there_are_sequences() -> None:
+    scheduler = make(max_num_seqs=4, budget=64, num_pages=200)
+    requests = [Arrival(msgspec.structs.replace(arrival(f"{i}", 3).request, n=3)) for i in range(4)]
+    most, forks = 0, 0
+    plan, _ = step(scheduler, *requests)
+    for _ in range(200):
+        drawn = sum(len(entry.sample_for) for entry in plan.scheduled)
+        forks += sum(len(entry.sample_for) == 3 for entry in plan.scheduled)
+        most = max(most, drawn)
+        plan, _ = step(scheduler)
+    assert forks == 4
+    assert most <= 4 + 3
+
+
+def test_requests_that_left_while_they_waited_hold_no_memory() -> None:
+    scheduler = make(max_num_seqs=1)
+    step(scheduler, arrival("runs", 1))
+    for i in range(500):
+        step(scheduler, arrival(f"{i}", 5))
+        step(scheduler, Abort(RequestId(f"{i}")))
+    assert scheduler.num_waiting == 0
+    assert len(scheduler._waiting._heap) < 100
+
+
+class Everything:
+    """Lower levels that believe to have every page."""
+
+    wants_computed = wants_evicted = False
+
+    def probe(self, links: object) -> int:
+        return len(links)  # type: ignore[arg-type]
+
+
+def test_loads_take_no_place_beyond_the_limit_and_cost_no_earlier_one_its_pages() -> None:
+    scheduler = make(num_pages=12, max_num_seqs=2, budget=8)
+    scheduler.cache._levels = Everything()
+    # Nothing to find for it: its only page is not full.
+    step(scheduler, arrival("first", 3, max_new=40))
+    plan, _ = step(scheduler, *(arrival(name, 30, max_new=2) for name in ("x", "y", "z")))
+    assert len(plan.loads) == 1
+    for _ in range(30):
+        plan, _ = step(scheduler)
+        assert not plan.loads
+        assert plan.removed == (), "preempted for the sake of a load"
+    assert scheduler.num_loading == 1
+    plan, _ = step(scheduler, PagesLoaded(SeqId(2), 0, 0.1))
+    assert plan.scheduled
+
+
+def test_loading_is_left_alone_where_computing_is_faster() -> None:
+    costs = LoadCosts()
+    assert costs.is_worth_loading(1, 16), "nothing was measured yet"
+    costs.computed(100, 0.1)  # 1 ms a token, 16 ms a page
+    costs.loaded(10, 0.05)  # 5 ms a page
+    assert costs.is_worth_loading(1, 16)
+    assert not costs.is_worth_loading(0, 16)
+    for _ in range(30):
+        costs.loaded(1, 0.1)
+    answers = [costs.is_worth_loading(1, 16) for _ in range(2 * LoadCosts.RETRY_EVERY)]
+    assert answers.count(True) == 2, "tried again now and then"
 
 
 def test_the_table_of_states_is_complete() -> None:
