@@ -601,6 +601,8 @@ def main() -> None:
     )
     options = parser.parse_args()
     names = options.only.split(",") if options.only else list(PARTS)
+    if unknown := set(names) - PARTS.keys():
+        parser.error(f"no part is called {', '.join(sorted(unknown))}")
     ends_at = time.monotonic() + TIME_LIMIT_S
 
     torch.manual_seed(0)
