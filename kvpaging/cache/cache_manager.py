@@ -17,7 +17,7 @@ from kvpaging.cache.eviction.policy import EvictionPolicy
 from kvpaging.cache.lower_levels import LowerLevels, PageStore
 from kvpaging.cache.page_lease import PageLease
 from kvpaging.cache.prefix_index import PrefixIndex
-from kvpaging.cache.prefix_key import PrefixChain, root_key
+from kvpaging.cache.prefix_key import ChainLink, PrefixChain, root_key
 
 
 @dataclass(slots=True)
@@ -208,7 +208,7 @@ class CacheManager:
         for i in range(lease.num_proven, lease.num_published):
             page_id, parent, link = lease.pages[i], chain.parent_of(i), chain.links[i]
             if page_id not in self.index:  # another reader failed, and withdrew it
-                self.index.publish(page_id, parent, link)
+                self._publish_page(page_id, parent, link)
             elif link.key not in self._cached.unproven:
                 continue
             self._cached.unproven.discard(link.key)
@@ -224,11 +224,14 @@ class CacheManager:
             link = chain.links[i]
             if not is_proven and not self.index.has_key(link.key):
                 self._cached.unproven.add(link.key)
-            for twin in self.index.pages_of(link.key):
-                if twin in self._cached:
-                    self.discard(twin)
-            self.index.publish(lease.pages[i], chain.parent_of(i), link)
+            self._publish_page(lease.pages[i], chain.parent_of(i), link)
             lease.num_published = i + 1
+
+    def _publish_page(self, page_id: PageId, parent: PageKey, link: ChainLink) -> None:
+        for twin in self.index.pages_of(link.key):
+            if twin in self._cached:
+                self.discard(twin)
+        self.index.publish(page_id, parent, link)
 
     def take_stores(self) -> tuple[PageStore, ...]:
         """Orders to copy pages down that came up since the last call.
