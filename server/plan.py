@@ -51,6 +51,7 @@ def bench(options: Namespace) -> Iterator[str]:
     yield f"  any step             {times.fixed_s * 1e3:10.3f} ms"
     yield f"  each new token       {times.per_new_token_s * 1e6:10.2f} us"
     yield f"  each token of context{times.per_context_token_s * 1e6:10.4f} us"
+    yield f"  each pair of these    {times.per_pair_s * 1e9:10.3f} ns"
     yield f"  median error of the fit {measured.error_ratio:.0%}"
 
 
@@ -160,7 +161,12 @@ def _size(model: str | None, dtype: str | None) -> ModelSize:
     num_parameters = stored // DTYPE_BYTES[config.dtype]
     spec = KVSpec(config.num_layers, config.num_kv_heads, config.head_dim, 1, used)
     return ModelSize(
-        num_parameters * DTYPE_BYTES[used], num_parameters, spec.page_bytes, config.max_model_len
+        weight_bytes=num_parameters * DTYPE_BYTES[used],
+        num_parameters=num_parameters,
+        kv_bytes_per_token=spec.page_bytes,
+        # A product with the key and one with the value, each a multiplication and an addition.
+        attention_flops_per_pair=4 * config.num_layers * config.num_heads * config.head_dim,
+        max_model_len=config.max_model_len,
     )
 
 

@@ -55,6 +55,7 @@ def add_flags(parser: FlagParser) -> None:
         ("--step-fixed-s", times.fixed_s, "full: seconds of any step"),
         ("--step-token-s", times.per_new_token_s, "full: seconds for each new token"),
         ("--step-context-s", times.per_context_token_s, "full: seconds for each token read"),
+        ("--step-pair-s", times.per_pair_s, "full: seconds for each new token with each it sees"),
     ):
         parser.add_argument(
             name,
@@ -142,7 +143,12 @@ def _run(options: Namespace, trace: Trace, policy: str, capacity: int | None) ->
         capacity,
         options.page_size,
         limits=Limits(options.max_num_seqs, options.max_num_batched_tokens),
-        times=StepTimes(options.step_fixed_s, options.step_token_s, options.step_context_s),
+        times=StepTimes(
+            options.step_fixed_s,
+            options.step_token_s,
+            options.step_context_s,
+            options.step_pair_s,
+        ),
     ).run()
 
 

@@ -1,8 +1,7 @@
-"""How long steps take on this machine, as the three numbers that a simulation needs.
+"""How long steps take on this machine, as the few numbers that a simulation needs.
 
 Runs the engine itself, with made-up prompts: prefill of several lengths, decoding at several
-numbers of sequences and context lengths. Fits `fixed + new tokens + context` by least relative
-squares.
+numbers of sequences and context lengths. Fits `StepTimes` by least relative squares.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from kvpaging.base.config import EngineConfig, EngineOptions
 from kvpaging.cache.lower_levels import LowerLevels, PagesLoaded
 from kvpaging.engine.engine import Engine
 from kvpaging.execution.executor import Executor
-from kvpaging.replay.full_mode import StepTimes
+from kvpaging.replay.full_mode import StepTimes, StepWork
 from kvpaging.scheduling.events import Event
 from kvpaging.scheduling.outputs import StepOutputs
 from kvpaging.scheduling.plan import StepPlan, StepResult
@@ -30,6 +29,7 @@ CASES: Final = (
     (1, 128, 16),
     (1, 512, 16),
     (1, 2048, 16),
+    (1, 6000, 8),
     (4, 64, 24),
     (4, 512, 16),
     (16, 32, 24),
@@ -41,8 +41,7 @@ CASES: Final = (
 class StepPoint(msgspec.Struct, frozen=True):
     """One step as it was measured."""
 
-    num_new_tokens: int
-    num_context_tokens: int
+    work: StepWork
     seconds: float
 
 
@@ -96,16 +95,15 @@ class _MeasuredEngine(Engine):
         outputs = super().step(events)
         plan = self.watched.plan
         if plan is not None and plan.scheduled:
-            context = sum(entry.start for entry in plan.scheduled)
-            self.points.append(StepPoint(plan.num_new_tokens, context, monotonic() - started))
+            self.points.append(StepPoint(StepWork.of(plan), monotonic() - started))
         return outputs
 
 
 def fit(points: Sequence[StepPoint]) -> tuple[StepTimes, float]:
     """Step times and the median relative error; no term is negative."""
     seconds = np.array([point.seconds for point in points])
-    terms = np.array([(1.0, p.num_new_tokens, p.num_context_tokens) for p in points])
-    used = [0, 1, 2]
+    terms = np.array([(1.0, *point.work) for point in points])
+    used = list(range(terms.shape[1]))
     while True:
         found, *_ = np.linalg.lstsq(
             terms[:, used] / seconds[:, None], np.ones(len(points)), rcond=None
@@ -113,7 +111,7 @@ def fit(points: Sequence[StepPoint]) -> tuple[StepTimes, float]:
         if found.min() >= 0 or len(used) == 1:
             break
         used.pop(int(found.argmin()))
-    values = np.zeros(3)
+    values = np.zeros(terms.shape[1])
     values[used] = np.maximum(found, 0.0)
     errors = np.abs(terms @ values - seconds) / seconds
     return StepTimes(*map(float, values)), float(np.median(errors))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from itertools import count
+from typing import NamedTuple
 
 import msgspec
 
@@ -32,8 +33,29 @@ VOCAB_SIZE = 2**32
 FILLER = Sample(0)
 
 
+class StepWork(NamedTuple):
+    """What a step's time depends on."""
+
+    num_new_tokens: int
+    num_context_tokens: int
+    """Read once for each sequence."""
+    num_pairs: int
+    """Of a new token and one that it sees."""
+
+    @classmethod
+    def of(cls, plan: StepPlan) -> StepWork:
+        """A plan's work."""
+        num_new = num_context = num_pairs = 0
+        for entry in plan.scheduled:
+            num = entry.num_new_tokens
+            num_new += num
+            num_context += entry.start
+            num_pairs += num * entry.start + num * (num + 1) // 2
+        return cls(num_new, num_context, num_pairs)
+
+
 class StepTimes(msgspec.Struct, frozen=True):
-    """What a step takes, in seconds: `fixed + new tokens + tokens of context that are read`.
+    """What a step takes, in seconds: a fixed part, and so much for each piece of its work.
 
     The defaults are a model of 8 billion parameters in bf16 with 128 KiB of KV a token on a device
     of 3 TB/s and 400 TFLOP/s.
@@ -42,17 +64,19 @@ class StepTimes(msgspec.Struct, frozen=True):
     fixed_s: float = 0.0055
     per_new_token_s: float = 4e-5
     per_context_token_s: float = 4.4e-8
+    per_pair_s: float = 1.3e-9
+    """Attention: a new token with one that it sees."""
 
     def of(self, plan: StepPlan) -> float:
         """The step's time; nothing where nothing is computed."""
         if not plan.scheduled:
             return 0.0
-        num_new = num_context = 0
-        for entry in plan.scheduled:
-            num_new += entry.num_new_tokens
-            num_context += entry.start
+        work = StepWork.of(plan)
         return (
-            self.fixed_s + num_new * self.per_new_token_s + num_context * self.per_context_token_s
+            self.fixed_s
+            + work.num_new_tokens * self.per_new_token_s
+            + work.num_context_tokens * self.per_context_token_s
+            + work.num_pairs * self.per_pair_s
         )
 
 

@@ -25,6 +25,8 @@ class ModelSize(msgspec.Struct, frozen=True):
     weight_bytes: int
     num_parameters: int
     kv_bytes_per_token: int
+    attention_flops_per_pair: int
+    """Operations for a new token with one that it sees, all layers."""
     max_model_len: int
 
 
@@ -56,6 +58,7 @@ def times_of_device(size: ModelSize, bytes_per_s: float, flops: float) -> StepTi
         fixed_s=size.weight_bytes / bytes_per_s,
         per_new_token_s=2 * size.num_parameters / flops,
         per_context_token_s=size.kv_bytes_per_token / bytes_per_s,
+        per_pair_s=size.attention_flops_per_pair / flops,
     )
 
 
