@@ -56,6 +56,9 @@ class ClientGone(KvPagingError):
 LOADING_RETRY_S: Final = 2.0
 """Advice to clients while the engine loads; how long it takes is not known."""
 
+MAX_SHOWN_CHARS: Final = 60
+"""Of a value given, in an error message."""
+
 CLIENT_GONE_STATUS: Final = 499
 """In logs only: nobody receives it."""
 
@@ -173,7 +176,7 @@ def unknown_model(name: str, served: str) -> ApiError:
     """404: not the model that runs here."""
     return ApiError(
         404,
-        f"the model {name!r} is not served here; {served!r} is",
+        f"the model {name[:MAX_SHOWN_CHARS]!r} is not served here; {served!r} is",
         code="model_not_found",
         param="model",
     )

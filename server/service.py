@@ -115,6 +115,7 @@ class Service:
         dialect's words for the engine's fields, for the errors.
         """
         try:
+            self._check_number(len(orders))
             for order in orders:
                 self._check_limits(order, field_names or {})
             news = generate(
@@ -126,6 +127,17 @@ class Service:
         except (BadRequest, Overloaded) as error:
             self.metrics.rejected(answer_to(error).code)
             raise
+
+    def _check_number(self, num_orders: int) -> None:
+        """Refuse for good what would be told to come back for ever."""
+        limits = self.engine_config().scheduler
+        most = limits.max_num_seqs + limits.max_num_waiting
+        if num_orders > most:
+            raise BadRequest(
+                f"at most {most} prompts fit in one call here ({limits.max_num_seqs} run and "
+                f"{limits.max_num_waiting} wait), not {num_orders}",
+                param="prompt",
+            )
 
     def _check_limits(self, order: Order, field_names: Mapping[str, str]) -> None:
         config = self.engine_config()

@@ -21,7 +21,7 @@ from server.routes.answers import (
     read_body,
     stream_response,
 )
-from server.schemas.body import JsonObject, event_stream, json_body, parse
+from server.schemas.body import JsonObject, event_stream, json_body, parse, refuse_both
 from server.schemas.generate import (
     GenerateEnd,
     GenerateEvent,
@@ -59,6 +59,7 @@ async def generate(request: Request, service: ServiceDep) -> Response:
     """
     record = record_of(request.scope)
     body = await read_body(request, service)
+    refuse_both(body, "prompt", "inputs")
     if "inputs" in body:
         record.dialect = Dialect.TGI
         return await tgi.respond(request, service, body, stream=None)

@@ -12,7 +12,7 @@ from kvpaging.base.errors import BadRequest
 from server.errors import Dialect
 from server.observe.record import record_of
 from server.routes.answers import BODY_ERRORS, json_response, read_body
-from server.schemas.body import JsonObject, json_body, parse
+from server.schemas.body import JsonObject, json_body, parse, refuse_both
 from server.schemas.errors import TgiErrorResponse
 from server.schemas.fields import MAX_STOP_STRINGS
 from server.schemas.tokens import (
@@ -50,6 +50,7 @@ async def tokenize(request: Request, service: ServiceDep) -> Response:
     A body with `inputs` is in TGI's dialect: a list of tokens with their places in the text.
     """
     body = await read_body(request, service)
+    refuse_both(body, "prompt", "messages", "inputs")
     if "inputs" in body:
         record_of(request.scope).dialect = Dialect.TGI
         return json_response(await _spans(service, body))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -16,10 +16,7 @@ from pydantic_core import ErrorDetails, from_json
 from starlette.requests import ClientDisconnect, Request
 
 from kvpaging.base.errors import BadRequest
-from server.errors import ApiError, ClientGone
-
-MAX_SHOWN_CHARS: Final = 60
-"""Of a value given, in an error message."""
+from server.errors import MAX_SHOWN_CHARS, ApiError, ClientGone
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -84,39 +81,83 @@ async def _read(request: Request, max_bytes: int, timeout_s: float) -> bytes:
     return bytes(body)
 
 
+def refuse_both(content: JsonObject, *names: str) -> None:
+    """Raise `BadRequest` when fields of two dialects are given: which one is meant is a guess."""
+    given = [name for name in names if name in content]
+    if len(given) > 1:
+        raise BadRequest(f"give only one of {' and '.join(given)}", param=given[-1])
+
+
 def parse(model: type[ModelT], content: JsonObject) -> ModelT:
     """Give the validated model. Raises `BadRequest` that names the field, limit and value."""
+    if model.model_config.get("extra") == "forbid":
+        # Looked for first: a misspelt field is also a missing one, and its own error says more.
+        for name in content:
+            if name not in model.model_fields:
+                shown = _cut(name)
+                hint = _did_you_mean(name, model)
+                raise BadRequest(f"unknown field {shown!r}{hint}", param=shown)
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        raise _bad_request(error.errors(include_url=False), model) from error
+        raise _bad_request(error.errors(include_url=False), content) from error
 
 
-def _bad_request(errors: Sequence[ErrorDetails], model: type[BaseModel]) -> BadRequest:
-    # A misspelt field is also a missing one: its own error says more.
-    first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
-    param = ".".join(str(part) for part in first["loc"]) or None
-    message = _words(first, param, model)
+def _bad_request(errors: Sequence[ErrorDetails], content: JsonObject) -> BadRequest:
+    first = errors[0]
+    param = _cut(".".join(_path(first, content))) or None
+    message = _words(first, param)
     if len(errors) > 1:
         message += f" (and {len(errors) - 1} more)"
     return BadRequest(message, param=param)
 
 
-def _words(error: ErrorDetails, param: str | None, model: type[BaseModel]) -> str:
+def _path(error: ErrorDetails, content: object) -> Iterator[str]:
+    """Give the place of a fault in what was sent; pydantic's own names for unions are left out."""
+    last = len(error["loc"]) - 1
+    for depth, part in enumerate(error["loc"]):
+        is_item = isinstance(content, list) and isinstance(part, int) and part < len(content)
+        if is_item or (isinstance(content, dict) and part in content):
+            content = content[part]  # type: ignore[index]
+        elif not (depth == last and error["type"] == "missing"):
+            continue
+        yield str(part)
+
+
+def _words(error: ErrorDetails, param: str | None) -> str:
     match error["type"]:
-        case "extra_forbidden":
-            return f"unknown field {param!r}{_did_you_mean(str(param), model)}"
         case "missing":
             return f"{param} is missing"
         case "value_error":  # our own validators: their words are complete
             reason = str(error.get("ctx", {}).get("error", error["msg"]))
             return f"{param}: {reason}" if param else reason
+        case kind if kind in _RULES:
+            rule = _RULES[kind].format(**error.get("ctx", {}))
+            return f"{param} {rule}"
+        case kind if kind in _KINDS:
+            return f"{param} must be {_KINDS[kind]}, not {_shown(error['input'])}"
         case _:
             reason = error["msg"].replace("Input should", "must", 1)
             return f"{param} {reason}, not {_shown(error['input'])}"
 
 
+_RULES: Final = {
+    "too_short": "must have at least {min_length} items, not {actual_length}",
+    "too_long": "must have at most {max_length} items, not {actual_length}",
+    "string_too_short": "must have at least {min_length} characters",
+    "string_too_long": "must have at most {max_length} characters",
+}
+_KINDS: Final = {
+    "dict_type": "an object",
+    "list_type": "a list",
+    "model_type": "an object",
+    "string_type": "a text",
+}
+
+
 def _did_you_mean(name: str, model: type[BaseModel]) -> str:
+    if len(name) > MAX_SHOWN_CHARS:
+        return ""
     close = difflib.get_close_matches(name, model.model_fields, n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
 
@@ -125,9 +166,12 @@ def _shown(value: object) -> str:
     if isinstance(value, dict | list):
         return _kind(value)
     try:
-        text = json.dumps(value, ensure_ascii=False)
+        return _cut(json.dumps(value, ensure_ascii=False))
     except (TypeError, ValueError):
         return _kind(value)
+
+
+def _cut(text: str) -> str:
     return text if len(text) <= MAX_SHOWN_CHARS else text[: MAX_SHOWN_CHARS - 3] + "..."
 
 

@@ -11,14 +11,17 @@ from pydantic import AfterValidator, BeforeValidator, Field
 MAX_N: Final = 128
 MAX_STOP_STRINGS: Final = 32
 MAX_STOP_CHARS: Final = 1024
-MAX_BIASES: Final = 4096
+MAX_BIASES: Final = 1024
 MAX_TOKEN_ID: Final = 2**31 - 1
 """More than any vocabulary; the model's own limit is checked with the engine's."""
+
+MAX_TOP_K: Final = 2**31 - 1
+"""More than any vocabulary, and what the engine's numbers hold."""
 
 Penalty = Annotated[float, Field(ge=-100, le=100)]
 
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
-TokenIds = Annotated[list[TokenId], Field(max_length=MAX_BIASES)]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_BIASES)]
 
 
 def _one_or_many(value: Any) -> Any:
@@ -28,9 +31,28 @@ def _one_or_many(value: Any) -> Any:
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 StopStrings = Annotated[
     list[StopString],
-    Field(max_length=MAX_STOP_STRINGS),
+    Field(fail_fast=True, max_length=MAX_STOP_STRINGS),
     BeforeValidator(_one_or_many, json_schema_input_type=StopString | list[StopString]),
 ]
+
+
+def text_or_token_ids(value: Any) -> str | list[int]:
+    """Check a prompt: a text, or token ids that can be ids. Raises `ValueError`."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(type(item) is int for item in value):
+        for end in (min(value, default=0), max(value, default=0)):
+            if not 0 <= end <= MAX_TOKEN_ID:
+                raise ValueError(f"token id {str(end)[:24]} is not in 0..{MAX_TOKEN_ID}")
+        return value
+    raise ValueError("must be a text or a list of token ids")
+
+
+def _few_biases(biases: Any) -> Any:
+    """Count before anything is looked at: a dictionary's faults are all collected."""
+    if isinstance(biases, dict) and len(biases) > MAX_BIASES:
+        raise ValueError(f"at most {MAX_BIASES} token ids, not {len(biases)}")
+    return biases
 
 
 def _check_biases(biases: dict[str, float]) -> dict[str, float]:
@@ -43,6 +65,7 @@ def _check_biases(biases: dict[str, float]) -> dict[str, float]:
 LogitBias = Annotated[
     dict[str, Annotated[float, Field(ge=-100, le=100)]],
     Field(max_length=MAX_BIASES),
+    BeforeValidator(_few_biases),
     AfterValidator(_check_biases),
 ]
 

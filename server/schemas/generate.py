@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, NotRequired, Self
+from typing import Annotated, NotRequired, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, PlainValidator, model_validator
 from typing_extensions import TypedDict
 
 from kvpaging.scheduling.request import MAX_LOGPROBS, MAX_PRIORITY, SamplingParams
 from server.schemas.body import StrictModel
 from server.schemas.fields import (
     MAX_N,
+    MAX_TOP_K,
     LogitBias,
     Penalty,
     StopStrings,
+    TokenId,
     TokenIds,
     logit_bias_pairs,
     seed_or_random,
+    text_or_token_ids,
 )
 
-
-def _text_or_ids(value: Any) -> Any:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list) and all(type(item) is int for item in value):
-        return value
-    raise ValueError("must be a text or a list of token ids")
-
-
-Prompt = Annotated[str | list[int], BeforeValidator(_text_or_ids)]
+Prompt = Annotated[
+    str | list[int],
+    PlainValidator(text_or_token_ids, json_schema_input_type=str | list[TokenId]),
+]
 
 
 class GenerateRequest(StrictModel):
@@ -45,7 +42,7 @@ class GenerateRequest(StrictModel):
     min_new_tokens: int = Field(0, ge=0, description="No ending before so many tokens.")
     temperature: float = Field(1.0, ge=0, le=100, description="0: always the most probable token.")
     top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0, description="0: all tokens.")
+    top_k: int = Field(0, ge=0, le=MAX_TOP_K, description="0: all tokens.")
     min_p: float = Field(0.0, ge=0, le=1)
     repetition_penalty: float = Field(1.0, gt=0, le=100)
     presence_penalty: Penalty = 0.0

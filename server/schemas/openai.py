@@ -10,23 +10,29 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Final, Literal, NotRequired, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Discriminator, Field, PlainValidator, Tag, model_validator
 from typing_extensions import TypedDict
 
 from kvpaging.scheduling.request import MAX_LOGPROBS, MAX_PRIORITY, SamplingParams
 from server.schemas.body import LenientModel
 from server.schemas.fields import (
     MAX_N,
+    MAX_TOP_K,
     LogitBias,
     Penalty,
     StopStrings,
+    TokenId,
     TokenIds,
     logit_bias_pairs,
     seed_or_random,
+    text_or_token_ids,
 )
 
 MAX_PROMPTS: Final = 256
 """Of one call."""
+MAX_MESSAGES: Final = 8192
+MAX_PARTS: Final = 1024
+"""Of one message."""
 
 FIELD_NAMES: Final = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
 """The engine's names for fields, in this dialect's words."""
@@ -46,7 +52,7 @@ class _Sampling(LenientModel):
     min_tokens: int | None = Field(default=None, ge=0)
     temperature: float | None = Field(default=None, ge=0, le=100)
     top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=-1, description="0 or -1: all tokens.")
+    top_k: int | None = Field(default=None, ge=-1, le=MAX_TOP_K, description="0 or -1: all tokens.")
     min_p: float | None = Field(default=None, ge=0, le=1)
     repetition_penalty: float | None = Field(default=None, gt=0, le=100)
     presence_penalty: Penalty | None = None
@@ -96,23 +102,31 @@ def _prompts(value: Any) -> Any:
         return value
     if isinstance(value, list) and value:
         if all(type(item) is int for item in value):
-            return value
+            return text_or_token_ids(value)
         if len(value) > MAX_PROMPTS:
             raise ValueError(f"at most {MAX_PROMPTS} prompts in one call, not {len(value)}")
-        if all(isinstance(item, str) for item in value) or all(map(_is_token_ids, value)):
+        if all(isinstance(item, str) for item in value):
             return value
+        if all(isinstance(item, list) for item in value):
+            return [text_or_token_ids(item) for item in value]
     raise ValueError("must be a text, texts, token ids, or lists of token ids")
 
 
-def _is_token_ids(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int for item in value)
+_Prompts = str | list[str] | list[TokenId] | list[list[TokenId]]
 
 
 class CompletionRequest(_Sampling):
     """Complete one or several prompts. `max_tokens` is 16 when it is not given."""
 
-    prompt: Annotated[str | list[str] | list[int] | list[list[int]], BeforeValidator(_prompts)]
-    echo: bool | None = Field(default=None, description="The text begins with the prompt.")
+    prompt: Annotated[
+        str | list[str] | list[int] | list[list[int]],
+        PlainValidator(_prompts, json_schema_input_type=_Prompts),
+    ]
+    max_tokens: int | None = Field(default=None, ge=0, description="0 with `echo` alone.")
+    echo: bool | None = Field(
+        default=None,
+        description="The text begins with the prompt, and `logprobs` with the prompt's tokens.",
+    )
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     best_of: int | None = Field(default=None, description="Only the value of `n` is supported.")
     suffix: str | None = Field(default=None, description="Not supported.")
@@ -148,11 +162,28 @@ class ContentPart(LenientModel):
     text: str | None = None
 
 
+def _kind_of_content(content: Any) -> str | None:
+    if isinstance(content, str):
+        return "text"
+    return "parts" if isinstance(content, list) else None
+
+
+Content = Annotated[
+    Annotated[str, Tag("text")]
+    | Annotated[list[ContentPart], Field(fail_fast=True, max_length=MAX_PARTS), Tag("parts")],
+    Discriminator(
+        _kind_of_content,
+        custom_error_type="content",
+        custom_error_message="must be a text or a list of parts",
+    ),
+]
+
+
 class ChatMessage(LenientModel):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[ContentPart]
+    content: Content
     name: str | None = None
 
     @model_validator(mode="after")
@@ -183,7 +214,7 @@ class ResponseFormat(LenientModel):
 class ChatCompletionRequest(_Sampling):
     """Continue a conversation. Without a length the answer may fill the context."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: int | None = Field(
         default=None, ge=1, description="The newer name of `max_tokens`."
     )
@@ -192,7 +223,9 @@ class ChatCompletionRequest(_Sampling):
     response_format: ResponseFormat | None = None
     tools: list[Any] | None = Field(default=None, description="Not supported.")
     functions: list[Any] | None = Field(default=None, description="Not supported.")
-    modalities: list[str] | None = Field(default=None, description='Only `["text"]`.')
+    modalities: list[str] | None = Field(
+        default=None, fail_fast=True, description='Only `["text"]`.'
+    )
     chat_template_kwargs: dict[str, Any] | None = Field(
         default=None, description="Further variables for the model's chat template."
     )

@@ -13,7 +13,7 @@ from typing_extensions import TypedDict
 
 from kvpaging.scheduling.request import MAX_LOGPROBS, SamplingParams
 from server.schemas.body import LenientModel
-from server.schemas.fields import Penalty, StopStrings, seed_or_random
+from server.schemas.fields import MAX_TOP_K, Penalty, StopStrings, seed_or_random
 
 NOT_SUPPORTED: Final = (
     "adapter_id",
@@ -30,7 +30,7 @@ class TgiParameters(LenientModel):
     max_new_tokens: int | None = Field(None, ge=1)
     do_sample: bool | None = None
     temperature: float | None = Field(None, gt=0, le=100)
-    top_k: int | None = Field(None, ge=1)
+    top_k: int | None = Field(None, ge=1, le=MAX_TOP_K)
     top_p: float | None = Field(None, gt=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=100)
     frequency_penalty: Penalty | None = None

@@ -9,14 +9,16 @@ from typing_extensions import TypedDict
 
 from server.schemas.body import LenientModel, StrictModel
 from server.schemas.fields import TokenId
-from server.schemas.openai import ChatMessage
+from server.schemas.openai import MAX_MESSAGES, ChatMessage
 
 
 class TokenizeRequest(StrictModel):
     """Show how a prompt, or a conversation, is read."""
 
     prompt: str | None = None
-    messages: list[ChatMessage] | None = Field(default=None, min_length=1)
+    messages: list[ChatMessage] | None = Field(
+        default=None, fail_fast=True, min_length=1, max_length=MAX_MESSAGES
+    )
     add_special_tokens: bool = Field(
         default=True, description="With what the tokenizer puts around a prompt."
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from fastapi import FastAPI
 from http_app import MODEL, Caller, make_app
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic_core import from_json
 
 from kvpaging.base.errors import BadRequest, EngineDied, Overloaded
 from kvpaging.scheduling.request import SamplingParams
@@ -22,7 +24,9 @@ from server.app import AppConfig, create_app
 from server.client import EngineState
 from server.errors import ApiError, Dialect, answer_to
 from server.schemas import REQUEST_MODELS
-from server.schemas.openai import ChatMessage
+from server.schemas.body import parse
+from server.schemas.generate import GenerateRequest
+from server.schemas.openai import ChatCompletionRequest, ChatMessage, CompletionRequest
 from server.schemas.tgi import TgiParameters
 
 DEEP = b"[" * 100_000
@@ -52,9 +56,9 @@ FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": [1, "a"]}, "prompt", "must be a text or a list of token ids"),
     ({"prompt": [1, True]}, "prompt", "must be a text or a list of token ids"),
     ({"prompt": [1, 2.0]}, "prompt", "must be a text or a list of token ids"),
-    ({"prompt": [-1]}, "prompt", "token id -1 in the prompt is not in 0..511"),
+    ({"prompt": [-1]}, "prompt", "token id -1 is not in 0..2147483647"),
     ({"prompt": [512]}, "prompt", "token id 512 in the prompt is not in 0..511"),
-    ({"prompt": [2**70]}, "prompt", "is not in 0..511"),
+    ({"prompt": [2**70]}, "prompt", "token id 1180591620717411303424 is not in 0..2147483647"),
     ({"prompt": [5] * 300}, "prompt", "300 tokens"),
     ({"prompt": "x", "max_new_tokens": 256}, "max_new_tokens", "model's length is 256"),
     ({"prompt": "x", "max_new_tokens": 0}, "max_new_tokens", "greater than or equal to 1, not 0"),
@@ -67,6 +71,8 @@ FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": "x", "top_p": 0}, "top_p", "greater than 0, not 0"),
     ({"prompt": "x", "top_p": 1.01}, "top_p", "less than or equal to 1, not 1.01"),
     ({"prompt": "x", "top_k": -1}, "top_k", "not -1"),
+    ({"prompt": "x", "top_k": 2**31}, "top_k", "less than or equal to 2147483647, not 2147483648"),
+    ({"prompt": "x", "inputs": "x"}, "inputs", "give only one of prompt and inputs"),
     ({"prompt": "x", "min_p": 2}, "min_p", "not 2"),
     ({"prompt": "x", "repetition_penalty": 0}, "repetition_penalty", "not 0"),
     ({"prompt": "x", "logit_bias": {"a": 1}}, "logit_bias", "'a' is not a token id"),
@@ -80,7 +86,8 @@ FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": "x", "n": 9}, "n", "1..8, not 9"),
     ({"prompt": "x", "n": 129}, "n", "128"),
     ({"prompt": "x", "stop": [""]}, "stop.0", "at least 1 character"),
-    ({"prompt": "x", "stop": "a" * 1025}, "stop.0", "1024"),
+    ({"prompt": "x", "stop": "a" * 1025}, "stop", "at most 1024 characters"),
+    ({"prompt": "x", "stop": ["a"] * 33}, "stop", "at most 32 items"),
     ({"prompt": "x", "stop_token_ids": [512]}, "stop_token_ids", "0..511"),
     ({"prompt": "x", "stop_token_ids": [2**40]}, "stop_token_ids.0", "2147483647"),
     ({"prompt": "x", "logprobs": 21}, "logprobs", "20, not 21"),
@@ -91,6 +98,37 @@ FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"promt": "x"}, "promt", "did you mean 'prompt'?"),
     ({"prompt": "x", "max_tokens": 5}, "max_tokens", "did you mean 'max_new_tokens'?"),
     ({"prompt": "x", "zzz": 5}, "zzz", "unknown field 'zzz'"),
+]
+
+
+MODELS: dict[str, Any] = {
+    "/generate": GenerateRequest,
+    "/v1/completions": CompletionRequest,
+    "/v1/chat/completions": ChatCompletionRequest,
+}
+CHAT: dict[str, Any] = {"model": MODEL}
+USER: dict[str, Any] = {"role": "user"}
+OPENAI_FIELDS: list[tuple[str, dict[str, Any], str, str]] = [
+    ("chat", {"messages": []}, "messages", "messages must have at least 1 items, not 0"),
+    ("chat", {"messages": "hi"}, "messages", 'messages must be a list, not "hi"'),
+    ("chat", {"messages": ["hi"]}, "messages.0", 'must be an object, not "hi"'),
+    ("chat", {"messages": [USER]}, "messages.0.content", "is missing"),
+    (
+        "chat",
+        {"messages": [USER | {"content": 5}]},
+        "messages.0.content",
+        "must be a text or a list of parts, not 5",
+    ),
+    (
+        "chat",
+        {"messages": [USER | {"content": [{"type": "text", "text": 5}]}]},
+        "messages.0.content.0.text",
+        "must be a text, not 5",
+    ),
+    ("", {"prompt": "x", "top_k": 2**64}, "top_k", "2147483647"),
+    ("", {"prompt": [2**40], "echo": True}, "prompt", "token id 1099511627776 is not in"),
+    ("", {"prompt": [[5], [-1]], "echo": True}, "prompt", "token id -1 is not in"),
+    ("", {"prompt": ["x"] * 25}, "prompt", "at most 24 prompts fit in one call here (8 run and"),
 ]
 
 
@@ -121,6 +159,52 @@ def test_fields_that_can_not_be(app: FastAPI, body: dict[str, Any], param: str, 
     assert words in error["message"]
     assert error["param"] == (param or None)
     assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(("kind", "body", "param", "words"), OPENAI_FIELDS)
+def test_fields_that_can_not_be_in_openais_dialect(
+    app: FastAPI, kind: str, body: dict[str, Any], param: str, words: str
+) -> None:
+    path = "/v1/chat/completions" if kind == "chat" else "/v1/completions"
+    response = Caller(app).post(path, CHAT | body)
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert (error["param"], words in error["message"]) == (param, True), error
+
+
+@pytest.mark.parametrize("top_k", [2**31, 2**64])
+def test_a_top_k_over_any_vocabulary_in_tgis_dialect(app: FastAPI, top_k: int) -> None:
+    response = Caller(app).post("/", {"inputs": "x", "parameters": {"top_k": top_k}})
+    assert response.status_code == 422
+    assert "parameters.top_k" in response.json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", CHAT | {"messages": [5] * 500_000}),
+        ("/v1/chat/completions", CHAT | {"messages": [USER | {"content": [5] * 500_000}]}),
+        ("/v1/chat/completions", CHAT | {"messages": "x", "modalities": [5] * 500_000}),
+        ("/v1/completions", CHAT | {"prompt": [5] * 1_000_000 + ["x"]}),
+        ("/v1/completions", CHAT | {"prompt": [-5] * 1_000_000}),
+        ("/generate", {"prompt": "x", "stop_token_ids": ["x"] * 500_000}),
+        ("/generate", {"prompt": "x", "logit_bias": {str(i): "x" for i in range(300_000)}}),
+        ("/generate", {"prompt": "x", "logit_bias": {"9" * 1_000_000: "x"}}),
+        ("/generate", {"prompt": "x", "p" * 10_000_000: 1}),
+        ("/generate", {f"a{i}": 1 for i in range(200_000)}),
+    ],
+    ids=range(10),
+)
+def test_a_large_wrong_body_is_refused_soon_and_in_few_words(
+    app: FastAPI, path: str, body: dict[str, Any]
+) -> None:
+    content = from_json(json.dumps(body))
+    begin = time.process_time()
+    with pytest.raises(BadRequest) as caught:
+        parse(MODELS[path], content)
+    assert time.process_time() - begin < 0.3
+    assert len(caught.value.message) < 300
+    assert len(caught.value.param or "") < 100
 
 
 def test_a_prompt_that_the_pool_can_not_hold() -> None:
@@ -231,13 +315,14 @@ def test_one_table_from_exceptions_to_answers() -> None:
     assert answer_to(Overloaded("m", retry_after_s=0.1)).headers == {"Retry-After": "1"}
 
 
+EDGES = [sign * 2**k + d for sign in (1, -1) for k in (31, 32, 63, 64, 400) for d in (-1, 0, 1)]
 JSON = st.recursive(
     st.none()
     | st.booleans()
     | st.integers()
     | st.floats()
     | st.text()
-    | st.sampled_from([0, 1, -1, 2**31, 2**63, 2**64, 1e308, "x", "\x00", "<eos>", MODEL]),
+    | st.sampled_from([0, 1, -1, *EDGES, 1e308, 1e-320, "x", "\x00", "<eos>", MODEL]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=8,
 )

@@ -10,8 +10,10 @@ from itertools import cycle
 from kvpaging.base.config import EngineConfig, SchedulerConfig
 from kvpaging.base.errors import EngineDied, Overloaded
 from kvpaging.base.ids import RequestId
+from kvpaging.engine.connection import encode_frame
 from kvpaging.engine.messages import EngineStats, PagePicture
 from kvpaging.scheduling import admission
+from kvpaging.scheduling.events import Arrival
 from kvpaging.scheduling.outputs import Finished, FinishReason, SequenceOutput, Timings
 from kvpaging.scheduling.plan import Sample
 from kvpaging.scheduling.request import Request
@@ -97,6 +99,7 @@ class FakeEngineClient:
         if self.config is None or self.state is EngineState.DEAD:
             raise EngineDied("there is no engine")
         admission.check(request, self.config.scheduler, self.config.vocab_size)
+        encode_frame(Arrival(request))  # as the real one does: what can't be sent is found here
         if self.is_full:
             raise Overloaded("16 requests are waiting, and the limit is 16", retry_after_s=2.4)
         self.open[request.request_id] = request
