@@ -55,6 +55,7 @@ class RecordedArrival(msgspec.Struct, frozen=True, tag="arrival", omit_defaults=
     max_new_tokens: int
     n: int = 1
     priority: int = 0
+    prompt_logprobs: int | None = None
 
 
 class RecordedAbort(msgspec.Struct, frozen=True, tag="abort"):
@@ -275,6 +276,7 @@ class Recorder:
             request.sampling.max_new_tokens,
             request.n,
             request.priority,
+            request.sampling.prompt_logprobs,
         )
 
     def _output(

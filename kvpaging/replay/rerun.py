@@ -18,7 +18,7 @@ from kvpaging.cache.cache_manager import CacheManager
 from kvpaging.cache.eviction.names import POLICIES
 from kvpaging.cache.lower_levels import PagesLoaded
 from kvpaging.cache.prefix_key import ChainLink
-from kvpaging.replay.full_mode import VOCAB_SIZE, page_tokens
+from kvpaging.replay.full_mode import FILLER, VOCAB_SIZE, page_tokens
 from kvpaging.replay.recording import (
     Header,
     PageNumbers,
@@ -99,7 +99,7 @@ class _RecordedExecutor:
         pages = {(p.request, p.output_index, p.page_index): p.page for p in step.pages}
         stops = {(end.request, end.output_index): end.num_tokens for end in step.stops}
         failures = {(end.request, end.output_index) for end in step.failures}
-        samples, failed = [], []
+        samples, failed, prompts = [], [], []
         for entry in plan.scheduled:
             request, num_prompt = self._rows[entry.seq_id]
             position = entry.start + entry.num_new_tokens
@@ -114,8 +114,18 @@ class _RecordedExecutor:
                 chosen.append(Sample(token))
             if entry.sample_for and (request, entry.sample_for[0]) in failures:
                 failed.append(entry.seq_id)
+                chosen = []
             samples.append(tuple(chosen))
-        return StepResult(plan.step_id, tuple(samples), tuple(failed), step.elapsed_s)
+            followed = min(position, num_prompt - 1) - entry.start
+            asked = entry.prompt_logprobs is not None and entry.seq_id not in failed
+            prompts.append((FILLER,) * (followed if asked else 0))
+        return StepResult(
+            plan.step_id,
+            tuple(samples),
+            tuple(failed),
+            step.elapsed_s,
+            tuple(prompts) if any(prompts) else (),
+        )
 
 
 def rerun(path: Path, *, on_plan: Callable[[StepPlan], None] | None = None) -> Rerun:
@@ -173,6 +183,7 @@ def _event(event: RecordedEvent, numbers: PageNumbers, page_size: int) -> Event:
                 max_new_tokens=event.max_new_tokens,
                 seed=event.request,
                 stop_token_ids=(STOP_TOKEN,),
+                prompt_logprobs=event.prompt_logprobs,
             )
             return Arrival(
                 Request(_id(event.request), tuple(tokens), sampling, event.n, event.priority)

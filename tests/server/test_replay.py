@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from kvpaging.base.errors import ConfigError
+from kvpaging.cache.eviction.names import POLICIES
 from kvpaging.replay.synthetic import conversations, write_mooncake
-from server import cli
-from server.settings import resolve
+from server import cli, replay
+from server.settings import FlagParser, resolve
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +112,15 @@ def test_what_serve_is_told_reaches_the_engine(tmp_path: Path) -> None:
     assert options.eviction_policy == "arc"
     with pytest.raises(ConfigError, match="did you mean arc"):
         resolve({"eviction_policy": "ark"}, {})
+
+
+def test_the_page_names_every_policy_mode_and_flag() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "replay.md").read_text()
+    parser = FlagParser("kvpaging replay", "")
+    replay.add_flags(parser)
+    flags = {option for action in parser._actions for option in action.option_strings}
+    told = {"-h", "--help", "--max-num-seqs", "--max-num-batched-tokens"}
+    assert not [name for name in (*POLICIES, *(flags - told)) if f"{name}" not in page]
 
 
 def test_a_missing_trace(capsys: pytest.CaptureFixture[str]) -> None:
