@@ -40,6 +40,8 @@ class Completion:
     request_id: RequestId
     output_index: int
     samples: list[Sample] = field(default_factory=list)
+    prompt_samples: list[Sample] = field(default_factory=list)
+    """Of output 0, where prompt log-probabilities were asked for: from the second token on."""
     num_cached_tokens: int = 0
     finished: Finished | None = None
 
@@ -224,6 +226,7 @@ def _collect(outputs: StepOutputs, completions: dict[RequestId, list[Completion]
             continue
         completion = completions[output.request_id][output.output_index]
         completion.samples.extend(output.samples)
+        completion.prompt_samples.extend(output.prompt_samples)
         completion.num_cached_tokens = output.num_cached_tokens
         completion.finished = output.finished
         if output.finished is not None and output.finished.reason is FinishReason.ERROR:

@@ -77,11 +77,9 @@ def _check_sampling(request: Request, vocab_size: int) -> None:
         "stop_token_ids",
         f"token ids in 0..{vocab_size - 1}",
     )
-    require(
-        sampling.logprobs is None or 0 <= sampling.logprobs <= MAX_LOGPROBS,
-        "logprobs",
-        f"in 0..{MAX_LOGPROBS}",
-    )
+    for field in ("logprobs", "prompt_logprobs"):
+        count = getattr(sampling, field)
+        require(count is None or 0 <= count <= MAX_LOGPROBS, field, f"in 0..{MAX_LOGPROBS}")
 
 
 def _check_length(request: Request, config: SchedulerConfig) -> None:

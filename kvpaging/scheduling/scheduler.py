@@ -297,6 +297,9 @@ class Scheduler:
         samples = end >= len(sequence.token_ids)
         sample_for = self._sample_for(sequence) if samples else ()
         draft.draws -= len(sample_for)
+        is_scored = sequence.wants_scores and (
+            start < sequence.num_prompt_tokens - 1 and end > sequence.num_scored_tokens
+        )
         draft.entries[sequence.seq_id] = (
             sequence,
             ScheduledSequence(
@@ -305,6 +308,7 @@ class Scheduler:
                 num_new_tokens,
                 new_pages if sequence.has_row else (),
                 sample_for,
+                sequence.request.sampling.prompt_logprobs if is_scored else None,
             ),
         )
         draft.budget -= num_new_tokens
@@ -380,7 +384,7 @@ class Scheduler:
                 return  # nothing came back since it was found not to fit
             num_tokens = sequence.num_tokens
             self.cache.extend(sequence.chain, sequence.token_ids)
-            matched = self.cache.match(sequence.chain, num_tokens)
+            matched = self.cache.match(sequence.chain, sequence.num_findable_tokens)
             if self._load(sequence, matched, draft, promised):
                 continue
             needed = self.cache.num_new_pages(matched, num_tokens)
@@ -417,7 +421,9 @@ class Scheduler:
         """
         if sequence.has_loaded:
             return False
-        num_pages = self.cache.num_loadable(sequence.chain, len(matched), sequence.num_tokens)
+        num_pages = self.cache.num_loadable(
+            sequence.chain, len(matched), sequence.num_findable_tokens
+        )
         if not self._load_costs.is_worth_loading(num_pages, self.cache.page_size):
             sequence.has_loaded = True
             return False
@@ -522,8 +528,9 @@ class Scheduler:
         for source in self._copied.pop(plan.step_id, ()):
             self.cache.unpin(source)
         failed = frozenset(result.failed)
-        for entry, samples in zip(plan.scheduled, result.samples, strict=True):
-            self._commit(entry, samples, entry.seq_id in failed, now)
+        all_scores = result.prompt_logprobs or ((),) * len(plan.scheduled)
+        for entry, samples, scores in zip(plan.scheduled, result.samples, all_scores, strict=True):
+            self._commit(entry, samples, scores, entry.seq_id in failed, now)
         num_tokens = plan.num_new_tokens
         self.counters.computed_tokens += num_tokens
         if num_tokens >= 4 * len(plan.scheduled):  # decoding says little of what a prompt costs
@@ -533,7 +540,12 @@ class Scheduler:
         return StepOutputs(outputs, rejections)
 
     def _commit(
-        self, entry: ScheduledSequence, samples: tuple[Sample, ...], failed: bool, now: float
+        self,
+        entry: ScheduledSequence,
+        samples: tuple[Sample, ...],
+        scores: tuple[Sample, ...],
+        failed: bool,
+        now: float,
     ) -> None:
         sequence = self._sequences[entry.seq_id]
         sequence.num_in_flight -= 1
@@ -556,6 +568,8 @@ class Scheduler:
         if lease is not None and end >= (lease.num_published + 1) * self.cache.page_size:
             self.cache.extend(sequence.chain, sequence.token_ids)
             self.cache.commit(lease, sequence.chain, end)
+        if entry.prompt_logprobs is not None:
+            self._send_scores(sequence, entry, scores)
         if entry.sample_for:
             if lease is not None and lease.num_proven < lease.num_published:
                 self.cache.prove(lease, sequence.chain)
@@ -564,6 +578,25 @@ class Scheduler:
             self._append(sequence, samples[0], now)
             for twin, sample in zip(twins, samples[1:], strict=True):
                 self._append(twin, sample, now)
+
+    def _send_scores(
+        self, sequence: Sequence, entry: ScheduledSequence, scores: tuple[Sample, ...]
+    ) -> None:
+        """Each once: after a preemption the first ones may have been sent before."""
+        end = min(entry.start + entry.num_new_tokens, sequence.num_prompt_tokens - 1)
+        if len(scores) != end - entry.start:
+            raise LawBroken(f"sequence {sequence.seq_id}: {len(scores)} scores from {entry.start}")
+        new = scores[sequence.num_scored_tokens - entry.start :]
+        sequence.num_scored_tokens = end
+        self._outputs.append(
+            SequenceOutput(
+                sequence.request.request_id,
+                sequence.output_index,
+                (),
+                sequence.num_cached_tokens,
+                prompt_samples=new,
+            )
+        )
 
     def _fork(self, sequence: Sequence, samples: tuple[Sample, ...]) -> list[Sequence]:
         """The request's other outputs, each with a lease if there is room, else waiting."""

@@ -63,6 +63,7 @@ class Sequence:
         "num_prompt_tokens",
         "num_recomputed_tokens",
         "num_scheduled_tokens",
+        "num_scored_tokens",
         "order",
         "output_index",
         "request",
@@ -111,6 +112,8 @@ class Sequence:
         self.num_cached_tokens = 0
         self.num_computed_before = 0
         """High-water mark of computed tokens: below it, computing is computing again."""
+        self.num_scored_tokens = 0
+        """Prompt tokens whose next one's log-probability was sent; counted where it is wanted."""
         self.num_preemptions = 0
         self.num_recomputed_tokens = 0
         self.arrival_s = arrival_s
@@ -127,6 +130,23 @@ class Sequence:
     def num_output_tokens(self) -> int:
         """Tokens sampled."""
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def wants_scores(self) -> bool:
+        """Log-probabilities of prompt tokens are still to be sent. The last token has no next."""
+        return (
+            self.request.sampling.prompt_logprobs is not None
+            and self.output_index == 0
+            and self.num_scored_tokens < self.num_prompt_tokens - 1
+        )
+
+    @property
+    def num_findable_tokens(self) -> int:
+        """Pages may be found for what comes before the last of so many tokens.
+
+        What is still to be scored must be computed: a page holds no logits.
+        """
+        return self.num_scored_tokens + 1 if self.wants_scores else len(self.token_ids)
 
     def move(self, new: SeqState) -> None:
         """Change state along the table; anything else is our bug."""

@@ -15,7 +15,13 @@ from dataclasses import dataclass, field
 from kvpaging.base.config import EngineConfig, SchedulerConfig
 from kvpaging.cache.lower_levels import PageLoad, PagesLoaded
 from kvpaging.cache.prefix_key import ChainLink
-from kvpaging.scheduling.plan import AddedSequence, Sample, StepPlan, StepResult
+from kvpaging.scheduling.plan import (
+    AddedSequence,
+    Sample,
+    ScheduledSequence,
+    StepPlan,
+    StepResult,
+)
 
 VOCAB = 97
 GARBAGE = -7
@@ -25,6 +31,17 @@ def digest(tokens: Sequence[int], seed: int, output_index: int) -> int:
     """The next token after `tokens`; output 0 with seed 0 is the greedy one."""
     text = repr((list(tokens), seed, output_index)).encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:4], "little") % VOCAB
+
+
+def score(tokens: Sequence[int], next_token: int, num_top: int) -> Sample:
+    """A made-up log-probability of `next_token` after `tokens`."""
+    top = tuple((digest(tokens, k, next_token), -float(k)) for k in range(num_top))
+    return Sample(next_token, -float(digest(tokens, next_token, -1)), top)
+
+
+def expected_scores(prompt: Sequence[int], num_top: int) -> list[Sample]:
+    """What the digest model says of the prompt's tokens, without any paging."""
+    return [score(prompt[:p], prompt[p], num_top) for p in range(1, len(prompt))]
 
 
 def expected_tokens(
@@ -100,7 +117,22 @@ class DigestExecutor:
                 failed.append(entry.seq_id)
                 chosen = ()
             samples.append(chosen)
-        return StepResult(plan.step_id, tuple(samples), tuple(failed))
+        scores = ()
+        if any(entry.prompt_logprobs is not None for entry in plan.scheduled):
+            scores = tuple(self._scores(entry) for entry in plan.scheduled)
+        return StepResult(plan.step_id, tuple(samples), tuple(failed), prompt_logprobs=scores)
+
+    def _scores(self, entry: ScheduledSequence) -> tuple[Sample, ...]:
+        if entry.prompt_logprobs is None:
+            return ()
+        row = self.rows[entry.seq_id]
+        end = min(entry.start + entry.num_new_tokens, row.added.num_prompt_tokens - 1)
+        assert end > entry.start, "nothing to score"
+        read = [self.slots[self.slot(row, p)] for p in range(end)]
+        return tuple(
+            score(read[: p + 1], row.tokens[p + 1], entry.prompt_logprobs)
+            for p in range(entry.start, end)
+        )
 
     def _write(self, plan: StepPlan) -> None:
         written: set[int] = set()

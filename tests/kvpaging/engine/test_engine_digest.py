@@ -6,7 +6,13 @@ import random
 from collections import deque
 
 import pytest
-from digest_model import DigestExecutor, DigestLevels, digest_config, expected_tokens
+from digest_model import (
+    DigestExecutor,
+    DigestLevels,
+    digest_config,
+    expected_scores,
+    expected_tokens,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +23,7 @@ from kvpaging.cache.cache_manager import CacheManager
 from kvpaging.engine.engine import Engine
 from kvpaging.scheduling.events import Abort, Arrival, Event, Finish
 from kvpaging.scheduling.outputs import FinishReason, StepOutputs
+from kvpaging.scheduling.plan import Sample
 from kvpaging.scheduling.request import Request, SamplingParams
 from kvpaging.scheduling.scheduler import Scheduler
 
@@ -39,6 +46,7 @@ class Collector:
 
     def __init__(self) -> None:
         self.tokens: dict[tuple[str, int], list[int]] = {}
+        self.scores: dict[tuple[str, int], list[Sample]] = {}
         self.reasons: dict[tuple[str, int], FinishReason] = {}
         self.rejected: dict[str, str] = {}
         self.outputs: list = []
@@ -50,6 +58,8 @@ class Collector:
             self.outputs.append(output)
             key = (output.request_id, output.output_index)
             assert key not in self.reasons, "an output after the end"
+            assert not (output.prompt_samples and self.tokens.get(key)), "a score after a token"
+            self.scores.setdefault(key, []).extend(output.prompt_samples)
             self.tokens.setdefault(key, []).extend(s.token_id for s in output.samples)
             if output.finished:
                 self.reasons[key] = output.finished.reason
@@ -135,6 +145,7 @@ def test_random_arrivals_aborts_and_tiny_pools(seed: int, depth: int, has_levels
                 seed=rng.randint(0, 3),
                 priority=rng.choice([0, 0, 1]),
                 namespace=rng.choice([b"a", b"b"]),
+                prompt_logprobs=rng.choice([None, None, 0, 2]),
             )
             events.append(Arrival(accepted[name]))
         live = [name for name in accepted if name not in aborted]
@@ -160,6 +171,12 @@ def test_random_arrivals_aborts_and_tiny_pools(seed: int, depth: int, has_levels
                 order.prompt_token_ids, order.sampling.seed, k, order.sampling.max_new_tokens, stop
             )
             got = seen.tokens.get((name, k), [])
+            scores, num_top = seen.scores.get((name, k), []), order.sampling.prompt_logprobs
+            want_scores = []
+            if k == 0 and num_top is not None:
+                want_scores = expected_scores(order.prompt_token_ids, num_top)
+            assert scores == want_scores[: len(scores)]
+            assert not got or scores == want_scores
             reason = seen.reasons.get((name, k))
             cut_short = name in aborted or (name, k) in finished_by_text
             assert reason is not None, (name, k)
@@ -195,6 +212,48 @@ def test_the_random_test_exercises_what_it_claims() -> None:
     assert executor.num_copies > 0
     assert executor.num_chunks > 0
     assert len(seen.reasons) == 18
+
+
+def test_scores_of_the_prompt_cost_hits_only_while_they_are_to_be_sent() -> None:
+    """Alone, with a warm cache, and preempted by another's needs: the same scores, each once."""
+    prompts = [[1, 2] * 6, [1, 2] * 6, [3, 4] * 6]
+    plain = SamplingParams(max_new_tokens=8, seed=0)
+    scored = SamplingParams(max_new_tokens=8, seed=0, prompt_logprobs=2)
+    config = digest_config(num_pages=8, max_num_batched_tokens=5, eos_token_ids=())
+    engine, executor = make_engine(config)
+    engine.generate(prompts[:1], plain)
+    [[one]] = engine.generate(prompts[:1], scored)
+    assert one.num_cached_tokens == 0
+    assert one.prompt_samples == expected_scores(prompts[0], 2)
+    [[warm]] = engine.generate(prompts[:1], plain)
+    assert (warm.num_cached_tokens, warm.prompt_samples) == (8, [])
+
+    for completions, prompt in zip(engine.generate(prompts, scored, n=2), prompts, strict=True):
+        assert completions[0].prompt_samples == expected_scores(prompt, 2)
+        assert completions[1].prompt_samples == []
+        assert [c.token_ids for c in completions] == [
+            expected_tokens(prompt, 0, k, 8, frozenset()) for k in range(2)
+        ]
+    assert engine.stats().num_preemptions > 0
+    after = [entry for plan in executor.plans for entry in plan.scheduled if entry.start > 11]
+    assert all(entry.prompt_logprobs is None for entry in after)
+
+
+def test_a_preempted_prompt_is_scored_on_from_where_it_was() -> None:
+    """A token a step for each: after eight steps the first takes the other's pages."""
+    config = digest_config(
+        num_pages=8, page_size=2, max_num_batched_tokens=2, max_num_seqs=2, eos_token_ids=()
+    )
+    loop, seen = TwoPlans(config, 1), Collector()
+    first = request("first", [5], 12)
+    late = request("late", [6, 7, 8] * 4, 1, prompt_logprobs=1)
+    seen.take(loop.step([Arrival(first), Arrival(late)]))
+    while loop.scheduler.has_work:
+        seen.take(loop.step([]))
+    ends = {o.request_id: o.finished for o in seen.outputs if o.finished}
+    assert ends["late"].num_preemptions == 1
+    assert ends["late"].num_recomputed_tokens > 0
+    assert seen.scores[("late", 0)] == expected_scores(late.prompt_token_ids, 1)
 
 
 def test_evicted_pages_come_back_from_below_and_an_abort_meets_a_load() -> None:
