@@ -12,7 +12,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar, cast
 
 from kvpaging.base.errors import BadRequest, EngineDied, KvPagingError, Overloaded
@@ -42,6 +42,9 @@ class Order:
     n: int = 1
     priority: int = 0
     namespace: bytes = b""
+    is_score: bool = False
+    """Only the prompt is of interest: the outputs are empty. (The engine samples a token anyway.)
+    """
 
     def request(self) -> Request:
         """Give what the engine needs to know of it."""
@@ -85,6 +88,8 @@ class TextDelta:
     text: str
     """The pieces' texts joined and, at the end, what had been held back."""
     finish: Finish | None = None
+    prompt_samples: tuple[Sample, ...] = ()
+    """With an output's first delta, where they were asked for: see `SequenceOutput`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +136,7 @@ class Completed:
     text: str
     pieces: tuple[Piece, ...]
     finish: Finish
+    prompt_samples: tuple[Sample, ...] = ()
 
 
 async def collect(
@@ -157,6 +163,7 @@ def _joined(deltas: Sequence[TextDelta]) -> Completed:
         "".join([delta.text for delta in deltas]),
         tuple(piece for delta in deltas for piece in delta.pieces),
         last.finish or Finish(FinishReason.ABORT),
+        deltas[0].prompt_samples,
     )
 
 
@@ -212,6 +219,7 @@ class _Run:
                 text.detokenizer(),
                 StopStrings(order.stop, include=order.include_stop),
                 order.sampling.min_new_tokens,
+                is_score=order.is_score,
             )
             for k in range(order.n)
         ]
@@ -219,6 +227,7 @@ class _Run:
         self._metrics = metrics
         self._record = record
         self._has_begun = False
+        self._prompt_samples: list[Sample] = []
 
     @property
     def finish_reasons(self) -> list[str]:
@@ -251,6 +260,7 @@ class _Run:
                     self._metrics.finished(str(output.finish.reason if output.finish else ending))
 
     def _take(self, new: SequenceOutput) -> TextDelta | None:
+        self._prompt_samples += new.prompt_samples
         output = self.outputs[new.output_index]
         if new.finished is not None:
             output.engine_end = new.finished
@@ -265,7 +275,13 @@ class _Run:
         self._metrics.generation_tokens.inc(len(delta.pieces))
         if delta.finish is not None and new.finished is None:
             self._client.finish(self.order.request_id, new.output_index, output.num_tokens)
-        return delta if delta.pieces or delta.text or delta.finish else None
+        if not (delta.pieces or delta.text or delta.finish):
+            return None
+        if output.has_begun:
+            return delta
+        output.has_begun = True
+        # The prompt was whole before any output's first token: each output can have all of it.
+        return replace(delta, prompt_samples=tuple(self._prompt_samples))
 
     def _observe_tokens(self, output: _Output, new: SequenceOutput) -> None:
         if not new.samples:
@@ -289,19 +305,30 @@ class _Output:
     """One output: its tokens become text, and text may end it."""
 
     def __init__(
-        self, index: int, detokenizer: Detokenizer, stops: StopStrings, min_new_tokens: int
+        self,
+        index: int,
+        detokenizer: Detokenizer,
+        stops: StopStrings,
+        min_new_tokens: int,
+        *,
+        is_score: bool = False,
     ):
         self.index = index
         self.num_tokens = 0
+        self.has_begun = False
+        """Something of it was given away."""
         self.finish: Finish | None = None
         self.engine_end: Finished | None = None
         self.last_token_at: float | None = None
         self._detokenizer = detokenizer
         self._stops = stops
         self._min_new_tokens = min_new_tokens
+        self._is_score = is_score
 
     def take(self, new: SequenceOutput) -> TextDelta:
         """Take the new tokens, one by one, up to the one that completes a stop string."""
+        if self._is_score:
+            return self._score(new.finished)
         pieces: list[Piece] = []
         end = new.finished
         for position, sample in enumerate(new.samples, 1):
@@ -321,11 +348,18 @@ class _Output:
             return self._end(pieces, tail, Finish(FinishReason.STOP, stop))
         return self._end(pieces, tail + self._stops.flush(), Finish(end.reason, end.stop_token_id))
 
+    def _score(self, end: Finished | None) -> TextDelta:
+        """Drop the token: no length is all of the length that was asked for."""
+        if end is None:
+            return self._delta()
+        was_aborted = end.reason is FinishReason.ABORT
+        return self._end([], "", Finish(end.reason if was_aborted else FinishReason.LENGTH))
+
     def _end(self, pieces: list[Piece], tail: str, finish: Finish) -> TextDelta:
         self.finish = finish
         return self._delta(pieces, tail)
 
-    def _delta(self, pieces: list[Piece], tail: str = "") -> TextDelta:
+    def _delta(self, pieces: Sequence[Piece] = (), tail: str = "") -> TextDelta:
         text = "".join([piece.text for piece in pieces]) + tail
         return TextDelta(self.index, tuple(pieces), text, self.finish)
 

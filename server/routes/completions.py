@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Final
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from kvpaging.scheduling.plan import Sample
 from server.errors import Dialect
-from server.generation import Completed, Done, Order, Piece, TextDelta, collect
+from server.generation import Completed, Done, Order, TextDelta, collect
 from server.observe.record import record_of
 from server.routes.answers import (
     GENERATION_ERRORS,
@@ -29,7 +31,7 @@ from server.schemas.openai import (
 )
 from server.service import Service, ServiceDep
 from server.sse import data_event, until_gone
-from server.text import Tokenizer
+from server.text import Text
 
 router: Final = APIRouter(prefix="/v1", tags=["openai"])
 
@@ -56,9 +58,9 @@ async def complete(request: Request, service: ServiceDep) -> Response:
     record.dialect = Dialect.OPENAI
     asked = parse(CompletionRequest, await read_body(request, service))
     call = begin(asked, service, record, "cmpl")
-    tokenizer = (await service.text()).tokenizer
+    text = await service.text()
     orders = await _orders(asked, call, service, request)
-    writer = _Writer(asked, call, tokenizer, _echoes(asked, tokenizer))
+    writer = _Writer(asked, call, text, orders)
     news = service.generate(orders, record, FIELD_NAMES)
     if asked.stream:
         return stream_response(news, writer.frame, service, record)
@@ -76,37 +78,38 @@ async def _orders(
         token_ids = await service.prompt_ids(prompt)
         default = max(DEFAULT_MAX_TOKENS, asked.min_tokens or 0)
         max_new_tokens = service.max_new_tokens(len(token_ids), asked.max_tokens, default)
-        request_id = f"{call.id}-{number}"
-        orders.append(order_for(asked, token_ids, max_new_tokens, service, request, request_id))
+        is_score = max_new_tokens == 0
+        order = order_for(
+            asked,
+            token_ids,
+            1 if is_score else max_new_tokens,
+            service,
+            request,
+            f"{call.id}-{number}",
+        )
+        orders.append(replace(order, is_score=is_score))
     return orders
 
 
-def _echoes(asked: CompletionRequest, tokenizer: Tokenizer) -> list[str]:
-    """Give what each output's text begins with."""
-    echoes = []
-    for prompt in asked.prompts:
-        if not asked.echo:
-            echo = ""
-        elif isinstance(prompt, str):
-            echo = prompt
-        else:
-            echo = tokenizer.decode(prompt, skip_special_tokens=False)
-        echoes += [echo] * asked.num_outputs
-    return echoes
+@dataclass(frozen=True, slots=True)
+class _Token:
+    """A token for the lists of log-probabilities; a prompt's first one has none."""
+
+    sample: Sample
+    offset: int
+    """Of its text, in the choice's text."""
 
 
 class _Writer:
     """One call's choices, whole or as events; knows how long each one's text is so far."""
 
-    def __init__(
-        self, asked: CompletionRequest, call: Call, tokenizer: Tokenizer, echoes: Sequence[str]
-    ):
+    def __init__(self, asked: CompletionRequest, call: Call, text: Text, orders: Sequence[Order]):
         self._asked = asked
         self._call = call
-        self._tokenizer = tokenizer
-        self._echoes = list(echoes)
-        """What is still to be given before an output's first text."""
-        self._offsets = [0 for _ in echoes]
+        self._text = text
+        self._orders = orders
+        self._lengths: dict[int, int] = {}
+        """Of the texts that were given, by choice."""
 
     def response(self, choices: list[CompletionChoice]) -> CompletionResponse:
         """Give the object that these choices come in."""
@@ -120,13 +123,21 @@ class _Writer:
 
     def choice(self, item: Completed | TextDelta) -> CompletionChoice:
         """Give an output, or what is new of it."""
-        echo, self._echoes[item.index] = self._echoes[item.index], ""
-        offset = self._offsets[item.index]
-        self._offsets[item.index] = offset + len(item.text)
+        echo, tokens = "", list[_Token]()
+        if self._asked.echo and item.index not in self._lengths:
+            # Not sooner: by now the engine knows that all of the prompt's ids are tokens.
+            number = item.index // self._asked.num_outputs
+            echo = self._echo(self._asked.prompts[number])
+            tokens = self._prompt_tokens(self._orders[number], item.prompt_samples, echo)
+        offset = self._lengths.get(item.index, 0) + len(echo)
+        self._lengths[item.index] = offset + len(item.text)
+        for piece in item.pieces:
+            tokens.append(_Token(piece.sample, offset))
+            offset += len(piece.text)
         return {
             "index": item.index,
             "text": echo + item.text,
-            "logprobs": self._logprobs(item.pieces, offset),
+            "logprobs": self._logprobs(tokens),
             "finish_reason": item.finish.reason if item.finish else None,
             "stop_reason": item.finish.stop_reason if item.finish else None,
         }
@@ -147,23 +158,44 @@ class _Writer:
             event["usage"] = None
         return data_event(event)
 
-    def _logprobs(self, pieces: Sequence[Piece], offset: int) -> CompletionLogprobs | None:
+    def _echo(self, prompt: str | list[int]) -> str:
+        if isinstance(prompt, str):
+            return prompt
+        return self._text.tokenizer.decode(prompt, skip_special_tokens=False)
+
+    def _prompt_tokens(self, order: Order, scored: Sequence[Sample], echo: str) -> list[_Token]:
+        if self._asked.logprobs is None:
+            return []
+        tokenizer, detokenizer = self._text.tokenizer, self._text.detokenizer()
+        tokens = []
+        offset = 0
+        for sample in (Sample(order.prompt_token_ids[0]), *scored):
+            tokens.append(_Token(sample, min(offset, len(echo))))
+            token_id = sample.token_id
+            offset += len(detokenizer.push(token_id))
+            name = tokenizer.token_text(token_id) if tokenizer.is_special(token_id) else ""
+            if name and echo.startswith(name, offset):  # else the tokenizer put it there
+                offset += len(name)
+        return tokens
+
+    def _logprobs(self, tokens: Sequence[_Token]) -> CompletionLogprobs | None:
         if self._asked.logprobs is None:
             return None
-        text_of: Callable[[int], str] = self._tokenizer.token_text
+        text_of = self._text.tokenizer.token_text
         logprobs: CompletionLogprobs = {
             "tokens": [],
             "token_logprobs": [],
             "top_logprobs": [],
             "text_offset": [],
         }
-        for piece in pieces:
+        for token in tokens:
+            sample = token.sample
             top: dict[str, float] = {}
-            for token_id, logprob in piece.sample.top:
+            for token_id, logprob in sample.top:
                 top.setdefault(text_of(token_id), finite_logprob(logprob))
-            logprobs["tokens"].append(text_of(piece.sample.token_id))
-            logprobs["token_logprobs"].append(finite_logprob(piece.sample.logprob))
-            logprobs["top_logprobs"].append(top)
-            logprobs["text_offset"].append(offset)
-            offset += len(piece.text)
+            is_scored = sample.logprob is not None
+            logprobs["tokens"].append(text_of(sample.token_id))
+            logprobs["token_logprobs"].append(finite_logprob(sample.logprob) if is_scored else None)
+            logprobs["top_logprobs"].append(top if is_scored else None)
+            logprobs["text_offset"].append(token.offset)
         return logprobs

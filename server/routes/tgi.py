@@ -16,9 +16,10 @@ from typing import Any, Final
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from kvpaging.base.errors import EngineDied
+from kvpaging.base.errors import BadRequest, EngineDied
 from kvpaging.base.ids import RequestId
 from kvpaging.scheduling.outputs import FinishReason
+from kvpaging.scheduling.plan import Sample
 from server.errors import Dialect
 from server.generation import Completed, Done, Finish, Order, Piece, TextDelta, collect
 from server.observe.record import record_of
@@ -34,6 +35,7 @@ from server.schemas.errors import TgiErrorResponse
 from server.schemas.tgi import (
     TgiDetails,
     TgiParameters,
+    TgiPrefillToken,
     TgiRequest,
     TgiResponse,
     TgiStreamEvent,
@@ -116,6 +118,11 @@ async def _order(
     *,
     is_stream: bool,
 ) -> Order:
+    if is_stream and parameters.decoder_input_details:
+        raise BadRequest(
+            "decoder_input_details is not supported for streams; leave it out",
+            param="parameters.decoder_input_details",
+        )
     token_ids = await service.prompt_ids(asked.inputs)
     if parameters.truncate is not None:
         token_ids = token_ids[-parameters.truncate :]
@@ -185,12 +192,28 @@ def _details(
         "finish_reason": reason,
         "generated_tokens": len(output.pieces),
         "seed": _seed(order, parameters),
-        "prefill": [],
+        "prefill": _prefill(order, parameters, tokenizer, output),
         "tokens": _tokens(tokenizer, output.pieces, output.text),
     }
     if parameters.top_n_tokens:
         details["top_tokens"] = [_top_tokens(tokenizer, piece) for piece in output.pieces]
     return details
+
+
+def _prefill(
+    order: Order, parameters: TgiParameters, tokenizer: Tokenizer, output: Completed
+) -> list[TgiPrefillToken]:
+    """Give the prompt's tokens where they were asked for; before the first one is nothing."""
+    if not parameters.wants_prefill:
+        return []
+    return [
+        {
+            "id": sample.token_id,
+            "text": tokenizer.token_text(sample.token_id),
+            "logprob": None if sample.logprob is None else finite_logprob(sample.logprob),
+        }
+        for sample in (Sample(order.prompt_token_ids[0]), *output.prompt_samples)
+    ]
 
 
 def _tokens(tokenizer: Tokenizer, pieces: Sequence[Piece], text: str) -> list[TgiToken]:

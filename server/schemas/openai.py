@@ -77,7 +77,12 @@ class _Sampling(LenientModel):
         """Whether a stream ends with an event for `usage`."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
-    def _sampling_params(self, max_new_tokens: int, num_logprobs: int | None) -> SamplingParams:
+    def _sampling_params(
+        self,
+        max_new_tokens: int,
+        num_logprobs: int | None,
+        num_prompt_logprobs: int | None = None,
+    ) -> SamplingParams:
         return SamplingParams(
             max_new_tokens=max_new_tokens,
             seed=seed_or_random(self.seed),
@@ -93,6 +98,7 @@ class _Sampling(LenientModel):
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=bool(self.ignore_eos),
             logprobs=num_logprobs,
+            prompt_logprobs=num_prompt_logprobs,
         )
 
 
@@ -137,8 +143,10 @@ class CompletionRequest(_Sampling):
             raise ValueError("suffix is not supported by this server; leave it out")
         if self.best_of is not None and self.best_of != self.num_outputs:
             raise ValueError(f"best_of must equal n ({self.num_outputs}), not {self.best_of}")
-        if self.echo and self.logprobs is not None:
-            raise ValueError("echo with logprobs (prompt logprobs) is not supported by this server")
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens must be at least 1 without echo, not 0")
+        if self.max_tokens == 0 and self.min_tokens:
+            raise ValueError(f"min_tokens must be in 0..max_tokens (0), not {self.min_tokens}")
         return self
 
     @property
@@ -152,7 +160,8 @@ class CompletionRequest(_Sampling):
 
     def sampling(self, max_new_tokens: int) -> SamplingParams:
         """Give how to choose tokens; the seed is drawn where none was given."""
-        return self._sampling_params(max_new_tokens, self.logprobs)
+        num_prompt_logprobs = self.logprobs if self.echo else None
+        return self._sampling_params(max_new_tokens, self.logprobs, num_prompt_logprobs)
 
 
 class ContentPart(LenientModel):
@@ -273,11 +282,11 @@ class OpenAIUsage(TypedDict):
 
 
 class CompletionLogprobs(TypedDict):
-    """Parallel lists, one entry a token."""
+    """Parallel lists, one entry a token; a prompt's first token has no log-probability."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 

@@ -17,7 +17,6 @@ from server.schemas.fields import MAX_TOP_K, Penalty, StopStrings, seed_or_rando
 
 NOT_SUPPORTED: Final = (
     "adapter_id",
-    "decoder_input_details",
     "grammar",
     "typical_p",
     "watermark",
@@ -45,7 +44,9 @@ class TgiParameters(LenientModel):
     watermark: bool | None = Field(None, description="Not supported.")
     adapter_id: Any | None = Field(None, description="Not supported.")
     grammar: Any | None = Field(None, description="Not supported.")
-    decoder_input_details: bool | None = Field(None, description="Not supported.")
+    decoder_input_details: bool | None = Field(
+        None, description="With `details`: the prompt's tokens too. Not for streams."
+    )
 
     @model_validator(mode="after")
     def _refuse_what_we_cannot(self) -> Self:
@@ -61,6 +62,11 @@ class TgiParameters(LenientModel):
         is_changed = self.temperature not in (None, 1.0) or self.top_p not in (None, 1.0)
         return not (self.do_sample or is_changed or self.top_k)
 
+    @property
+    def wants_prefill(self) -> bool:
+        """Whether the details shall have the prompt's tokens."""
+        return bool(self.details and self.decoder_input_details)
+
     def sampling(self, max_new_tokens: int, *, with_logprobs: bool) -> SamplingParams:
         """Give how to choose tokens; the seed is drawn where none was given."""
         return SamplingParams(
@@ -72,6 +78,7 @@ class TgiParameters(LenientModel):
             repetition_penalty=self.repetition_penalty or 1.0,
             frequency_penalty=self.frequency_penalty or 0.0,
             logprobs=(self.top_n_tokens or 0) if with_logprobs else None,
+            prompt_logprobs=0 if self.wants_prefill else None,
         )
 
 
@@ -92,13 +99,21 @@ class TgiToken(TypedDict):
     special: bool
 
 
+class TgiPrefillToken(TypedDict):
+    """One token of the prompt; the first has no log-probability."""
+
+    id: int
+    text: str
+    logprob: float | None
+
+
 class TgiDetails(TypedDict):
     """What is known of a whole output."""
 
     finish_reason: str
     generated_tokens: int
     seed: int | None
-    prefill: list[TgiToken]
+    prefill: list[TgiPrefillToken]
     tokens: list[TgiToken]
     top_tokens: NotRequired[list[list[TgiToken]]]
 

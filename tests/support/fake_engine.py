@@ -106,6 +106,10 @@ class FakeEngineClient:
         self.seen.append(request)
         outputs = [_Output(self, request, index) for index in range(request.n)]
         try:
+            for part in _prompt_samples(request):
+                yield SequenceOutput(
+                    request.request_id, 0, (), self.num_cached_tokens, prompt_samples=part
+                )
             num_steps = 0
             while outputs:
                 await asyncio.sleep(self.delay_s)
@@ -130,6 +134,18 @@ class FakeEngineClient:
 
     async def close(self) -> None:
         self.state = EngineState.DEAD
+
+
+def _prompt_samples(request: Request) -> tuple[tuple[Sample, ...], ...]:
+    """In two parts, as of a prompt that took two steps: position p has -p and -p - k."""
+    num_top = request.sampling.prompt_logprobs
+    if num_top is None:
+        return ()
+    samples = [
+        Sample(token_id, -float(p), tuple((token_id + k, -float(p + k)) for k in range(num_top)))
+        for p, token_id in enumerate(request.prompt_token_ids)
+    ]
+    return tuple(samples[1:3]), tuple(samples[3:])
 
 
 class _Output:

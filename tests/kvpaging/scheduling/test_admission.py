@@ -66,6 +66,7 @@ def test_a_good_request_passes() -> None:
         ("logit_bias", {"logit_bias": ((1, float("inf")),)}),
         ("stop_token_ids", {"stop_token_ids": (10,)}),
         ("logprobs", {"logprobs": 21}),
+        ("prompt_logprobs", {"prompt_logprobs": 21}),
     ],
 )
 def test_each_limit_names_its_field(param: str, changes: dict[str, object]) -> None:

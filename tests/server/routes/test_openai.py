@@ -103,6 +103,72 @@ def test_forms_of_a_prompt(
     assert found == expected
 
 
+@pytest.mark.parametrize("max_tokens", [0, 3])
+@pytest.mark.parametrize("stream", [False, True])
+def test_echo_with_logprobs(http: openai.OpenAI, stream: bool, max_tokens: int) -> None:
+    """The prompt's tokens first, for each output; the very first has no log-probability."""
+    prompts = [PROMPT, "é"]
+    options: Any = {"prompt": prompts, "max_tokens": max_tokens, "n": 2, "logprobs": 2}
+    found: Any = [{"text": "", "finish_reason": None} for _ in range(4)]
+    if stream:
+        chunks = http.completions.create(
+            model=MODEL, echo=True, stream=True, stream_options={"include_usage": True}, **options
+        )
+        *chunks, last = chunks
+        usage = last.usage
+        choices = [choice for chunk in chunks for choice in chunk.choices]
+    else:
+        answer = http.completions.create(model=MODEL, echo=True, **options)
+        usage, choices = answer.usage, answer.choices
+    for choice in choices:
+        whole = found[choice.index]
+        whole["text"] += choice.text
+        whole["finish_reason"] = choice.finish_reason
+        for name, values in (choice.logprobs.to_dict() if choice.logprobs else {}).items():
+            whole[name] = whole.get(name, []) + values
+    assert usage is not None
+    assert usage.completion_tokens == 4 * max_tokens
+    for index, whole in enumerate(found):
+        prompt = prompts[index // 2]
+        token_ids = ids(prompt)
+        num_prompt = len(token_ids)
+        completion = tiny_text.text().tokenizer.decode((token_ids * 3)[:max_tokens])
+        assert whole["text"] == prompt + completion
+        assert whole["finish_reason"] == "length"
+        scores = [None, *(-float(p) for p in range(1, num_prompt)), *([-0.5] * max_tokens)]
+        assert whole["token_logprobs"] == scores
+        assert [top and len(top) for top in whole["top_logprobs"]] == [
+            None,
+            *([2] * (num_prompt - 1 + max_tokens)),
+        ]
+        assert len(whole["tokens"]) == len(whole["text_offset"]) == num_prompt + max_tokens
+        if prompt.isascii():
+            assert "".join(whole["tokens"]) == whole["text"]
+            starts = [len("".join(whole["tokens"][:k])) for k in range(num_prompt + max_tokens)]
+            assert whole["text_offset"] == starts
+
+
+@pytest.mark.parametrize("by_ids", [False, True])
+def test_offsets_with_a_token_that_the_prompt_did_not_write(by_ids: bool) -> None:
+    """A text is echoed as it was sent, token ids with the names of special tokens."""
+    text = Text(Tokenizer(tiny_text.byte_level(adds_bos=True)), None)
+    http = Caller(create_app(AppConfig(served_model_name=MODEL), FakeEngineClient(), text))
+    prompt = text.tokenizer.encode("a<eos>b") if by_ids else "a<eos>b"
+    body = {"model": MODEL, "prompt": prompt, "max_tokens": 0, "echo": True, "logprobs": 0}
+    [choice] = http.post("/v1/completions", body).json()["choices"]
+    assert choice["text"] == ("<bos>a<eos>b" if by_ids else "a<eos>b")
+    assert choice["logprobs"]["tokens"] == ["<bos>", "a", "<eos>", "b"]
+    assert choice["logprobs"]["text_offset"] == ([0, 5, 6, 11] if by_ids else [0, 0, 1, 6])
+
+
+def test_only_echo_with_logprobs_asks_for_them(engine: FakeEngineClient) -> None:
+    http = Caller(make_app(engine))
+    body = {"model": MODEL, "prompt": "ab"}
+    for extra in ({}, {"echo": True}, {"logprobs": 2}, {"echo": True, "logprobs": 2}):
+        assert http.post("/v1/completions", {**body, **extra}).status_code == 200
+    assert [r.sampling.prompt_logprobs for r in engine.seen] == [None, None, None, 2]
+
+
 def test_completion_defaults(engine: FakeEngineClient, http: openai.OpenAI) -> None:
     http.completions.create(model=MODEL, prompt="ab", extra_body={"n": None, "whatever": {}})
     assert engine.seen[0].sampling.max_new_tokens == 16
@@ -238,7 +304,10 @@ def test_what_we_cannot_do_is_refused(extra: dict[str, Any], words: str) -> None
     [
         ({"suffix": "x"}, "suffix"),
         ({"best_of": 3}, "best_of"),
-        ({"echo": True, "logprobs": 1}, "prompt logprobs"),
+        ({"max_tokens": 0}, "max_tokens must be at least 1 without echo"),
+        ({"max_tokens": 0, "echo": True, "min_tokens": 1}, "min_tokens must be in 0..max_tokens"),
+        ({"echo": True, "prompt": [1, 1 << 40]}, "prompt"),
+        ({"echo": True, "prompt": [1, 99999]}, "99999"),
         ({"prompt": ["a", [1]]}, "prompt: must be"),
         ({"prompt": [True]}, "prompt: must be"),
         ({"prompt": []}, "prompt: must be"),
@@ -279,7 +348,7 @@ def test_answers_have_exactly_the_documented_shapes() -> None:
     options = {"model": MODEL, "max_tokens": 3, "n": 2}
     stream = {"stream": True, "stream_options": {"include_usage": True}}
     chat = {**options, "messages": MESSAGES, "logprobs": True, "top_logprobs": 1}
-    text = {**options, "prompt": ["ab", "cd"], "logprobs": 1}
+    text = {**options, "prompt": ["ab", "cd"], "logprobs": 1, "echo": True}
     for path, body, whole, chunk in (
         ("/v1/chat/completions", chat, ChatCompletionResponse, ChatCompletionChunk),
         ("/v1/completions", text, CompletionResponse, CompletionResponse),

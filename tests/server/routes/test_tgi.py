@@ -61,6 +61,30 @@ def test_details(engine: FakeEngineClient, http: InferenceClient) -> None:
     assert [len(top) for top in answer.details.top_tokens] == [2, 2, 2]
 
 
+def test_prefill(engine: FakeEngineClient, http: InferenceClient) -> None:
+    options: Any = {"details": True, "max_new_tokens": 2}
+    answer = http.text_generation(PROMPT, decoder_input_details=True, **options)
+    prefill = answer.details.prefill
+    assert [token.id for token in prefill] == ids(PROMPT)
+    assert "".join(token.text for token in prefill) == PROMPT
+    assert [token.logprob for token in prefill] == [
+        None,
+        *(-float(p) for p in range(1, len(prefill))),
+    ]
+    assert len(answer.details.tokens) == 2
+    assert http.text_generation(PROMPT, **options).details.prefill == []
+    assert engine.seen[-1].sampling.prompt_logprobs is None
+
+
+@pytest.mark.parametrize("path", ["/", "/generate", "/generate_stream"])
+def test_prefill_is_not_streamed(path: str) -> None:
+    parameters = {"details": True, "decoder_input_details": True}
+    body = {"inputs": "x", "parameters": parameters, "stream": True}
+    response = Caller(make_app(FakeEngineClient())).post(path, body)
+    assert response.status_code == 422
+    assert "decoder_input_details is not supported for streams" in response.json()["error"]
+
+
 def test_stream(engine: FakeEngineClient, http: InferenceClient) -> None:
     engine.groups = (2, 1)
     assert "".join(http.text_generation(PROMPT, stream=True, max_new_tokens=7)) == (
@@ -131,7 +155,6 @@ def test_a_client_sees_errors_as_tgis(engine: FakeEngineClient, http: InferenceC
         ({"inputs": "x", "parameters": {"watermark": True}}, "watermark is not supported"),
         ({"inputs": "x", "parameters": {"grammar": {"type": "json"}}}, "grammar is not"),
         ({"inputs": "x", "parameters": {"adapter_id": "a"}}, "adapter_id is not"),
-        ({"inputs": "x", "parameters": {"decoder_input_details": True}}, "decoder_input"),
         ({"inputs": "x", "parameters": {"typical_p": 0.5}}, "typical_p is not"),
         ({"inputs": "x", "parameters": {"best_of": 2}}, "best_of"),
     ],
@@ -161,8 +184,10 @@ def test_what_is_off_may_be_sent() -> None:
 
 def test_answers_have_exactly_the_documented_shapes() -> None:
     http = Caller(make_app(FakeEngineClient()))
-    body = {"inputs": "ab", "parameters": {"details": True, "top_n_tokens": 1}}
-    TypeAdapter(TgiResponse).validate_json(http.post("/", body).text, strict=True)
+    body: Any = {"inputs": "ab", "parameters": {"details": True, "top_n_tokens": 1}}
+    prefill = {**body, "parameters": {**body["parameters"], "decoder_input_details": True}}
+    for each in (body, prefill):
+        TypeAdapter(TgiResponse).validate_json(http.post("/", each).text, strict=True)
     chunks = events(http.post("/generate_stream", body))
     assert len(chunks) == 128
     for chunk in chunks:
