@@ -94,7 +94,11 @@ def _curl(settings: Settings, address: tuple[Any, ...]) -> str:
     host, port = address[:2]
     if ipaddress.ip_address(host).is_unspecified:
         host = "::1" if ":" in host else "127.0.0.1"
-    key = "" if settings.api_key is None else ' -H "Authorization: Bearer $KVPAGING_API_KEY"'
+    key = (
+        ""
+        if settings.api_key is None
+        else f' -H "Authorization: Bearer {settings.key_for_shell()}"'
+    )
     body = json.dumps(EXAMPLE)
     return f"curl {_url(host, port)}/generate{key} -H 'content-type: application/json' -d '{body}'"
 

@@ -7,6 +7,7 @@ Exit codes: 0 well, 1 the engine crashed for good, 2 something that was asked fo
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -46,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 _parser("version").parse(rest)
                 print(_version())
             case "serve":
+                if argv is None:  # else signals are the caller's; from here on 0 is right
+                    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
                 return _serve(_resolved("serve", rest))
             case "config":
                 print("\n".join(_resolved("config", rest).lines()))

@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
+import resource
 import signal
 import socket
 import sys
@@ -42,6 +43,8 @@ _logger = logging.getLogger(__name__)
 BACKLOG: Final = 2048
 CLOSING_S: Final = 2.0
 """For the last answers to leave, after everything that can be waited for is over."""
+SPARE_FILES: Final = 64
+"""File descriptors for all else than connections: checkpoints, caches, engines, logs."""
 POLL_S: Final = 0.05
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
@@ -55,12 +58,13 @@ def serve(settings: Settings, engine_command: Sequence[str] = ENGINE_COMMAND) ->
     logs.configure(settings.log_format)
     listener = listen(settings.host, settings.port)
     _warn_if_open(settings)
+    max_connections = connections_that_fit(settings.max_connections)
     spawn = partial(
         EngineProcess.spawn, settings.engine_options(), settings.log_format, engine_command
     )
     process = spawn()
     try:
-        return asyncio.run(_Server(settings, listener, spawn).run(process))
+        return asyncio.run(_Server(settings, listener, max_connections, spawn).run(process))
     finally:
         process.popen.kill()  # no news to a process that was ended in order
         listener.close()
@@ -89,12 +93,42 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+def connections_that_fit(wanted: int) -> int:
+    """Raise this process's limit of open files as far as it may be; give what it then allows.
+
+    Without a descriptor a connection can't even be refused: it stays in the backlog, and each turn
+    of the event loop fails anew.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted + SPARE_FILES:
+        return wanted
+    needed = wanted + SPARE_FILES
+    soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft < needed:
+        wanted = max(1, soft - SPARE_FILES)
+        _logger.warning(
+            "%d connections may be open at once, since this process may have %d open files; "
+            "raise that limit (ulimit -Hn) for more",
+            wanted,
+            soft,
+        )
+    return wanted
+
+
 class _Server:
     """One run of the server."""
 
-    def __init__(self, settings: Settings, listener: socket.socket, spawn: partial[EngineProcess]):
+    def __init__(
+        self,
+        settings: Settings,
+        listener: socket.socket,
+        max_connections: int,
+        spawn: partial[EngineProcess],
+    ):
         self._settings = settings
         self._listener = listener
+        self._max_connections = max_connections
         self._progress = LoadingProgress()
         self._client = EngineSupervisor(
             spawn,
@@ -185,10 +219,9 @@ class _Server:
         from server.sse import StreamLimits
 
         settings = self._settings
-        keys = settings.api_key.get_secret_value() if settings.api_key else ""
         config = AppConfig(
             served_model_name=settings.model_name,
-            api_keys=tuple(key.strip() for key in keys.split(",") if key.strip()),
+            api_keys=settings.api_keys,
             max_body_bytes=settings.max_body,
             body_timeout_s=settings.body_timeout_s,
             stream=StreamLimits(stall_s=settings.write_timeout_s),
@@ -213,7 +246,7 @@ class _Server:
             body_timeout_s=settings.body_timeout_s,
             write_timeout_s=settings.write_timeout_s,
             max_header_bytes=settings.max_header,
-            max_connections=settings.max_connections,
+            max_connections=self._max_connections,
         )
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
         return Server(

@@ -58,6 +58,20 @@ def _policy(value: str) -> str:
     return value
 
 
+def _keys(value: SecretStr) -> SecretStr:
+    """Refuse what would let everybody in, or nobody: no key, or one that no header can carry."""
+    text = value.get_secret_value()
+    if not _split(text):
+        raise ValueError("a key, or several with commas between, not only commas and spaces")
+    if not (text.isascii() and text.isprintable()):
+        raise ValueError("of printable ASCII characters: HTTP headers carry no others")
+    return value
+
+
+def _split(keys: str) -> tuple[str, ...]:
+    return tuple(key.strip() for key in keys.split(",") if key.strip())
+
+
 Size = Annotated[int, BeforeValidator(parse_size)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
@@ -133,9 +147,8 @@ class Settings(BaseModel):
     # Who may ask, and how long.
     host: str = Field("127.0.0.1", description="address to listen on")
     port: Port = Field(8000, description="port to listen on; 0: any free one")
-    api_key: SecretStr | None = Field(
+    api_key: Annotated[SecretStr, AfterValidator(_keys)] | None = Field(
         None,
-        min_length=1,
         description="key that clients must send, or several with commas between; "
         "better as a variable",
     )
@@ -162,6 +175,17 @@ class Settings(BaseModel):
     )
 
     log_format: Literal["console", "json"] = Field("console", description="console or json")
+
+    @property
+    def api_keys(self) -> tuple[str, ...]:
+        """The keys by themselves; none: everybody may ask."""
+        return _split(self.api_key.get_secret_value()) if self.api_key else ()
+
+    def key_for_shell(self, environ: Mapping[str, str] = os.environ) -> str:
+        """How a shell with the operator's environment writes the first key, without showing it."""
+        variable = variable_of("api_key")
+        is_set_there = _split(environ.get(variable, "")) == self.api_keys
+        return f"${{{variable}%%,*}}" if is_set_there else "YOUR_KEY"
 
     @property
     def model_or_demo(self) -> str:

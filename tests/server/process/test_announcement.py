@@ -55,11 +55,13 @@ def test_the_example_goes_to_an_address_that_can_be_reached(
     assert announcement(Settings(), CONFIG, address)[-1].split("curl ")[1].startswith(url)
 
 
-def test_the_example_never_shows_the_key() -> None:
+def test_the_example_never_shows_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings.model_validate({"api_key": "open sesame"})
-    text = "\n".join(announcement(settings, CONFIG, ("127.0.0.1", 1)))
-    assert "sesame" not in text
-    assert '"Authorization: Bearer $KVPAGING_API_KEY"' in text
+    for variable, shown in (("", "YOUR_KEY"), ("open sesame", "${KVPAGING_API_KEY%%,*}")):
+        monkeypatch.setenv("KVPAGING_API_KEY", variable)
+        text = "\n".join(announcement(settings, CONFIG, ("127.0.0.1", 1)))
+        assert "sesame" not in text
+        assert f'"Authorization: Bearer {shown}"' in text
 
 
 def test_progress_without_a_terminal_is_few_lines(caplog: pytest.LogCaptureFixture) -> None:

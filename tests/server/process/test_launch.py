@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -190,8 +191,6 @@ def test_live_answers_while_the_engine_loads(unused_port: int) -> None:
 
 @pytest.fixture
 def unused_port() -> int:
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as taken:
         return int(taken.getsockname()[1])
 
@@ -287,6 +286,49 @@ def test_an_engine_that_loads_does_not_outlive_the_api_either() -> None:
             time.sleep(0.01)
 
 
+def test_few_file_descriptors_bound_the_connections() -> None:
+    limited = ("bash", "-c", 'ulimit -n 100; exec "$@"', "-", *ON_COMMAND)
+    with served(limited) as server, contextlib.ExitStack() as held:
+        server.until_ready()
+        host, port = server.url.removeprefix("http://").split(":")
+        for _ in range(60):  # more than fit, and none of them is left to the backlog
+            held.enter_context(socket.create_connection((host, int(port)), timeout=5))
+        with pytest.raises(httpx.HTTPError):
+            httpx.get(server.url + "/live", timeout=5).raise_for_status()
+        held.close()
+        time.sleep(0.3)
+        assert httpx.get(server.url + "/live", timeout=5).status_code == 200
+        server.popen.terminate()
+        assert server.ended() == 0
+    assert "36 connections may be open at once" in "".join(server.errors)
+    assert len("".join(server.errors)) < 10_000
+
+
+def test_a_lower_soft_limit_of_file_descriptors_is_raised() -> None:
+    limited = ("bash", "-c", 'ulimit -Sn 80; exec "$@"', "-", *ON_COMMAND)
+    with served(limited, "--max-connections", "200") as server:
+        server.until_ready()
+        limits = Path(f"/proc/{server.popen.pid}/limits").read_text()
+        assert re.search(r"Max open files +264 ", limits)
+        server.popen.terminate()
+        assert server.ended() == 0
+
+
+def test_sigterm_before_anything_is_loaded_ends_it_well() -> None:
+    with served(REAL) as server:
+        status = Path(f"/proc/{server.popen.pid}/status")
+        while True:
+            caught = re.search(r"SigCgt:\s+(\w+)", status.read_text())
+            assert caught is not None
+            if int(caught[1], 16) & 1 << (signal.SIGTERM - 1):
+                break
+            time.sleep(0.001)
+        modules = Path(f"/proc/{server.popen.pid}/maps").read_text()
+        server.popen.terminate()
+        assert "httptools" not in modules  # so early
+        assert server.ended() == 0
+
+
 def test_listening_beyond_loopback_without_a_key_is_warned_of() -> None:
     with served(ON_COMMAND, "--host", "0.0.0.0") as server:
         lines = server.until_ready()
@@ -295,7 +337,7 @@ def test_listening_beyond_loopback_without_a_key_is_warned_of() -> None:
         assert server.ended() == 0
         assert "without an API key" in "".join(server.errors)
     with served(ON_COMMAND, "--host", "0.0.0.0", "--api-key", "k") as server:
-        assert "Bearer $KVPAGING_API_KEY" in server.until_ready()
+        assert "Bearer YOUR_KEY" in server.until_ready()
         assert httpx.get(server.url + "/v1/models", timeout=5).status_code == 401
         server.popen.terminate()
         assert server.ended() == 0

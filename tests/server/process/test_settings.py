@@ -92,12 +92,27 @@ def test_an_empty_variable_is_not_given_and_auto_means_decide() -> None:
     assert resolved.settings.device is None
 
 
+@pytest.mark.parametrize("given", [",", " ", " , ,", "kéy", "a,\u200bb", "a\tb"])
+def test_keys_that_would_let_everybody_in_or_nobody_are_refused(given: str) -> None:
+    with pytest.raises(ConfigError, match=r"^KVPAGING_API_KEY must be (a key|of printable ASCII)"):
+        resolve({}, {"KVPAGING_API_KEY": given})
+
+
+def test_several_keys() -> None:
+    given = {"KVPAGING_API_KEY": " a, b c ,,"}
+    settings = resolve({}, given).settings
+    assert settings.api_keys == ("a", "b c")
+    assert settings.key_for_shell(given) == "${KVPAGING_API_KEY%%,*}"
+    assert settings.key_for_shell({}) == "YOUR_KEY"
+    assert Settings().api_keys == ()
+
+
 def test_secrets_are_masked_also_when_refused() -> None:
     resolved = resolve({}, {"KVPAGING_API_KEY": "open sesame"})
     assert "sesame" not in "\n".join(resolved.lines())
     with pytest.raises(ConfigError) as caught:
         resolve({"api_key": ""}, {})
-    assert "must not be empty" in str(caught.value)
+    assert "must be a key" in str(caught.value)
 
 
 @pytest.mark.parametrize(
