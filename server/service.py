@@ -16,7 +16,7 @@ from typing import Annotated, Any, cast
 from fastapi import Depends, Request
 
 from kvpaging.base.config import EngineConfig
-from kvpaging.base.errors import BadRequest, Overloaded
+from kvpaging.base.errors import BadRequest, Overloaded, PromptTooLong
 from kvpaging.scheduling import admission
 from server.client import EngineClient, EngineState
 from server.envelope import bearer_key
@@ -26,7 +26,7 @@ from server.observe.metrics import Metrics
 from server.observe.record import RequestRecord
 from server.sse import StreamLimits
 from server.text import Text
-from server.text.tokenizer import LONG_TEXT_CHARS
+from server.text.tokenizer import LONG_TEXT_CHARS, Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,12 +167,16 @@ class Service:
                 code="no_chat_template",
             )
 
+        num_chars = sum(len(message["content"]) for message in messages)
+        self.check_chars(num_chars, tokenizer, "messages")
+
         def render_and_encode() -> list[int]:
             prompt = template.render(messages, variables=variables)
+            self.check_chars(len(prompt), tokenizer, "messages")
             # The template writes the special tokens itself.
             return tokenizer.encode(prompt, add_special_tokens=False)
 
-        if sum(len(message["content"]) for message in messages) <= LONG_TEXT_CHARS:
+        if num_chars <= LONG_TEXT_CHARS:
             return tuple(render_and_encode())
         return tuple(await asyncio.to_thread(render_and_encode))
 
@@ -185,8 +189,24 @@ class Service:
             raise BadRequest("the prompt is empty; it needs at least 1 token", param="prompt")
         if not isinstance(prompt, str):
             return tuple(prompt)
-        text = await self.text()
-        return tuple(await text.tokenizer.encode_async(prompt))
+        return await self.text_ids(prompt)
+
+    async def text_ids(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
+        """Give a text as the model reads it. Raises `PromptTooLong` when it can't ever fit."""
+        tokenizer = (await self.text()).tokenizer
+        self.check_chars(len(text), tokenizer)
+        return tuple(await tokenizer.encode_async(text, add_special_tokens=add_special_tokens))
+
+    def check_chars(self, num_chars: int, tokenizer: Tokenizer, param: str = "prompt") -> None:
+        """Refuse, before any work, a text of more characters than the model's length can hold."""
+        max_model_len = self.engine_config().scheduler.max_model_len
+        most = max_model_len * tokenizer.max_token_chars
+        if num_chars > most:
+            raise PromptTooLong(
+                f"{num_chars} characters are over the model's length of {max_model_len} tokens, "
+                f"which are at most {most} characters",
+                param=param,
+            )
 
     def namespace_of(self, request: Request) -> bytes:
         """Whose pages a request may find: with several API keys, its own key's only."""

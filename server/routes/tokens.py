@@ -59,11 +59,8 @@ async def tokenize(request: Request, service: ServiceDep) -> Response:
         messages = [message.for_template() for message in asked.messages]
         token_ids = await service.chat_ids(messages, asked.chat_template_kwargs)
     else:
-        tokenizer = (await service.text()).tokenizer
-        token_ids = tuple(
-            await tokenizer.encode_async(
-                asked.prompt or "", add_special_tokens=asked.add_special_tokens
-            )
+        token_ids = await service.text_ids(
+            asked.prompt or "", add_special_tokens=asked.add_special_tokens
         )
     answer: TokenizeResponse = {
         "tokens": list(token_ids),
@@ -122,6 +119,7 @@ async def info(service: ServiceDep) -> Response:
 async def _spans(service: Service, body: JsonObject) -> list[TgiTokenSpan]:
     asked = parse(TgiTokenizeRequest, body)
     tokenizer = (await service.text()).tokenizer
+    service.check_chars(len(asked.inputs), tokenizer, "inputs")
     spans = await asyncio.to_thread(tokenizer.spans, asked.inputs)
     return [
         {"id": token_id, "text": asked.inputs[start:stop], "start": start, "stop": stop}

@@ -18,7 +18,7 @@ import tokenizers
 from kvpaging.base.errors import ConfigError
 
 LONG_TEXT_CHARS: Final = 4096
-"""Longer texts are encoded in a thread (about a millisecond of work), so that streams go on."""
+"""Longer texts are encoded in a thread (a few milliseconds of work), so that streams go on."""
 
 _BYTE_TOKEN: Final = re.compile(r"<0x([0-9A-F]{2})>")
 
@@ -65,6 +65,14 @@ class Tokenizer:
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     @cached_property
+    def max_token_chars(self) -> int:
+        """The characters of the longest token: no text of so many times `n` has only `n` tokens.
+
+        But for what a normalizer takes away; no prompt that anybody means is near this bound.
+        """
+        return max(map(len, self._backend.get_vocab(with_added_tokens=True)), default=1)
+
+    @cached_property
     def is_byte_level(self) -> bool:
         """Each token is a string of bytes, independent of its neighbours."""
         kinds = [decoder["type"] for decoder in self._decoders]
@@ -80,25 +88,32 @@ class Tokenizer:
 
         A chat template writes its own special tokens: its output is encoded without.
         """
-        ids = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        # Of a batch, since only then the library lets go of the GIL while it works; "fast" leaves
+        # out the places in the text.
+        batch = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = batch[0].ids
         if add_special_tokens and self._bos_token_id is not None:
             ids.insert(0, self._bos_token_id)
         return ids
 
     async def encode_async(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Do `encode`, in a thread where it takes long; the library lets go of the GIL."""
+        """Do `encode`, in a thread where it takes long."""
         if len(text) <= LONG_TEXT_CHARS:
             return self.encode(text, add_special_tokens=add_special_tokens)
         return await asyncio.to_thread(self.encode, text, add_special_tokens=add_special_tokens)
 
     def spans(self, text: str) -> list[tuple[int, int, int]]:
         """Give (id, start, end) of each token of the text alone, in characters."""
-        encoding = self._backend.encode(text, add_special_tokens=False)
+        (encoding,) = self._backend.encode_batch([text], add_special_tokens=False)  # without GIL
         return [(i, *span) for i, span in zip(encoding.ids, encoding.offsets, strict=True)]
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Give the text of these ids; broken UTF-8 becomes U+FFFD, unknown ids nothing."""
-        return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        if len(token_ids) <= LONG_TEXT_CHARS:
+            return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        batch = self._backend.decode_batch([token_ids], skip_special_tokens=skip_special_tokens)
+        text: str = batch[0]  # of a batch for the same reason as in `encode`
+        return text
 
     def is_silent(self, token_id: int) -> bool:
         """Whether the token is special, or has no text at all (a padding row of the model)."""

@@ -28,6 +28,7 @@ from server.schemas.body import parse
 from server.schemas.generate import GenerateRequest
 from server.schemas.openai import ChatCompletionRequest, ChatMessage, CompletionRequest
 from server.schemas.tgi import TgiParameters
+from server.text import Tokenizer
 
 DEEP = b"[" * 100_000
 BODIES: dict[str, tuple[bytes, str]] = {
@@ -205,6 +206,29 @@ def test_a_large_wrong_body_is_refused_soon_and_in_few_words(
     assert time.process_time() - begin < 0.3
     assert len(caught.value.message) < 300
     assert len(caught.value.param or "") < 100
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/generate", {"prompt": "x" * 100_000}),
+        ("/tokenize", {"prompt": "x" * 100_000}),
+        ("/tokenize", {"inputs": "x" * 100_000}),
+        ("/v1/completions", {"model": MODEL, "prompt": "x" * 100_000}),
+        (
+            "/v1/chat/completions",
+            {"model": MODEL, "messages": [{"role": "user", "content": "x" * 100_000}]},
+        ),
+    ],
+)
+def test_a_text_that_can_not_fit_is_refused_before_it_is_read(
+    app: FastAPI, path: str, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(Tokenizer, "encode")
+    monkeypatch.delattr(Tokenizer, "spans")
+    response = Caller(app).post(path, body)
+    assert response.status_code == (422 if "inputs" in body else 400)
+    assert "100000 characters are over the model's length of 256 tokens" in response.text
 
 
 def test_a_prompt_that_the_pool_can_not_hold() -> None:

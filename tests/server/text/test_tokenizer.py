@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -60,6 +63,39 @@ def test_long_texts_give_the_same_ids_from_a_thread() -> None:
     tokenizer = tiny_text.text().tokenizer
     text = "the quick dog " * LONG_TEXT_CHARS
     assert asyncio.run(tokenizer.encode_async(text)) == tokenizer.encode(text)
+
+
+def longest_wait_beside(work: Callable[[], object]) -> tuple[float, float]:
+    """Seconds that `work` takes in a thread, and that this thread could not run meanwhile."""
+    longest = 0.0
+    thread = threading.Thread(target=work)
+    begin = last = time.monotonic()
+    thread.start()
+    while thread.is_alive():
+        time.sleep(0.001)
+        longest, last = max(longest, time.monotonic() - last), time.monotonic()
+    return last - begin, longest
+
+
+def test_long_texts_leave_other_threads_running() -> None:
+    tokenizer = tiny_text.text().tokenizer
+    text = "the quick dog jumps over the lazy fox " * 30_000
+    ids = tokenizer.encode(text)
+    for work in (
+        lambda: tokenizer.encode(text),
+        lambda: tokenizer.spans(text),
+        lambda: tokenizer.decode(ids * 4),
+    ):
+        waits = [longest_wait_beside(work) for _ in range(3)]
+        assert min(longest / whole for whole, longest in waits) < 0.5, waits
+
+
+def test_no_text_has_more_characters_than_its_tokens_can() -> None:
+    for backend in (tiny_text.byte_level(), tiny_text.sentencepiece()):
+        tokenizer = Tokenizer(backend)
+        for text in ("the quick dog " * 20, "<eos>" * 20, "é😀" * 20, " " * 50):
+            ids = tokenizer.encode(text, add_special_tokens=False)
+            assert len(text) <= len(ids) * tokenizer.max_token_chars
 
 
 @pytest.mark.parametrize("content", [None, "", "{", '{"model": 3}'])
