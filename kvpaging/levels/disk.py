@@ -106,7 +106,7 @@ class DiskLevel:
         *,
         root: bytes,
         item_bytes: int,
-        compress: bool = True,
+        compress: bool = False,
         segment_bytes: int | None = None,
         clock: Clock = monotonic,
     ) -> None:
@@ -121,7 +121,8 @@ class DiskLevel:
             root: the numerics identity's root key; pages of another root are never answered and
                 leave in their turn.
             item_bytes: the size of the payload's items (2 for bfloat16).
-            compress: whether new pages are compressed; what is there is read either way.
+            compress: whether new pages are compressed: a third less room, for processor time
+                (`docs/levels.md` has figures). What is there is read either way.
             segment_bytes: where a segment is sealed; the default is a 64th of the capacity.
             clock: for deadlines and times.
         """
