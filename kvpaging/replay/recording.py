@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +27,7 @@ from kvpaging.cache.lower_levels import LowerLevels, PagesLoaded
 from kvpaging.cache.prefix_key import ChainLink, PrefixChain, root_key
 from kvpaging.replay.trace import TraceRequest
 from kvpaging.scheduling.events import Abort, Arrival, Event, Finish
-from kvpaging.scheduling.outputs import FinishReason, SequenceOutput, StepOutputs
+from kvpaging.scheduling.outputs import FinishReason, Rejection, SequenceOutput, StepOutputs
 from kvpaging.scheduling.plan import StepPlan, StepResult
 from kvpaging.scheduling.request import Request
 
@@ -215,7 +216,7 @@ class Recorder:
         """Write down one step."""
         if self._started_s is None:
             self._started_s = now_s
-        refused = {r.request_id for r in outputs.rejections if r.code != "duplicate_request"}
+        refused = deque(outputs.rejections)
         recorded = [self._event(event, refused) for event in events]
         pages: list[FilledPage] = []
         ends = _Ends()
@@ -247,14 +248,12 @@ class Recorder:
         self.levels.answers.clear()
         return answers
 
-    def _event(self, event: Event, refused: set[RequestId]) -> RecordedEvent | None:
+    def _event(self, event: Event, refused: deque[Rejection]) -> RecordedEvent | None:
         match event:
             case PagesLoaded():
                 return event
             case Arrival(request):
-                if request.request_id in self._open or request.request_id in refused:
-                    return None
-                return self._arrival(request)
+                return None if self._is_refused(request, refused) else self._arrival(request)
             case Abort(request_id):
                 known = self._open.get(request_id)
                 return None if known is None else RecordedAbort(known.number)
@@ -263,6 +262,16 @@ class Recorder:
                 if known is None:
                     return None
                 return RecordedFinish(known.number, output_index, num_tokens)
+
+    def _is_refused(self, request: Request, refused: deque[Rejection]) -> bool:
+        """Whether the next refusal, in order of arrival, is this request's; takes it out then."""
+        if not refused or refused[0].request_id != request.request_id:
+            return False
+        is_duplicate = refused[0].code == "duplicate_request"
+        if is_duplicate != (request.request_id in self._open):
+            return False
+        refused.popleft()
+        return True
 
     def _arrival(self, request: Request) -> RecordedArrival:
         chain = PrefixChain(self._root, request.namespace, self._page_size)

@@ -112,7 +112,9 @@ class _RecordedExecutor:
                 if stops.get((request, index)) == position + 1 - num_prompt:
                     token = STOP_TOKEN
                 chosen.append(Sample(token))
-            if entry.sample_for and (request, entry.sample_for[0]) in failures:
+            # Where no logits are looked at, none are found to be no numbers.
+            scored_for = () if entry.prompt_logprobs is None else (0,)
+            if any((request, index) in failures for index in entry.sample_for or scored_for):
                 failed.append(entry.seq_id)
                 chosen = []
             samples.append(tuple(chosen))
