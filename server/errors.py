@@ -53,6 +53,10 @@ class ClientGone(KvPagingError):
     """The client closed its connection, so nobody is left to answer."""
 
 
+class SlowReader(ClientGone):
+    """The client does not take its stream, and is given up."""
+
+
 LOADING_RETRY_S: Final = 2.0
 """Advice to clients while the engine loads; how long it takes is not known."""
 
@@ -136,6 +140,8 @@ def answer_to(error: Exception) -> ErrorAnswer:
             return ErrorAnswer(
                 503, str(error), "engine_died", headers=_retry_after(LOADING_RETRY_S)
             )
+        case SlowReader():
+            return ErrorAnswer(CLIENT_GONE_STATUS, str(error), "slow_reader")
         case ClientGone():
             return ErrorAnswer(CLIENT_GONE_STATUS, "the client closed the connection", "gone")
         case HTTPException():

@@ -20,8 +20,7 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from kvpaging.base.errors import KvPagingError
-from server.errors import ClientGone
+from server.errors import ClientGone, SlowReader
 
 DONE: Final = b"data: [DONE]\n\n"
 """The mark of a complete answer; TGI's dialect has none."""
@@ -29,10 +28,6 @@ DONE: Final = b"data: [DONE]\n\n"
 _encode: Final = msgspec.json.Encoder().encode
 
 T = TypeVar("T")
-
-
-class SlowReader(KvPagingError):
-    """The client does not take its stream."""
 
 
 @dataclass(frozen=True, slots=True)

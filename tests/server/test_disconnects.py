@@ -16,7 +16,9 @@ import pytest
 from fake_engine import FakeEngineClient, engine_config
 from http_app import MODEL, events, listening, make_app, wait_for
 
-from server.sse import EventStream, SlowReader, StreamLimits, until_gone
+from server.errors import SlowReader
+from server.http_limits import HttpLimits, limited_protocol
+from server.sse import EventStream, StreamLimits, until_gone
 
 BODIES: dict[str, tuple[str, dict[str, Any]]] = {
     "generate": ("/generate", {"prompt": "x"}),
@@ -92,12 +94,14 @@ def test_a_left_request_is_counted_and_logged(caplog: pytest.LogCaptureFixture) 
     )
 
 
-def test_a_reader_that_stops_reading_loses_its_request() -> None:
+def test_a_reader_that_stops_reading_loses_its_request(caplog: pytest.LogCaptureFixture) -> None:
     """The socket's buffers fill, then the stream's own; then patience ends."""
+    caplog.set_level(logging.INFO)
     config = engine_config(max_model_len=10**6, num_pages=10**6)
     engine = FakeEngineClient(config=config, groups=(200,))
     limits = StreamLimits(stall_s=0.3, max_buffered_bytes=1 << 26)
-    with listening(make_app(engine, stream=limits)) as url, connect(url) as client:
+    http = limited_protocol(HttpLimits())
+    with listening(make_app(engine, stream=limits), http=http) as url, connect(url) as client:
         body = {"prompt": "x", "max_new_tokens": 900_000, "stream": True, "logprobs": 0}
         client.sendall(raw_request("/generate", body))
         wait_for(lambda: engine.open)
@@ -108,6 +112,9 @@ def test_a_reader_that_stops_reading_loses_its_request() -> None:
             received = received[-100:] + piece
         assert b"[DONE]" not in received
         assert not received.endswith(b"0\r\n\r\n")  # the answer does not look complete
+    (line,) = [record for record in caplog.records if record.name == "server.access"]
+    assert (line.args[2], line.__dict__["error"]) == (200, "slow_reader")  # type: ignore[index]
+    assert not [record for record in caplog.records if record.levelno > logging.INFO]
 
 
 class Socket:

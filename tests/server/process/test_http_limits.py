@@ -28,7 +28,10 @@ GET = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
 
 
 class Application:
-    """`/` echoes the body; `/slow` answers after 0.8 s; `/flood` sends without end."""
+    """`/` echoes the body; `/slow` answers after 0.8 s; `/flood` sends without end.
+
+    `/early` refuses without a look at the body, `/live` answers so.
+    """
 
     def __init__(self) -> None:
         self.num_floods_ended = 0
@@ -36,6 +39,9 @@ class Application:
     async def __call__(
         self, scope: Message, receive: Callable[[], Any], send: Callable[[Message], Any]
     ) -> None:
+        if scope["path"] in ("/early", "/live"):
+            await self._answer_early(scope["path"] == "/live", send)
+            return
         body = b""
         more = True
         while more:
@@ -50,6 +56,12 @@ class Application:
         if scope["path"] == "/flood":
             await self._flood(receive, send)
         await send({"type": "http.response.body", "body": body or b"hello"})
+
+    async def _answer_early(self, is_well: bool, send: Callable[[Message], Any]) -> None:
+        headers = [(b"content-length", b"5"), *([] if is_well else [(b"connection", b"close")])]
+        status = 200 if is_well else 413
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": b"early"})
 
     async def _flood(self, receive: Callable[[], Any], send: Callable[[Message], Any]) -> None:
         gone = asyncio.ensure_future(receive())
@@ -192,6 +204,97 @@ def test_a_header_without_end_ends_in_431(port: int) -> None:
         assert error_code(read_all(sock)) == (431, "headers_too_large")
 
 
+@pytest.mark.parametrize("trailer", [b"x: y\r\n" * 100, b"x: " + b"y" * 1000])
+def test_headers_behind_a_body_are_counted_too(port: int, trailer: bytes) -> None:
+    with connect(port) as sock:
+        sock.sendall(b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n")
+        sock.sendall(b"1\r\na\r\n0\r\n")
+        for _ in range(4):
+            time.sleep(0.02)
+            sock.sendall(trailer)
+        assert error_code(read_all(sock)) == (431, "headers_too_large")
+
+
+def test_a_body_in_tiny_chunks_is_no_header(app: Application) -> None:
+    with listening(app, HttpLimits(max_header_bytes=100)) as port, connect(port) as sock:
+        sock.sendall(b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n")
+        for _ in range(20):
+            for piece in (b"1", b"\r\n", b"a\r\n"):
+                time.sleep(0.002)
+                sock.sendall(piece)
+        sock.sendall(b"0\r\n\r\n")
+        assert read_one(sock).endswith(b"a" * 20 + b"\r\n0\r\n\r\n")
+
+
+UPGRADE = (
+    b"POST / HTTP/1.1\r\nhost: x\r\nconnection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\n"
+    b"http2-settings: AAMAAABk\r\n"
+)
+
+
+@pytest.mark.parametrize("length", [b"content-length: 5\r\n", b"transfer-encoding: chunked\r\n"])
+@pytest.mark.parametrize("num_pieces", [1, 2, 300])
+def test_an_offer_to_upgrade_is_declined_and_the_body_read(
+    port: int, length: bytes, num_pieces: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    body = b"abcde" if b"content" in length else b"5\r\nabcde\r\n0\r\n\r\n"
+    request = UPGRADE + length + b"\r\n" + body
+    size = -(-len(request) // num_pieces)
+    with connect(port) as sock:
+        for _ in range(2):  # and the connection goes on
+            for start in range(0, len(request), size):
+                sock.sendall(request[start : start + size])
+            assert read_one(sock).endswith(b"abcde\r\n0\r\n\r\n")
+        sock.sendall(UPGRADE + b"\r\n")
+        assert read_one(sock).endswith(b"hello\r\n0\r\n\r\n")
+    assert not caplog.records
+
+
+def test_headers_of_an_upgrade_are_counted_once_not_never(port: int) -> None:
+    with connect(port) as sock:
+        sock.sendall(UPGRADE + b"x: " + b"y" * 1500 + b"\r\n\r\n")
+        assert read_one(sock).startswith(b"HTTP/1.1 200")
+        sock.sendall(UPGRADE + b"x: " + b"y" * 2500 + b"\r\n\r\n")
+        assert error_code(read_all(sock)) == (431, "headers_too_large")
+
+
+def test_connect_is_refused(port: int) -> None:
+    with connect(port) as sock:
+        sock.sendall(b"CONNECT example.com:80 HTTP/1.1\r\nhost: example.com:80\r\n\r\n")
+        assert error_code(read_all(sock)) == (400, "invalid_http")
+
+
+@pytest.mark.parametrize("kind", ["by us", "by the application"])
+def test_an_early_answer_is_not_taken_back_by_a_reset(port: int, kind: str) -> None:
+    head = b"POST /early HTTP/1.1\r\nhost: x\r\ncontent-length: 900000\r\n"
+    if kind == "by us":
+        head += b"x: " + b"y" * 4000 + b"\r\n"
+    with connect(port) as sock:
+        sock.sendall(head + b"\r\n")
+        for _ in range(8):
+            sock.sendall(b"z" * 100_000)
+            time.sleep(0.01)
+        answer = read_all(sock)
+        assert int(answer.split()[1]) == (431 if kind == "by us" else 413)
+        assert seconds_to_close(sock) < 2
+
+
+def test_whoever_sends_on_after_an_answer_is_cut_off(port: int) -> None:
+    with connect(port) as sock, pytest.raises(ConnectionError):  # noqa: PT012
+        sock.sendall(b"POST /early HTTP/1.1\r\nhost: x\r\ncontent-length: 99000000\r\n\r\n")
+        begin = time.monotonic()
+        while time.monotonic() - begin < 5:
+            sock.sendall(b"z" * 100_000)
+
+
+def test_an_answered_request_whose_body_does_not_come_is_not_answered_again(port: int) -> None:
+    with connect(port) as sock:
+        sock.sendall(b"GET /live HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\na")
+        answer = read_all(sock)
+    assert answer.count(b"HTTP/1.1") == 1
+    assert answer.startswith(b"HTTP/1.1 200")
+
+
 def test_what_is_not_http_ends_in_400(port: int) -> None:
     with connect(port) as sock:
         sock.sendall(b"\x16\x03\x01 hello\r\n\r\n")
@@ -205,7 +308,9 @@ def test_one_connection_too_many_gets_503(app: Application) -> None:
             sock.sendall(GET)
             read_one(sock)
         with connect(port) as sock:
-            assert error_code(read_all(sock)) == (503, "too_many_connections")
+            answer = read_all(sock)
+            assert error_code(answer) == (503, "too_many_connections")
+            assert b"\r\nRetry-After: 1\r\n" in answer
         held.pop().close()
         time.sleep(0.1)
         with connect(port) as sock:
