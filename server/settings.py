@@ -100,6 +100,10 @@ class Settings(BaseModel):
     )
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads that compute")
 
+    exact: bool = Field(
+        True, description="cached equals computed bit for bit; off, a GPU may be faster"
+    )
+
     # How much of it.
     page_size: int = Field(16, ge=1, le=256, description="tokens in a KV page")
     max_num_seqs: int = Field(256, ge=1, le=65_536, description="sequences that run at once")
@@ -171,7 +175,9 @@ class Settings(BaseModel):
         30.0, ge=0, le=86_400, description="seconds that running requests have after SIGTERM"
     )
     stall_limit_s: Seconds = Field(
-        60.0, description="seconds without a step before /health says stalled"
+        60.0,
+        description="seconds without a step before /health says stalled; "
+        "after three times as many the engine is started again",
     )
 
     log_format: Literal["console", "json"] = Field("console", description="console or json")
@@ -218,6 +224,7 @@ class Settings(BaseModel):
             threads=self.threads,
             kernels=self.kernels,
             prefix_cache=self.prefix_cache,
+            exact=self.exact,
             eviction_policy=self.eviction_policy,
             record=None if self.record is None else str(self.record.expanduser().absolute()),
             host_cache_bytes=self.host_cache,

@@ -45,6 +45,8 @@ class EngineOptions(msgspec.Struct, frozen=True):
     kernels: str | None = None
     """`native`, `triton` or `torch`; for tests and for finding faults."""
     prefix_cache: bool = True
+    exact: bool = True
+    """False lets a GPU's path trade equal bits for speed; a CPU's has no need to."""
     host_cache_bytes: int = 0
     """Memory for pages that left the device; 0: none."""
     disk_cache_dir: str | None = None

@@ -10,6 +10,7 @@ Knows nothing of HTTP and text, nor of why it was started again.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import faulthandler
 import gc
@@ -110,7 +111,8 @@ def run(sock: socket.socket, make_engine: MakeEngine = load_engine) -> int:
     except ConnectionClosed:
         return 0  # the API is gone, and this process is of no use without it
     except ConfigError as error:
-        connection.send(StartFailed(str(error)))
+        with contextlib.suppress(ConnectionClosed):
+            connection.send(StartFailed(str(error)))
         return 2
     except ProtocolError as error:
         _logger.error("%s", error)
@@ -128,6 +130,7 @@ def _receive_options(connection: Connection[ToEngine]) -> EngineOptions:
     while not messages:
         messages = connection.receive(None)
     hello = cast(Hello, messages[0])  # the connection lets nothing else come first
+    _only_shutdown(messages[1:])
     if hello.options is None:
         raise ProtocolError("the API's Hello says nothing of what to load")
     return hello.options
@@ -136,10 +139,17 @@ def _receive_options(connection: Connection[ToEngine]) -> EngineOptions:
 def _progress_to(connection: Connection[ToEngine]) -> OnProgress:
     def report(stage: str, done_bytes: int = 0, total_bytes: int = 0) -> None:
         connection.send(Loading(stage, done_bytes, total_bytes))
-        if any(isinstance(message, Shutdown) for message in connection.receive(0)):
-            raise ConnectionClosed("told to end while loading")
+        _only_shutdown(connection.receive(0))
 
     return report
+
+
+def _only_shutdown(messages: Sequence[ToEngine]) -> None:
+    """Before `Ready` the API may say that it ends, and nothing else."""
+    for message in messages:
+        if isinstance(message, Shutdown):
+            raise ConnectionClosed("told to end while loading")
+        raise ProtocolError(f"{type(message).__name__} before the engine was ready")
 
 
 def _serve(connection: Connection[ToEngine], engine: SteppedEngine) -> None:

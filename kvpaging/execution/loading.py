@@ -15,12 +15,15 @@ from typing import Final
 import msgspec
 import torch
 
+import kernels
 from kernels import registry
 from kernels.errors import KernelUnavailableError
 from kernels.ops import Ops
+from kvpaging import execution
 from kvpaging.base.config import EngineConfig, EngineOptions, SchedulerConfig
 from kvpaging.base.errors import ConfigError
 from kvpaging.base.kv_spec import DTYPE_BYTES, KVSpec
+from kvpaging.cache.eviction.names import POLICIES
 from kvpaging.cache.prefix_key import root_key
 from kvpaging.execution.checkpoint import resolve_checkpoint
 from kvpaging.execution.kv_pool import KVPool
@@ -53,6 +56,7 @@ def load_executor(
     `on_progress` hears the stage, the bytes done and the bytes in all. Sets torch's thread count.
     Raises `ConfigError` when the checkpoint or an option can't be used.
     """
+    _check(options)
     model_dir = resolve_checkpoint(options.model)
     model_config = read_model_config(model_dir)
     family = model_class(model_config)
@@ -111,6 +115,29 @@ def load_executor(
     return config, LocalExecutor(model, pool, ops, model_config.eos_token_ids, mover)
 
 
+def _check(options: EngineOptions) -> None:
+    """What can be refused before anything is loaded. Raises ConfigError."""
+    if options.max_num_seqs < 1:
+        raise ConfigError(f"max_num_seqs: must be at least 1, is {options.max_num_seqs}")
+    if options.max_num_waiting < 1:
+        raise ConfigError(f"max_num_waiting: must be at least 1, is {options.max_num_waiting}")
+    if not 0 < options.gpu_memory_utilization <= 1:
+        raise ConfigError(
+            "gpu_memory_utilization: must be above 0 and at most 1, is "
+            f"{options.gpu_memory_utilization}"
+        )
+    if options.eviction_policy not in POLICIES:
+        raise ConfigError(
+            f"eviction_policy: {options.eviction_policy!r} is none of {', '.join(POLICIES)}"
+        )
+    tokens = options.max_num_batched_tokens
+    if tokens is not None and tokens < options.max_num_seqs:
+        raise ConfigError(
+            f"max_num_batched_tokens: {tokens} is below max_num_seqs ({options.max_num_seqs}); "
+            "each running sequence needs one a step"
+        )
+
+
 def _device(options: EngineOptions, decisions: list[str]) -> torch.device:
     if options.device is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -153,6 +180,7 @@ def _ops(options: EngineOptions, device: torch.device, threads: int) -> Ops:
             device,
             prefer=options.kernels,  # type: ignore[arg-type]  # checked above
             threads=threads,
+            exact=options.exact,
         )
     except KernelUnavailableError as error:
         raise ConfigError(f"kernels: {options.kernels} can't run here: {error}") from error
@@ -299,7 +327,9 @@ def _numerics_identity(
     fingerprint: bytes, model: ModelConfig, spec: KVSpec, ops: Ops, max_model_len: int
 ) -> bytes:
     """SHA-256 over what a page's bits depend on besides its tokens."""
-    identity = hashlib.sha256(fingerprint)
+    identity = hashlib.sha256(fingerprint + _code())
+    if not ops.exact:
+        identity.update(f"{torch.get_num_threads()} threads".encode())
     identity.update(msgspec.json.encode((model, spec, ops.name)))
     for rope in model.ropes:
         frequencies, factor = inverse_frequencies(rope, max_model_len)
@@ -351,6 +381,20 @@ def _secret(options: EngineOptions) -> bytes:
         return Path(options.cache_secret_file).read_bytes().strip()
     except OSError as error:
         raise ConfigError(f"cache_secret: {error}") from error
+
+
+def _code() -> bytes:
+    """SHA-256 over the code that computes: kernels, the native library among them, and models.
+
+    A new build may round otherwise: pages that an older one left on a disk are not its pages.
+    """
+    code = hashlib.sha256(torch.__version__.encode())
+    for package in (kernels, execution):
+        root = Path(package.__path__[0])
+        for path in sorted(root.rglob("*")):
+            if path.suffix in (".py", ".so"):
+                code.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return code.digest()
 
 
 def _gib(num_bytes: int) -> str:

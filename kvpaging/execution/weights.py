@@ -192,7 +192,8 @@ class _Account:
             raise ConfigError(f"the model asked for {name} twice")
         self._taken.add(name)
         num_bytes, checksum = self._checkpoint.copy(name, target)
-        self._fingerprint.update(f"{name} {list(shape)} {checksum:08x}\n".encode())
+        line = f"{name} {target.dtype} {list(shape)} {checksum:08x}\n"
+        self._fingerprint.update(line.encode())
         self._done_bytes += num_bytes
         if self._on_progress is not None:
             self._on_progress("loading weights", self._done_bytes, self._total_bytes)
