@@ -107,6 +107,40 @@ def test_all_dialects_say_the_same(url: str, http: httpx.Client) -> None:
     )
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_is_scored_as_it_was_sampled(url: str, http: httpx.Client, stream: bool) -> None:
+    """By echo and TGI's prefill, what was said of each token when it was sampled."""
+    ids = http.post("/tokenize", json={"prompt": PROMPT}).json()["tokens"]
+    greedy: Any = {"max_new_tokens": 40, "temperature": 0, "ignore_eos": True, "logprobs": 2}
+    said = http.post("/generate", json={"prompt": ids, **greedy}).json()["outputs"][0]
+    turn = [*ids, *said["token_ids"]]
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        options: Any = {"echo": True, "logprobs": 2, "max_tokens": 0, "stream": stream}
+        answer = client.completions.create(
+            model=http.get("/version").json()["model"], prompt=turn, **options
+        )
+        chunks = list(answer) if stream else [answer]
+    [choice] = [choice for chunk in chunks for choice in chunk.choices]
+    text = http.post("/detokenize", json={"tokens": turn}).json()["prompt"]
+    assert (choice.text, choice.finish_reason) == (text, "length")
+    logprobs = [entry["logprob"] for entry in said["logprobs"]]
+    assert choice.logprobs.token_logprobs[0] is choice.logprobs.top_logprobs[0] is None
+    assert choice.logprobs.token_logprobs[len(ids) :] == logprobs
+    assert [max(top.values()) for top in choice.logprobs.top_logprobs[len(ids) :]] == logprobs
+    for start, token in zip(choice.logprobs.text_offset, choice.logprobs.tokens, strict=True):
+        assert text.startswith(token, start)
+    if not stream:
+        assert answer.usage.completion_tokens == 0
+        assert answer.usage.prompt_tokens_details.cached_tokens == 0
+    hub = InferenceClient(base_url=url)
+    details: Any = {"details": True, "decoder_input_details": True, "max_new_tokens": 1}
+    prefill = hub.text_generation(text, **details).details.prefill
+    if [token.id for token in prefill] == turn:  # generated text may be tokenized otherwise
+        assert [token.logprob for token in prefill] == choice.logprobs.token_logprobs
+    ours = [token.logprob for token in hub.text_generation(PROMPT, **details).details.prefill]
+    assert ours == choice.logprobs.token_logprobs[: len(ids)]
+
+
 def test_a_seed_gives_the_same_outputs_streamed_and_with_company(http: httpx.Client) -> None:
     body = {"prompt": PROMPT, "max_new_tokens": 24, "seed": 5, "n": 3, "logprobs": 2}
     alone = http.post("/generate", json=body).json()["outputs"]

@@ -103,7 +103,10 @@ class DigestExecutor:
         for entry in plan.scheduled:
             row = self.rows[entry.seq_id]
             end = entry.start + entry.num_new_tokens
+            prompt = tuple(row.tokens[: row.added.num_prompt_tokens])
             if not entry.sample_for:
+                if entry.prompt_logprobs is not None and prompt in self.failing:
+                    failed.append(entry.seq_id)
                 samples.append(())
                 self.num_chunks += 1
                 continue
@@ -113,7 +116,7 @@ class DigestExecutor:
             chosen = tuple(Sample(digest(read, seed, i)) for i in entry.sample_for)
             own = entry.sample_for.index(row.added.output_index)
             row.tokens.append(chosen[own].token_id)
-            if tuple(row.tokens[: row.added.num_prompt_tokens]) in self.failing:
+            if prompt in self.failing:
                 failed.append(entry.seq_id)
                 chosen = ()
             samples.append(chosen)

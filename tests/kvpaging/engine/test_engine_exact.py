@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from kernels import registry
@@ -162,6 +163,40 @@ def test_preemption_changes_nothing(dtype: str, seed: int) -> None:
         assert run(tight, requests) == reference
         assert tight.stats().num_preemptions > 0
         assert tight.stats().num_recomputed_tokens > 0
+
+
+@pytest.mark.parametrize("seed", [SEED])
+def test_a_prompt_is_scored_as_it_was_sampled(dtype: str, seed: int) -> None:
+    """Whole, in chunks, beside others, preempted: one score for each token, always the same."""
+    rng = random.Random(seed)
+    params = msgspec.structs.replace(sampling(rng, 20), prompt_logprobs=3)
+    tokens = prompt(rng, 150)
+    with engine(dtype, max_num_batched_tokens=512) as whole:
+        first = alone(whole, tokens, params)
+        turn = (*tokens, *first.token_ids)
+        reference = alone(whole, turn, params)
+    assert reference.num_cached_tokens == 0
+    # What was said of a token when it was sampled, by decoding, is said of it as a prompt's token.
+    assert reference.prompt_samples == [*first.prompt_samples, *first.samples]
+    with engine(dtype, max_num_batched_tokens=24) as crowd:
+        for [completion] in crowd.generate([turn, prompt(rng, 30), turn], params)[::2]:
+            assert completion.prompt_samples == reference.prompt_samples
+            assert completion.samples == reference.samples
+    # Seven tokens a step: when most are scored, the one before it takes its pages.
+    grows, scored = RequestId("grows"), RequestId("scored")
+    with engine(dtype, max_num_batched_tokens=8, num_pages=13, max_model_len=200) as tight:
+        orders = [Request(grows, prompt(rng, 10), sampling(rng, 60)), Request(scored, turn, params)]
+        scores: list[Sample] = []
+        outputs = tight.step([Arrival(order) for order in orders])
+        while tight.has_work or outputs.outputs:
+            for output in outputs.outputs:
+                scores += output.prompt_samples
+            outputs = tight.step()
+            if tight.stats().num_preemptions == 0:
+                num_before = len(scores)
+        assert 100 < num_before < len(turn) - 1
+        assert tight.stats().num_recomputed_tokens > 100
+    assert scores == reference.prompt_samples
 
 
 @pytest.mark.parametrize("seed", [SEED])

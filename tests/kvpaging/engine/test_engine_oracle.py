@@ -23,7 +23,12 @@ TOLERANCE = 1e-4
 NUM_TOKENS = 64
 PROMPTS = [[(7 * i + k) % 125 + 3 for i in range(30 + 7 * k)] for k in range(3)]
 GREEDY = SamplingParams(
-    max_new_tokens=NUM_TOKENS, seed=0, temperature=0.0, ignore_eos=True, logprobs=2
+    max_new_tokens=NUM_TOKENS,
+    seed=0,
+    temperature=0.0,
+    ignore_eos=True,
+    logprobs=2,
+    prompt_logprobs=2,
 )
 PAGE_SIZE = {"float32": 4, "bfloat16": 16}
 
@@ -79,13 +84,14 @@ def test_through_the_engine(case: Case, tmp_path: Path) -> None:
         for prompt, completion in zip(PROMPTS, completions, strict=True):
             expected = reference_logits(reference, [*prompt, *completion.token_ids])
             agree(completion, expected[len(prompt) - 1 : -1])
+            agree_on_prompt(completion, prompt, expected[: len(prompt) - 1])
         if path == "native":
-            assert [c.samples for c in completions] == [
-                c.samples for c in roomy(tmp_path, path, "float32")
+            assert [(c.samples, c.prompt_samples) for c in completions] == [
+                (c.samples, c.prompt_samples) for c in roomy(tmp_path, path, "float32")
             ]
-            assert [c.samples for c in squeezed(tmp_path, path, "bfloat16")] == [
-                c.samples for c in roomy(tmp_path, path, "bfloat16")
-            ]
+            assert [
+                (c.samples, c.prompt_samples) for c in squeezed(tmp_path, path, "bfloat16")
+            ] == [(c.samples, c.prompt_samples) for c in roomy(tmp_path, path, "bfloat16")]
 
 
 def agree(completion: Completion, logits: torch.Tensor) -> None:
@@ -102,3 +108,17 @@ def agree(completion: Completion, logits: torch.Tensor) -> None:
         assert sample.logprob == pytest.approx(
             float(logprobs[i, sample.token_id]), abs=2 * TOLERANCE * float(scale[i])
         )
+
+
+def agree_on_prompt(completion: Completion, prompt: list[int], logits: torch.Tensor) -> None:
+    """The log-probabilities of all prompt tokens but the first, and of the two most probable."""
+    assert [sample.token_id for sample in completion.prompt_samples] == prompt[1:]
+    logprobs = logits.double().log_softmax(dim=1)
+    for row, tolerance, sample in zip(
+        logprobs, 2 * TOLERANCE * logits.abs().amax(dim=1), completion.prompt_samples, strict=True
+    ):
+        assert sample.logprob == pytest.approx(float(row[sample.token_id]), abs=float(tolerance))
+        top = [logprob for _, logprob in sample.top]
+        assert top == pytest.approx(row.topk(2).values.tolist(), abs=float(tolerance))
+        for token_id, logprob in sample.top:
+            assert logprob == pytest.approx(float(row[token_id]), abs=float(tolerance))
