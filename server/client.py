@@ -13,6 +13,7 @@ from typing import Protocol
 import msgspec
 
 from kvpaging.base.config import EngineConfig
+from kvpaging.base.errors import EngineDied
 from kvpaging.base.ids import RequestId
 from kvpaging.engine.messages import EngineStats, PagePicture
 from kvpaging.scheduling.outputs import SequenceOutput
@@ -28,6 +29,13 @@ class EngineState(StrEnum):
     """Work is waiting and no step has ended for longer than the limit."""
     DEAD = "dead"
     """It ended; it is being restarted, or the crash limit is reached."""
+
+
+class ShuttingDown(EngineDied):
+    """The engine is ended on purpose, with the server."""
+
+    def __init__(self) -> None:
+        super().__init__("the server is shutting down")
 
 
 class EngineStatus(msgspec.Struct, frozen=True):

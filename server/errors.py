@@ -17,6 +17,7 @@ from typing import Final
 from starlette.exceptions import HTTPException
 
 from kvpaging.base.errors import BadRequest, EngineDied, KvPagingError, Overloaded
+from server.client import ShuttingDown
 
 
 class Dialect(StrEnum):
@@ -136,6 +137,8 @@ def answer_to(error: Exception) -> ErrorAnswer:
             return ErrorAnswer(
                 429, error.message, "overloaded", headers=_retry_after(error.retry_after_s)
             )
+        case ShuttingDown():
+            return answer_to(draining(LOADING_RETRY_S))
         case EngineDied():
             return ErrorAnswer(
                 503, str(error), "engine_died", headers=_retry_after(LOADING_RETRY_S)
@@ -168,6 +171,13 @@ def loading(detail: str) -> ApiError:
         f"the engine is not ready: {detail}",
         code="loading",
         retry_after_s=LOADING_RETRY_S,
+    )
+
+
+def stalled(detail: str) -> ApiError:
+    """503: the engine makes no progress; what came before may yet end well."""
+    return ApiError(
+        503, f"the engine is stalled: {detail}", code="stalled", retry_after_s=LOADING_RETRY_S
     )
 
 

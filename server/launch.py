@@ -132,7 +132,9 @@ class _Server:
         self._progress = LoadingProgress()
         self._client = EngineSupervisor(
             spawn,
-            limits=SupervisorLimits(stall_s=settings.stall_limit_s),
+            limits=SupervisorLimits(
+                stall_s=settings.stall_limit_s, hang_s=3 * settings.stall_limit_s
+            ),
             on_loading=self._progress.report,
         )
         self._signals: list[int] = []

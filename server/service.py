@@ -17,10 +17,11 @@ from fastapi import Depends, Request
 
 from kvpaging.base.config import EngineConfig
 from kvpaging.base.errors import BadRequest, Overloaded, PromptTooLong
+from kvpaging.engine.messages import PagePicture
 from kvpaging.scheduling import admission
 from server.client import EngineClient, EngineState
 from server.envelope import bearer_key
-from server.errors import ApiError, answer_to, draining, loading
+from server.errors import ApiError, answer_to, draining, loading, stalled
 from server.generation import Done, Order, TextDelta, generate
 from server.observe.metrics import Metrics
 from server.observe.record import RequestRecord
@@ -57,6 +58,9 @@ class Service:
         self.is_draining = False
         self._text = text
         self._text_lock = asyncio.Lock()
+        self._pages: PagePicture | None = None
+        self._pages_until = 0.0
+        self._pages_lock = asyncio.Lock()
 
     def drain(self) -> None:
         """Refuse new generation requests from now on; running ones go on."""
@@ -87,10 +91,27 @@ class Service:
         """Let a generation request in, or raise `ApiError` (503)."""
         try:
             self.require_not_draining()
+            status = self.client.status()
+            if status.state is EngineState.STALLED:
+                raise stalled(status.detail)
             return self.engine_config()
         except ApiError as error:
             self.metrics.rejected(error.code)
             raise
+
+    async def pages(self) -> PagePicture:
+        """Give every page as it was a moment ago: a picture costs the engine time.
+
+        Each is shown for a second, or for ten times what it took, however many ask. Raises
+        `EngineDied`.
+        """
+        async with self._pages_lock:
+            begin = time.monotonic()
+            if self._pages is None or begin >= self._pages_until:
+                self._pages = await self.client.pages()
+                took_s = time.monotonic() - begin
+                self._pages_until = begin + took_s + max(1.0, 10 * took_s)
+            return self._pages
 
     def max_new_tokens(self, num_prompt_tokens: int, asked: int | None, default: int | None) -> int:
         """Give the length of an output: what was asked, else what fits, at most `default`.

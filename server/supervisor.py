@@ -51,7 +51,7 @@ from kvpaging.scheduling import admission
 from kvpaging.scheduling.events import Abort, Arrival, Finish
 from kvpaging.scheduling.outputs import Rejection, SequenceOutput
 from kvpaging.scheduling.request import Request
-from server.client import EngineState, EngineStatus
+from server.client import EngineState, EngineStatus, ShuttingDown
 from server.engine_process import EngineLink, EngineProcess, describe_exit
 from server.open_requests import Stream, Suspects
 
@@ -73,6 +73,10 @@ class SupervisorLimits:
     """A crash of an engine that was ready for so long is the first of a new row."""
     stall_s: float = 60.0
     """No step for so long while requests are open: stalled."""
+    hang_s: float = 180.0
+    """And for so long: the engine process is killed, and another one started."""
+    pages_s: float = 5.0
+    """For the answer to `pages`."""
     max_pending_outputs: int = 4096
     """So many outputs behind, a reader loses its request."""
     close_s: float = 3.0
@@ -110,6 +114,7 @@ class EngineSupervisor:
         self._stats = EngineStats()
         self._ready_at: float | None = None
         self._progress_at = clock()
+        self._hang_timer: asyncio.TimerHandle | None = None
         self._num_crashes = 0
         self._num_restarts = 0
 
@@ -152,7 +157,7 @@ class EngineSupervisor:
             self._send(Finish(request_id, output_index, num_tokens))
 
     async def pages(self) -> PagePicture:
-        """Every page as it is now. Raises `EngineDied`."""
+        """Every page as it is now. Raises `EngineDied`, also when it gives no answer."""
         if self._state is not EngineState.READY:
             raise EngineDied(f"the engine is {self._state}: {self._detail}")
         query_id = next(self._query_ids)
@@ -160,7 +165,12 @@ class EngineSupervisor:
         self._queries[query_id] = answer
         try:
             self._send(GetPages(query_id))
-            return await answer
+            async with asyncio.timeout(self._limits.pages_s):
+                return await answer
+        except TimeoutError:
+            raise EngineDied(
+                f"the engine did not answer within {self._limits.pages_s:g} s"
+            ) from None
         finally:
             del self._queries[query_id]
 
@@ -169,10 +179,12 @@ class EngineSupervisor:
         if self._closed:
             return
         self._closed = True
+        if self._hang_timer is not None:
+            self._hang_timer.cancel()
         if self._burial is not None:
             self._burial.cancel()
             await asyncio.gather(self._burial, return_exceptions=True)
-        self._fail_all(EngineDied("the server is shutting down"))
+        self._fail_all(ShuttingDown())
         if self._process is not None:
             if self._state is EngineState.READY:
                 self._send(Shutdown())
@@ -297,7 +309,7 @@ class EngineSupervisor:
     def _admit(self, request: Request) -> None:
         """Refuse at the door what can't or must not be served; the queue's bound included."""
         if self._closed:
-            raise EngineDied("the server is shutting down")
+            raise ShuttingDown
         if self._state is not EngineState.READY or self._config is None:
             raise EngineDied(f"the engine is {self._state}: {self._detail}; try again later")
         if request.request_id in self._streams:
@@ -330,6 +342,23 @@ class EngineSupervisor:
         self._send(Arrival(stream.request))
         self._streams[stream.request.request_id] = stream
         self._num_sent_since_step += 1
+        if self._hang_timer is None:
+            self._watch(self._limits.hang_s)
+
+    def _watch(self, delay_s: float) -> None:
+        self._hang_timer = asyncio.get_running_loop().call_later(delay_s, self._end_if_hung)
+
+    def _end_if_hung(self) -> None:
+        """Kill an engine without progress: its end is like any other. Idle, nothing is watched."""
+        self._hang_timer = None
+        if not self._streams or self._process is None:
+            return
+        stalled_s = self._clock() - self._progress_at
+        if stalled_s < self._limits.hang_s:
+            self._watch(self._limits.hang_s - stalled_s)
+            return
+        _logger.error("no step for %.0f s; killing the engine process", stalled_s)
+        self._process.popen.kill()
 
     def _abort(self, stream: Stream) -> None:
         """The reader is gone. Does nothing if the engine was done with the request."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib.resources import files
 from typing import Final
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from starlette.responses import HTMLResponse, Response
 from typing_extensions import TypedDict
 
@@ -16,6 +16,7 @@ from kvpaging.engine.messages import PagePicture
 from server.routes.answers import json_response
 from server.schemas.errors import ErrorResponse
 from server.service import ServiceDep
+from server.sse import until_gone
 
 router: Final = APIRouter(tags=["operations"])
 
@@ -37,10 +38,10 @@ class Pages(TypedDict):
     summary="Every KV page as it is now",
     responses={200: {"model": Pages}, 503: {"model": ErrorResponse}},
 )
-async def pages(service: ServiceDep) -> Response:
-    """Give state, owners and fill of each page. Costs the engine time linear in their number."""
+async def pages(request: Request, service: ServiceDep) -> Response:
+    """Give state, owners and fill of each page, as of about a second ago."""
     service.engine_config()
-    return json_response(_pages(await service.client.pages()))
+    return json_response(_pages(await until_gone(request.receive, service.pages())))
 
 
 @router.get("/pages/view", summary="The same, drawn", response_class=HTMLResponse)

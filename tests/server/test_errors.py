@@ -21,7 +21,7 @@ from pydantic_core import from_json
 from kvpaging.base.errors import BadRequest, EngineDied, Overloaded
 from kvpaging.scheduling.request import SamplingParams
 from server.app import AppConfig, create_app
-from server.client import EngineState
+from server.client import EngineState, ShuttingDown
 from server.errors import ApiError, Dialect, answer_to
 from server.schemas import REQUEST_MODELS
 from server.schemas.body import parse
@@ -316,9 +316,14 @@ def test_a_tokenizer_that_can_not_be_read_is_logged(
     assert str(tmp_path) in caplog.text
 
 
-def test_a_stalled_engine_still_takes_requests() -> None:
+@pytest.mark.parametrize("path", ["/generate", "/v1/completions", "/v1/chat/completions", "/"])
+def test_a_stalled_engine_takes_no_new_requests(path: str) -> None:
     engine = FakeEngineClient(state=EngineState.STALLED)
-    assert Caller(make_app(engine)).post("/generate", {"prompt": "x"}).status_code == 200
+    response = Caller(make_app(engine)).post(path, SEEDS[path])
+    assert response.status_code == 503
+    assert "stalled" in response.text
+    assert int(response.headers["retry-after"]) >= 1
+    assert not engine.seen
 
 
 def test_one_table_from_exceptions_to_answers() -> None:
@@ -326,6 +331,7 @@ def test_one_table_from_exceptions_to_answers() -> None:
         BadRequest("m"): (400, "invalid_request_error", 422, "validation"),
         Overloaded("m", retry_after_s=0.1): (429, "rate_limit_error", 429, "overloaded"),
         EngineDied("m"): (503, "service_unavailable_error", 503, "generation"),
+        ShuttingDown(): (503, "service_unavailable_error", 503, "unhealthy"),
         ApiError(413, "m", code="c"): (413, "invalid_request_error", 413, "invalid_request_error"),
         RuntimeError("secret"): (500, "server_error", 500, "incomplete_generation"),
     }

@@ -143,7 +143,9 @@ def test_what_outlasts_the_grace_period_ends_with_an_error_event() -> None:
             server.popen.send_signal(signal.SIGINT)
             events = [line for line in lines if line]
         assert events[-2] == "event: error"
-        assert "shutting down" in json.loads(events[-1].removeprefix("data: "))["error"]["message"]
+        error = json.loads(events[-1].removeprefix("data: "))["error"]
+        assert "shutting down" in error["message"]
+        assert error["code"] == "draining"
         assert server.ended() == 0
 
 

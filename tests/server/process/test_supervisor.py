@@ -20,7 +20,7 @@ from kvpaging.base.ids import RequestId
 from kvpaging.engine.messages import Loading
 from kvpaging.scheduling.outputs import FinishReason, SequenceOutput
 from kvpaging.scheduling.request import Request, SamplingParams
-from server.client import EngineState
+from server.client import EngineState, ShuttingDown
 from server.engine_process import EngineProcess
 from server.supervisor import EngineSupervisor, SupervisorLimits
 
@@ -325,8 +325,40 @@ async def test_no_step_with_a_request_open_is_a_stall() -> None:
         await until(lambda: client.status().state is EngineState.STALLED, 2)
         assert "1 requests open" in client.status().detail
         await client.close()  # and a hung engine is killed
-        with pytest.raises(EngineDied, match="shutting down"):
+        with pytest.raises(ShuttingDown):
             await stuck
+
+
+async def test_a_hung_engine_is_replaced() -> None:
+    limits = SupervisorLimits(stall_s=0.2, hang_s=0.5)
+    async with supervisor(limits=limits) as client:
+        await client.ready()
+        assert await tokens_of(client, request(COUNT)) == [0, 1, 2]
+        await asyncio.sleep(0.7)
+        assert client.status().num_restarts == 0  # idle is no hang
+        stuck = asyncio.create_task(tokens_of(client, request(WAIT)))
+        await until(lambda: client.status().stats.num_running == 1)
+        os.kill(engine_pid(client), signal.SIGSTOP)
+        with pytest.raises(EngineDied, match="ended under this request"):
+            await asyncio.wait_for(stuck, 5)
+        await is_ready(client)
+        assert client.status().num_restarts == 1
+        assert await tokens_of(client, request(COUNT)) == [0, 1, 2]
+
+
+async def test_slow_steps_that_end_are_no_hang() -> None:
+    async with supervisor(limits=SupervisorLimits(hang_s=0.1)) as client:
+        await client.ready()
+        assert len(await tokens_of(client, request(COUNT, max_new_tokens=300))) == 300
+        assert client.status().num_restarts == 0
+
+
+async def test_pages_of_an_engine_that_does_not_answer() -> None:
+    async with supervisor(limits=SupervisorLimits(pages_s=0.2, close_s=0.2)) as client:
+        await client.ready()
+        os.kill(engine_pid(client), signal.SIGSTOP)
+        with pytest.raises(EngineDied, match=r"did not answer within 0\.2 s"):
+            await client.pages()
 
 
 async def test_close_ends_the_process_and_is_idempotent() -> None:
