@@ -331,15 +331,22 @@ class DiskLevel:
         self, sizes: dict[int, int]
     ) -> dict[int, list[tuple[int, int, list[Entry]]]]:
         """The index's stretches of segments that are there and as long as it says, in order."""
-        known: dict[int, list[tuple[int, int, list[Entry]]]] = {}
-        with self._complaining("reading the index"):
-            stretches = [] if self._index is None else self._index.stretches()
+        if self._index is None:
+            return {}
+        try:
+            stretches = self._index.stretches()
             gone = {s.segment for s in stretches if s.end_byte > sizes.get(s.segment, -1)}
-            for s in stretches:
-                if s.segment not in gone:
-                    known.setdefault(s.segment, []).append((s.first_byte, s.end_byte, s.entries))
-            if self._index is not None and gone:
-                self._index.forget(gone)
+            self._index.forget(gone)
+        except sqlite3.Error as error:
+            self._failed("the index is broken and is made anew", error)
+            self._index.close()
+            SegmentIndex.remove(self._directory / _INDEX_NAME)
+            self._index = self._open_index()
+            return {}
+        known: dict[int, list[tuple[int, int, list[Entry]]]] = {}
+        for s in stretches:
+            if s.segment not in gone:
+                known.setdefault(s.segment, []).append((s.first_byte, s.end_byte, s.entries))
         return known
 
     def _recover_segment(

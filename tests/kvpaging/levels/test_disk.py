@@ -440,8 +440,7 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
         assert num_bytes(tmp_path / "cache") <= 1 << 20
         level = opened(tmp_path / "cache", segment_bytes=60_000)
         found = whole(level, range(end + 3), 3000)
-        kept = {n for n in found if n < end}
-        assert kept == set(range(min(kept), end))
+        assert found >= set(range(max(0, end - 150), end))  # older ones may have left
         assert level.stats().corrupt <= 1  # the torn one
         level.close()
 

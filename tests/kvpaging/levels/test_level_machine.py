@@ -89,7 +89,8 @@ class LevelMachine(RuleBasedStateMachine):
         assert stats.num_bytes is not None
         assert stats.num_bytes <= CAPACITY
         assert stats.num_pages == sum(self.level.contains([key_of(n) for n in range(41)]))
-        assert stats.stores == stats.stored + stats.known + stats.refused + stats.late
+        taken_or_refused = stats.stored + stats.known + stats.refused
+        assert taken_or_refused <= stats.stores <= taken_or_refused + stats.late
 
 
 class HostMachine(LevelMachine):
@@ -105,6 +106,7 @@ class DiskMachine(LevelMachine):
         self.start()
         self.directory = Path(tempfile.mkdtemp()) / "cache"
         self.segment_bytes = segment_bytes
+        self.is_damaged = False
         self.reopen(compress=True)
 
     def reopen(self, *, compress: bool) -> None:
@@ -132,11 +134,15 @@ class DiskMachine(LevelMachine):
             shutil.rmtree(self.directory)
             left.rename(self.directory)
         self.reopen(compress=compress)
-        assert self.believed() == before
+        after = self.believed()
+        assert all(then <= now for then, now in zip(before, after, strict=True))
+        if not self.is_damaged:  # else a page found corrupt is believed again until it is read
+            assert after == before
 
     @rule(seed=st.integers(0, 1000), what=st.sampled_from(["flip", "cut", "grow", "delete"]))
     def damage(self, seed: int, what: str) -> None:
         before = self.believed()
+        was_damaged, self.is_damaged = self.is_damaged, True
         self.level.close()
         rng = random.Random(seed)
         path = rng.choice(sorted(p for p in self.directory.iterdir() if p.name != "lock"))
@@ -155,7 +161,8 @@ class DiskMachine(LevelMachine):
                 path.unlink()
         self.reopen(compress=True)
         after = self.believed()
-        assert all(now <= then for now, then in zip(after, before, strict=True))
+        if not was_damaged:
+            assert all(now <= then for now, then in zip(after, before, strict=True))
 
     @invariant()
     def files_are_within_the_bound(self) -> None:
