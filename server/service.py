@@ -25,6 +25,7 @@ from server.errors import ApiError, answer_to, draining, loading, stalled
 from server.generation import Done, Order, TextDelta, generate
 from server.observe.metrics import Metrics
 from server.observe.record import RequestRecord
+from server.schemas.body import BodyBudget
 from server.sse import StreamLimits
 from server.text import Text
 from server.text.tokenizer import LONG_TEXT_CHARS, Tokenizer
@@ -40,6 +41,8 @@ class AppConfig:
     max_body_bytes: int = 16 * 1024 * 1024
     body_timeout_s: float = 30.0
     """For a request's whole body to arrive."""
+    max_bodies_bytes: int = 256 * 1024 * 1024
+    """Of all bodies that arrive at the same time; at least one always may."""
     default_max_new_tokens: int = 128
     """For `/generate` and TGI's dialect; what fits if that is less."""
     stream: StreamLimits = field(default_factory=StreamLimits)
@@ -56,6 +59,7 @@ class Service:
         self.metrics = Metrics(client.status)
         self.created = int(time.time())
         self.is_draining = False
+        self.bodies = BodyBudget(max(config.max_bodies_bytes, config.max_body_bytes))
         self._text = text
         self._text_lock = asyncio.Lock()
         self._pages: PagePicture | None = None

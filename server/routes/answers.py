@@ -46,6 +46,7 @@ async def read_body(request: Request, service: Service) -> JsonObject:
         request,
         max_bytes=service.config.max_body_bytes,
         timeout_s=service.config.body_timeout_s,
+        budget=service.bodies,
     )
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import difflib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Final, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -35,16 +36,51 @@ class LenientModel(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, frozen=True)
 
 
-async def read_json_object(request: Request, *, max_bytes: int, timeout_s: float) -> JsonObject:
+class BodyBudget:
+    """Bytes of all bodies that are being read, however many connections bring them."""
+
+    def __init__(self, max_bytes: int):
+        self._max_bytes = max_bytes
+        self._num_bytes = 0
+
+    @contextmanager
+    def share(self) -> Iterator[Callable[[int], None]]:
+        """Give what takes bytes, until the end of the block. It raises `ApiError` (503)."""
+        taken = 0
+
+        def take(num_bytes: int) -> None:
+            nonlocal taken
+            if self._num_bytes + num_bytes > self._max_bytes:
+                raise ApiError(
+                    503,
+                    f"the requests that arrive now are over {self._max_bytes} bytes together",
+                    code="too_many_bodies",
+                    retry_after_s=1.0,
+                    headers={"Connection": "close"},
+                )
+            taken += num_bytes
+            self._num_bytes += num_bytes
+
+        try:
+            yield take
+        finally:
+            self._num_bytes -= taken
+
+
+async def read_json_object(
+    request: Request, *, max_bytes: int, timeout_s: float, budget: BodyBudget
+) -> JsonObject:
     """Read the body of `request`.
 
-    Raises `BadRequest` (no JSON object), `ApiError` (413 too large, 408 too slow), `ClientGone`.
+    Raises `BadRequest` (no JSON object), `ClientGone`, or `ApiError`: 413 too large, 408 too slow,
+    503 over the budget.
     """
-    body = await _read(request, max_bytes, timeout_s)
-    try:
-        content = from_json(body, allow_inf_nan=False, cache_strings="none")
-    except ValueError as error:
-        raise BadRequest(f"the body is not valid JSON: {error}", code="invalid_json") from error
+    with budget.share() as take:
+        body = await _read(request, max_bytes, timeout_s, take)
+        try:
+            content = from_json(body, allow_inf_nan=False, cache_strings="none")
+        except ValueError as error:
+            raise BadRequest(f"the body is not valid JSON: {error}", code="invalid_json") from error
     if not isinstance(content, dict):
         raise BadRequest(
             f"the body must be a JSON object, not {_kind(content)}", code="invalid_json"
@@ -52,7 +88,9 @@ async def read_json_object(request: Request, *, max_bytes: int, timeout_s: float
     return content
 
 
-async def _read(request: Request, max_bytes: int, timeout_s: float) -> bytes:
+async def _read(
+    request: Request, max_bytes: int, timeout_s: float, take: Callable[[int], None]
+) -> bytes:
     too_large = ApiError(
         413,
         f"the body is larger than the limit of {max_bytes} bytes",
@@ -69,6 +107,7 @@ async def _read(request: Request, max_bytes: int, timeout_s: float) -> bytes:
                 body += chunk
                 if len(body) > max_bytes:
                     raise too_large
+                take(len(chunk))
     except ClientDisconnect as error:
         raise ClientGone("the client left before its body was complete") from error
     except TimeoutError as error:

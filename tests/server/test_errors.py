@@ -257,6 +257,35 @@ def test_a_body_over_the_limit(app: FastAPI) -> None:
         assert response.headers["connection"] == "close"
 
 
+def test_bodies_that_arrive_together_are_bounded_together() -> None:
+    app = make_app(FakeEngineClient(), max_body_bytes=1000, max_bodies_bytes=2500)
+
+    async def scenario() -> tuple[list[int], httpx.Response, httpx.Response]:
+        release = asyncio.Event()
+
+        async def slowly() -> Any:
+            yield b'{"prompt": "x"' + b" " * 900
+            await release.wait()
+            yield b"}"
+
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(app), base_url="http://test"
+        ) as http:
+            first = [asyncio.create_task(http.post("/generate", content=slowly())) for _ in "ab"]
+            await asyncio.sleep(0.05)
+            refused = await http.post("/generate", content=b'{"prompt": "x"}' + b" " * 900)
+            release.set()
+            statuses = [(await task).status_code for task in first]
+            after = await http.post("/generate", content=b'{"prompt": "x"}' + b" " * 900)
+        return statuses, refused, after
+
+    statuses, refused, after = asyncio.run(scenario())
+    assert (statuses, after.status_code) == ([200, 200], 200)
+    assert refused.status_code == 503
+    assert refused.json()["error"]["code"] == "too_many_bodies"
+    assert refused.headers["retry-after"] == "1"
+
+
 def test_a_body_that_does_not_come() -> None:
     app = make_app(FakeEngineClient(), body_timeout_s=0.05)
 
