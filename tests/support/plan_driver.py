@@ -135,6 +135,7 @@ class PlanDriver:
                     num_new,
                     tuple(new_pages),
                     indices if end == known else (),
+                    track.sampling.prompt_logprobs,
                 )
             )
             track.is_added = True

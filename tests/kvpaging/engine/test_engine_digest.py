@@ -490,3 +490,17 @@ def test_chunking_and_page_size_change_nothing(
     )
     [[completion]] = engine.generate([prompt], SamplingParams(max_new_tokens=max_new, seed=3))
     assert completion.token_ids == expected_tokens(prompt, 3, 0, max_new, frozenset({0}))
+
+
+def test_scores_that_are_no_numbers_fail_the_request_where_they_are_found() -> None:
+    config = digest_config(max_num_batched_tokens=4, eos_token_ids=())
+    engine, executor = make_engine(config)
+    executor.failing.add((7,) * 11)
+    seen = Collector()
+    bad = request("bad", [7] * 11, 4, n=2, prompt_logprobs=0)
+    seen.take(engine.step([Arrival(bad), Arrival(request("good", [1], 4))]))
+    assert seen.reasons == {("bad", k): FinishReason.ERROR for k in range(2)}
+    while engine.has_work:
+        seen.take(engine.step())
+    assert seen.tokens[("good", 0)] == expected_tokens([1], 0, 0, 4, frozenset())
+    assert seen.scores[("bad", 0)] == []

@@ -18,6 +18,7 @@ from kvpaging.base.kv_spec import KVSpec
 from kvpaging.execution.kv_pool import KVPool
 from kvpaging.execution.local_executor import LocalExecutor
 from kvpaging.execution.model_config import read_model_config
+from kvpaging.execution.model_runner import SCORED_ROWS
 from kvpaging.execution.models.layers import CausalLM
 from kvpaging.execution.models.registry import model_class
 from kvpaging.execution.weights import Checkpoint, Parameters
@@ -155,6 +156,29 @@ def test_a_sequence_that_is_no_number_fails_and_the_others_go_on(
     driver.finish([good], 6)
     assert good.output == calm.output
     assert executor is driver._executor
+
+
+def test_a_prompt_is_scored_a_few_rows_at_a_time_and_only_up_to_its_end(
+    loaded: tuple[CausalLM, registry.Ops],
+) -> None:
+    driver = driver_of(*loaded)
+    recording = driver._recording
+    assert recording is not None
+    params = SamplingParams(max_new_tokens=9, seed=0, temperature=0.0, prompt_logprobs=1)
+    prompt = [(5 * i) % 90 + 3 for i in range(SCORED_ROWS + 9)]
+    plain, scored = driver.track(prompt[:4]), driver.track(prompt, params)
+    result = driver.step([(plain, 3), (scored, 1000)])
+    scores = result.prompt_logprobs[1]
+    assert result.prompt_logprobs[0] == ()
+    assert [sample.token_id for sample in scores] == prompt[1:]
+    assert max(len(logits) for logits in recording.steps) <= SCORED_ROWS
+    assert driver.step([(plain, 1), (scored, 1)]).prompt_logprobs in ((), ((), ()))
+    again = driver.track(prompt[:SCORED_ROWS], params)
+    for first in (0, 20):
+        part = driver.step([(again, 20)]).prompt_logprobs[0]
+        for found, expected in zip(part, scores[first : first + 20], strict=True):
+            assert found.token_id == expected.token_id
+            assert found.logprob == pytest.approx(expected.logprob, abs=1e-4)
 
 
 def test_a_plan_without_work_only_keeps_the_books(driver: PlanDriver) -> None:

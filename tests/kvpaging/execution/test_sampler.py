@@ -220,3 +220,21 @@ def test_rows_grow_and_are_reused(sampler: Sampler) -> None:
     sampler.add(40, sequence())
     (sample,) = sampler.draw(logits.clone().unsqueeze(0), draws([40]))
     assert sample == Sample(4)
+
+
+def test_scores_are_what_a_draw_says_and_a_row_that_is_no_number_has_none(
+    sampler: Sampler,
+) -> None:
+    logits = random_logits(rows=5)
+    logits[3, 8] = math.inf
+    next_ids = np.array([4, 0, VOCAB - 1, 8, 4])
+    scores = sampler.score(logits, next_ids, 2)
+    assert scores[3] is None
+    for row in (0, 1, 2, 4):
+        found, expected = scores[row], logits[row].double().log_softmax(0)
+        drawn = one(sampler, logits[row], sequence(logprobs=2, logit_bias=((5, 9.0),)))
+        assert found is not None
+        assert found.token_id == next_ids[row]
+        assert found.logprob == pytest.approx(float(expected[next_ids[row]]), abs=1e-5)
+        assert found.top == drawn.top
+    assert scores[0] == sampler.score(logits[:1], next_ids[:1], 2)[0]
