@@ -89,7 +89,7 @@ class PageState(msgspec.Struct, frozen=True, gc=False, array_like=True):
 
     page_id: int
     state: str
-    """`free`, `cached` or `held`."""
+    """`free`, `cached`, `held` or `quarantined`."""
     num_owners: int
     num_tokens: int
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
 from fake_engine import FakeEngineClient
 from http_app import Caller, make_app
+from starlette.exceptions import HTTPException
 
+from server.client import EngineState
+from server.errors import answer_to
 from server.schemas.generate import GenerateRequest
 
 PAGE = (Path(__file__).parents[2] / "docs" / "http.md").read_text("utf-8")
@@ -43,10 +47,37 @@ def test_metrics() -> None:
     assert {name for name in served if not name.endswith("_created")} == listed
 
 
+def codes_in(source: str) -> set[str]:
+    """Each `code="…"` of a module, third argument of `ErrorAnswer`, and default of a `code`."""
+    found: list[ast.expr | None] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call):
+            found += [keyword.value for keyword in node.keywords if keyword.arg == "code"]
+            if isinstance(node.func, ast.Name) and node.func.id == "ErrorAnswer":
+                found += node.args[2:3]
+        elif isinstance(node, ast.FunctionDef):
+            names = [argument.arg for argument in node.args.kwonlyargs]
+            found += [
+                default
+                for name, default in zip(names, node.args.kw_defaults, strict=True)
+                if name == "code"
+            ]
+    return {
+        node.value
+        for node in found
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+
+
 def test_error_codes() -> None:
-    listed = set(re.findall(r"`(\w+)`", section("Errors").split("|---|---|---|")[1]))
-    sources = Path(__file__).parents[2] / "server"
-    used = set()
-    for source in sources.rglob("*.py"):
-        used |= set(re.findall(r'\bcode="(\w+)"', source.read_text("utf-8")))
-    assert used - {"duplicate_id"} <= listed  # our ids are our own: no client can cause that one
+    rows = re.findall(r"^\| [\d, ]+ \| (.*?) \|", section("Errors"), re.M)
+    listed = {code for row in rows for code in re.findall(r"`(\w+)`", row)}
+    root = Path(__file__).parents[2]
+    used = {state.value for state in EngineState if state is not EngineState.READY}
+    for source in [*root.glob("server/**/*.py"), root / "kvpaging/base/errors.py"]:
+        used |= codes_in(source.read_text("utf-8"))
+    for status in (404, 405):
+        used.add(answer_to(HTTPException(status)).code)
+    in_logs_only = {"gone", "slow_reader"}
+    of_our_own_ids = {"duplicate_id"}
+    assert used - in_logs_only - of_our_own_ids == listed

@@ -69,6 +69,40 @@ def num_pages(http: httpx.Client) -> float:
     return sum(v for k, v in metrics(http).items() if k.startswith("kvpaging_pages{"))
 
 
+EDGES = [s * 2**k + d for s in (1, -1) for k in (0, 31, 32, 63, 64, 128) for d in (-1, 0, 1)]
+EDGES += [1e-320, 1e-7, 1e38, 1e308, 0.5, -0.5]
+FIELDS = "min_new_tokens temperature top_p top_k min_p repetition_penalty presence_penalty "
+FIELDS += "frequency_penalty seed n logprobs priority"
+
+
+@pytest.mark.parametrize("field", FIELDS.split())
+def test_no_number_harms_the_engine(http: httpx.Client, field: str) -> None:
+    for value in EDGES:
+        body = {"prompt": "x", "max_new_tokens": 2, field: value}
+        response = http.post("/generate", json=body)
+        assert response.status_code in (200, 400), (value, response.text)
+    assert metrics(http)["kvpaging_engine_restarts_total"] == 0
+
+
+@pytest.mark.parametrize("value", EDGES)
+def test_no_token_id_harms_the_engine(http: httpx.Client, value: float) -> None:
+    model = http.get("/version").json()["model"]
+    for path, body in (
+        ("/generate", {"prompt": [value]}),
+        ("/generate", {"prompt": "x", "stop_token_ids": [value]}),
+        ("/generate", {"prompt": "x", "logit_bias": {str(value): 1}}),
+        ("/generate", {"prompt": "x", "logit_bias": {"5": value}}),
+        ("/v1/completions", {"model": model, "prompt": [value], "echo": True}),
+        ("/v1/completions", {"model": model, "prompt": "x", "max_tokens": 2, "top_k": value}),
+        ("/detokenize", {"tokens": [value]}),
+        ("/", {"inputs": "x", "parameters": {"max_new_tokens": 2, "top_k": value}}),
+        ("/", {"inputs": "x", "parameters": {"max_new_tokens": 2, "truncate": value}}),
+    ):
+        response = http.post(path, json=body)
+        assert response.status_code in (200, 400, 422), (path, body, response.text)
+    assert metrics(http)["kvpaging_engine_restarts_total"] == 0
+
+
 def test_all_dialects_say_the_same(url: str, http: httpx.Client) -> None:
     model = http.get("/version").json()["model"]
     greedy: Any = {"max_new_tokens": 40, "temperature": 0, "ignore_eos": True}
