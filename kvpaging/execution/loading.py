@@ -22,6 +22,7 @@ from kernels.ops import Ops
 from kvpaging import execution
 from kvpaging.base.config import EngineConfig, EngineOptions, SchedulerConfig
 from kvpaging.base.errors import ConfigError
+from kvpaging.base.ids import PageKey
 from kvpaging.base.kv_spec import DTYPE_BYTES, KVSpec
 from kvpaging.cache.eviction.names import POLICIES
 from kvpaging.cache.prefix_key import root_key
@@ -36,7 +37,7 @@ from kvpaging.execution.rope import inverse_frequencies
 from kvpaging.execution.weights import Checkpoint, OnProgress, Parameters
 from kvpaging.levels.disk import DiskLevel
 from kvpaging.levels.host import HostLevel
-from kvpaging.levels.remote import RemoteLevel
+from kvpaging.levels.level import Level
 
 GIB: Final = 1024**3
 CPU_KV_SHARE: Final = 4
@@ -357,17 +358,21 @@ def _levels(
             f"disk cache {options.disk_cache_dir}: {disk.stats().num_pages} pages are there"
         )
     if options.remote_cache_url is not None:
-        remote = RemoteLevel(
-            options.remote_cache_url,
-            secret=_secret(options),
-            root=root_key(identity),
-            item_bytes=item_bytes,
-        )
+        remote = _remote(options.remote_cache_url, _secret(options), root_key(identity), item_bytes)
         # Whether a page is there only its server knows: asking costs as much as fetching.
         levels.append(
             LevelSetting(remote, is_write_through=True, deadline_s=REMOTE_BATCH_S, is_local=False)
         )
     return levels
+
+
+def _remote(url: str, secret: bytes, root: PageKey, item_bytes: int) -> Level:
+    """The level that needs a package of its own, which most installations go without."""
+    try:
+        from kvpaging.levels.remote import RemoteLevel
+    except ImportError as error:
+        raise ConfigError(f"remote_cache: pip install 'kvpaging[remote]' ({error})") from error
+    return RemoteLevel(url, secret=secret, root=root, item_bytes=item_bytes)
 
 
 def _secret(options: EngineOptions) -> bytes:
