@@ -2,9 +2,10 @@
 
     frames --> [buffer, bounded] --> socket
 
-The frames are made as fast as tokens come, never waiting for the client. When the client leaves,
-does not read for `stall_s`, or falls behind by more than the buffer, the source is closed, which
-aborts the request, and the connection ends without an end mark. Knows no dialect and no tokens.
+The frames are made as fast as tokens come, never waiting for the client; only a large one waits
+until those before it were taken. When the client leaves, does not read for `stall_s`, or falls
+behind by more than the buffer, the source is closed, which aborts the request, and the connection
+ends without an end mark. Knows no dialect and no tokens.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from server.errors import ClientGone, SlowReader
 
 DONE: Final = b"data: [DONE]\n\n"
 """The mark of a complete answer; TGI's dialect has none."""
+
+LARGE_FRAME_BYTES: Final = 4096
+"""A token's event is not so large; a scored prompt's is, and hundreds may come at once."""
 
 _encode: Final = msgspec.json.Encoder().encode
 
@@ -111,6 +115,8 @@ class EventStream(Response):
         try:
             async with aclosing(self._frames) as frames:
                 async for frame in frames:
+                    if len(frame) > LARGE_FRAME_BYTES:
+                        await buffer.wait_until_empty()
                     buffer.put(frame)
         except Exception as error:  # noqa: BLE001 (handed on: `take` raises it)
             buffer.end(error)
@@ -135,6 +141,12 @@ class _Buffer:
         self._ended = False
         self._error: Exception | None = None
         self._news = asyncio.Event()
+        self._is_empty = asyncio.Event()
+        self._is_empty.set()
+
+    async def wait_until_empty(self) -> None:
+        """Wait until all that was put was taken."""
+        await self._is_empty.wait()
 
     def put(self, frame: bytes) -> None:
         """Add a frame. Raises `SlowReader` when too much waits to be taken."""
@@ -142,6 +154,7 @@ class _Buffer:
             raise SlowReader(f"the client is {self._num_bytes} bytes behind")
         self._frames.append(frame)
         self._num_bytes += len(frame)
+        self._is_empty.clear()
         self._news.set()
 
     def end(self, error: Exception | None) -> None:
@@ -156,6 +169,7 @@ class _Buffer:
         piece = b"".join(self._frames)
         self._frames.clear()
         self._num_bytes = 0
+        self._is_empty.set()
         if self._ended:
             if isinstance(self._error, SlowReader) or (not piece and self._error is not None):
                 raise self._error

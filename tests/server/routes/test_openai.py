@@ -19,6 +19,7 @@ from server.schemas.openai import (
     CompletionResponse,
     ModelList,
 )
+from server.sse import LARGE_FRAME_BYTES, StreamLimits
 from server.text import Text, Tokenizer
 
 PROMPT = "The quick brown fox"
@@ -146,6 +147,21 @@ def test_echo_with_logprobs(http: openai.OpenAI, stream: bool, max_tokens: int) 
             assert "".join(whole["tokens"]) == whole["text"]
             starts = [len("".join(whole["tokens"][:k])) for k in range(num_prompt + max_tokens)]
             assert whole["text_offset"] == starts
+
+
+def test_many_large_echoes_at_once_are_not_a_slow_client() -> None:
+    prompts = [[3 + (i * k) % 200 for i in range(250)] for k in range(1, 9)]
+    app = make_app(FakeEngineClient(), stream=StreamLimits(max_buffered_bytes=1 << 17))
+    with (
+        listening(app) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as http,
+    ):
+        chunks = http.completions.create(
+            model=MODEL, prompt=prompts, echo=True, logprobs=20, max_tokens=0, stream=True
+        )
+        sizes = {chunk.choices[0].index: len(chunk.to_json(indent=None)) for chunk in chunks}
+    assert sorted(sizes) == list(range(8))
+    assert min(sizes.values()) > 4 * LARGE_FRAME_BYTES
 
 
 @pytest.mark.parametrize("by_ids", [False, True])
