@@ -88,4 +88,4 @@ def test_refusals(
 
 def test_neither_plan_nor_replay_loads_torch() -> None:
     code = "import sys, server.plan, server.replay; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-P", "-c", code], check=True)

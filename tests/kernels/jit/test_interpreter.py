@@ -23,7 +23,18 @@ pytestmark = [
 
 @pytest.mark.parametrize("path", CASES, ids=[path.stem for path in CASES])
 def test_cases_pass_in_the_interpreter(path: Path) -> None:
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider", str(path)]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "pytest",
+        "-n",
+        "0",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        str(path),
+    ]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]

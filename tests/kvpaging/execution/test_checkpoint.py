@@ -48,7 +48,7 @@ def test_a_file_is_refused(tmp_path: Path) -> None:
 
 def resolve_in_process(name: str, hub: Path, **environment: str) -> list[str]:
     return subprocess.run(
-        [sys.executable, "-c", SCRIPT, name],
+        [sys.executable, "-P", "-c", SCRIPT, name],
         env={**os.environ, "HF_HOME": str(hub), **environment},
         capture_output=True,
         text=True,

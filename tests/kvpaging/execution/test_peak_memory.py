@@ -91,7 +91,7 @@ def test_the_peak_is_at_most_1_3_times_the_weights_beside_the_pool(tmp_path: Pat
     assert weight_bytes > 200e6
     for path in cpu_paths():
         out = subprocess.run(
-            [sys.executable, "-c", SCRIPT, str(small), str(large), path],
+            [sys.executable, "-P", "-c", SCRIPT, str(small), str(large), path],
             capture_output=True,
             text=True,
             check=True,

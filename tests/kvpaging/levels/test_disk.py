@@ -426,7 +426,15 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
     rng = random.Random()
     end = 0
     for _ in range(4):
-        command = [sys.executable, "-c", KILLED, str(support), str(tmp_path / "cache"), str(end)]
+        command = [
+            sys.executable,
+            "-P",
+            "-c",
+            KILLED,
+            str(support),
+            str(tmp_path / "cache"),
+            str(end),
+        ]
         writer = subprocess.Popen(command, stdout=subprocess.PIPE)
         assert writer.stdout is not None
         lines = [writer.stdout.readline()]

@@ -66,7 +66,7 @@ def test_an_unknown_command_is_refused_with_the_nearest(
 def test_a_port_in_use_ends_at_once_with_2() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        command = [sys.executable, "-m", "server", "serve", "--port", str(port)]
+        command = [sys.executable, "-P", "-m", "server", "serve", "--port", str(port)]
         ended = subprocess.run(
             command, capture_output=True, text=True, timeout=30, check=False, env=_environment()
         )
@@ -77,7 +77,7 @@ def test_a_port_in_use_ends_at_once_with_2() -> None:
 
 
 def test_a_host_that_is_none_ends_with_2() -> None:
-    command = [sys.executable, "-m", "server", "serve", "--host", "no.such.host.invalid"]
+    command = [sys.executable, "-P", "-m", "server", "serve", "--host", "no.such.host.invalid"]
     ended = subprocess.run(
         command, capture_output=True, text=True, timeout=60, check=False, env=_environment()
     )

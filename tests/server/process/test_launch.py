@@ -324,7 +324,10 @@ cli._resolved = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
 sys.argv = ["kvpaging", "serve"]
 cli.main()
 """
-    assert subprocess.run([sys.executable, "-c", program], timeout=20, check=False).returncode == 0
+    assert (
+        subprocess.run([sys.executable, "-P", "-c", program], timeout=20, check=False).returncode
+        == 0
+    )
 
 
 def test_listening_beyond_loopback_without_a_key_is_warned_of() -> None:

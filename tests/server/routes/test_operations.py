@@ -89,4 +89,4 @@ def test_tokenize_and_back() -> None:
 
 def test_the_application_imports_no_torch() -> None:
     code = "import sys, server.app, server.client; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0
