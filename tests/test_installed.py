@@ -21,5 +21,6 @@ def test_a_started_process_runs_the_same_code_as_these_tests(name: str) -> None:
         [sys.executable, "-P", "-c", code], cwd=CLONE, capture_output=True, text=True, check=True
     )
     assert there.stdout.strip() == here
-    is_editable = '"editable": true' in (distribution("kvpaging").read_text("direct_url.json") or "")
+    origin = distribution("kvpaging").read_text("direct_url.json") or ""
+    is_editable = '"editable": true' in origin
     assert is_editable or not Path(str(here)).is_relative_to(CLONE)
