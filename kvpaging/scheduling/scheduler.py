@@ -336,12 +336,11 @@ class Scheduler:
 
         Returns whether `sequence` itself still runs and it is worth trying again.
         """
-        last_loading = max((s.order for s in self._loading.values()), default=sequence.order)
+        # None before it; and none before a load that holds pages, which gives them back soon.
+        first = max([sequence.order, *(loading.order for loading in self._loading.values())])
         for victim in reversed(self._running):
-            if victim.order < sequence.order:
+            if victim.order < first:
                 return False
-            if victim.order < last_loading:
-                return False  # a later one's load holds pages, and gives them back soon
             planned = draft.entries.get(victim.seq_id)
             if victim.num_in_flight > (planned is not None):
                 continue  # a running step reads its pages: they would not be free
@@ -453,23 +452,20 @@ class Scheduler:
             raise LawBroken(f"pages were loaded for sequence {event.seq_id}, which asked for none")
         self.counters.loaded_pages += event.num_pages
         self._load_costs.loaded(event.num_pages, event.elapsed_s)
-        lease = sequence.lease
-        self.cache.commit_loaded(lease, sequence.chain, event.num_pages)
+        self.cache.commit_loaded(sequence.lease, sequence.chain, event.num_pages)
         sequence.num_in_flight -= 1
         if sequence.state is SeqState.FINISHED:
             self._forget(sequence)
             return
-        self.cache.release(lease)
-        sequence.lease = None
+        self._drop_pages(sequence)
         sequence.has_loaded = True
         sequence.move(SeqState.WAITING)
         self._waiting.push(sequence)
 
     def _num_promised_pages(self) -> int:
         """Pages that running sequences still need for tokens they already have."""
-        size = self.cache.page_size
         return sum(
-            max(0, -(-len(s.token_ids) // size) - len(s.lease.pages))
+            max(0, self.cache.pages_for(len(s.token_ids)) - len(s.lease.pages))
             for s in self._running
             if s.lease
         )
