@@ -1,0 +1,261 @@
+"""Whole steps of a model on the CPU, beside the least that this machine could need for them.
+
+    python benchmarks/make_checkpoint.py /tmp/qwen
+    python benchmarks/cpu/step.py /tmp/qwen [--threads 2] [--context 192] [--seconds 6] [--json]
+
+A decode step must read all weights and every sequence's keys and values: `least` is those bytes
+over the read bandwidth. A prefill must multiply: `least` is its products over the rate of matrix
+products at the model's own shapes, the better of torch's linear and ours. Both rates are measured
+in the same run, with the same threads. Steps go through the executor as the engine's do, sampling
+included; each figure is the least of its repeats (and the median beside it).
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import json
+import pstats
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from kernels import registry
+from kvpaging.base.config import EngineConfig, EngineOptions
+from kvpaging.base.ids import PageId, SeqId, StepId
+from kvpaging.execution.loading import load_executor
+from kvpaging.execution.local_executor import LocalExecutor
+from kvpaging.execution.model_config import ModelConfig, read_model_config
+from kvpaging.scheduling.plan import AddedSequence, ScheduledSequence, StepPlan
+from kvpaging.scheduling.request import SamplingParams
+
+GREEDY = SamplingParams(max_new_tokens=1, seed=0, temperature=0.0)
+PREFILL = 1024
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kind of step, in milliseconds."""
+
+    step: str
+    best_ms: float
+    median_ms: float
+    least_ms: float
+    ratio: float
+    """best / least."""
+
+
+def best_of(call: Callable[[], Any], seconds: float) -> list[float]:
+    """Seconds of each call, at least three, after one that doesn't count."""
+    call()
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times) < 3:
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def read_bandwidth(seconds: float) -> float:
+    """Bytes a second that all threads read from memory: the best of two ways to read 1 GiB."""
+    block = torch.ones(1 << 28)
+    ways: list[Callable[[], Any]] = [block.sum, block.max]
+    return block.nbytes / min(min(best_of(way, seconds / 2)) for way in ways)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the model multiplies by: (out, in) of each linear of a layer, and the head's."""
+
+    layers: int
+    linears: tuple[tuple[int, int], ...]
+    head: tuple[int, int]
+
+    @staticmethod
+    def of(config: ModelConfig) -> Shape:
+        """Dense models: queries, keys and values at once, gate and up at once."""
+        heads = config.num_heads + 2 * config.num_kv_heads
+        return Shape(
+            config.num_layers,
+            (
+                (heads * config.head_dim, config.hidden_size),
+                (config.hidden_size, config.num_heads * config.head_dim),
+                (2 * config.intermediate_size, config.hidden_size),
+                (config.hidden_size, config.intermediate_size),
+            ),
+            (config.vocab_size, config.hidden_size),
+        )
+
+    def weight_bytes(self, itemsize: int) -> int:
+        """All that a decode step reads of weights."""
+        each = sum(n * k for n, k in self.linears)
+        return (self.layers * each + self.head[0] * self.head[1]) * itemsize
+
+
+def product_rate(shape: Shape, rows: int, dtype: torch.dtype, threads: int, s: float) -> float:
+    """Products a second at the layers' shapes: for each the better of torch's linear and ours."""
+    ops = registry.select("cpu", threads=threads)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    took = products = 0.0
+    for n, k in shape.linears:
+        x, weight = torch.randn(rows, k).to(dtype), torch.randn(n, k).to(dtype)
+        ours = ops.prepare_linear(weight.clone())
+        ways = (partial(F.linear, x, weight), partial(ops.linear, x, ours))
+        took += min(min(best_of(way, s / 8)) for way in ways)
+        products += 2.0 * rows * n * k
+    torch.set_num_threads(before)
+    return products / took
+
+
+class Steps:
+    """Sequences that hold `context` tokens each, and the plans that run them."""
+
+    def __init__(self, config: EngineConfig, executor: LocalExecutor) -> None:
+        self._executor = executor
+        self._page_size = config.scheduler.page_size
+        self._vocab = config.vocab_size
+        self._next_page = 1
+        self._step = 0
+        self._seq = 0
+
+    def _run(self, **parts: Any) -> None:
+        self._step += 1
+        fields: dict[str, Any] = {
+            "removed": (),
+            "added": (),
+            "copies": (),
+            "scheduled": (),
+            **parts,
+        }
+        self._executor.run(StepPlan(StepId(self._step), **fields))
+
+    def add(self, num_tokens: int, room: int) -> SeqId:
+        """A sequence with random tokens and pages for `room` tokens; nothing is computed."""
+        self._seq += 1
+        count = -(-room // self._page_size)
+        pages = tuple(PageId(self._next_page + i) for i in range(count))
+        self._next_page += count
+        tokens = tuple(torch.randint(3, self._vocab, (num_tokens,)).tolist())
+        self._run(added=(AddedSequence(SeqId(self._seq), tokens, num_tokens, pages, GREEDY, 0),))
+        return SeqId(self._seq)
+
+    def drop_all(self) -> None:
+        """Forget every sequence."""
+        self._run(removed=tuple(SeqId(i + 1) for i in range(self._seq)))
+        self._seq, self._next_page = 0, 1
+
+    def prefill(self, seq_id: SeqId, num_tokens: int, chunk: int) -> None:
+        """Compute its first tokens, the last one's logits included."""
+        for start in range(0, num_tokens, chunk):
+            new = min(chunk, num_tokens - start)
+            last = start + new == num_tokens
+            self._run(scheduled=(ScheduledSequence(seq_id, start, new, (), (0,) if last else ()),))
+
+    def decode(self, seq_ids: list[SeqId], position: int) -> None:
+        """One token of each, at `position`."""
+        self._run(scheduled=tuple(ScheduledSequence(i, position, 1, (), (0,)) for i in seq_ids))
+
+
+def row(step: str, times: list[float], least_s: float) -> Row:
+    """A line of the table."""
+    best = min(times)
+    return Row(
+        step,
+        round(best * 1e3, 2),
+        round(statistics.median(times) * 1e3, 2),
+        round(least_s * 1e3, 2),
+        round(best / least_s, 3),
+    )
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """All rows, and what they are compared with."""
+    options = EngineOptions(
+        args.model, threads=args.threads, max_num_seqs=64, **json.loads(args.options)
+    )
+    config, executor = load_executor(options)
+    model = read_model_config(Path(args.model))
+    shape, dtype = Shape.of(model), getattr(torch, config.dtype)
+    steps = Steps(config, executor)
+    chunk = args.chunk or config.scheduler.max_num_batched_tokens
+
+    torch.set_num_threads(config.threads)
+    bandwidth = read_bandwidth(args.seconds)
+    torch.set_num_threads(1)
+    rate = product_rate(shape, PREFILL, dtype, config.threads, args.seconds)
+
+    rows = []
+    for batch in args.batches:
+        # All sequences decode the same position over and over; it appends, but never runs further.
+        seq_ids = [steps.add(args.context, args.context + 1) for _ in range(batch)]
+        for seq_id in seq_ids:
+            steps.prefill(seq_id, args.context, chunk)
+        kv = 2 * model.num_kv_heads * model.head_dim * dtype.itemsize * model.num_layers
+        least = (shape.weight_bytes(dtype.itemsize) + batch * args.context * kv) / bandwidth
+        least = max(least, batch * shape.weight_bytes(1) * 2 / rate)
+        position = args.context
+        times = best_of(partial(steps.decode, seq_ids, position), args.seconds)
+        rows.append(row(f"decode, batch {batch}, context {args.context}", times, least))
+        if args.profile == batch:
+            profile = cProfile.Profile()
+            profile.runcall(best_of, partial(steps.decode, seq_ids, position), args.seconds)
+            pstats.Stats(profile).sort_stats("tottime").print_stats(25)
+        steps.drop_all()
+
+    seq_id = steps.add(PREFILL, PREFILL + 1)
+    layer_products = 2 * sum(n * k for n, k in shape.linears) * PREFILL
+    pairs = PREFILL * (PREFILL + 1) // 2
+    products = shape.layers * (layer_products + 4 * model.num_heads * model.head_dim * pairs)
+    products += 2 * shape.head[0] * shape.head[1]
+    times = best_of(partial(steps.prefill, seq_id, PREFILL, chunk), args.seconds)
+    rows.append(row(f"prefill, {PREFILL} tokens in chunks of {chunk}", times, products / rate))
+    executor.close()
+    return {
+        "kernels": config.kernels,
+        "threads": config.threads,
+        "dtype": config.dtype,
+        "read_gb_per_s": round(bandwidth / 1e9, 1),
+        "product_gflop_per_s": round(rate / 1e9),
+        "rows": [asdict(one) for one in rows],
+    }
+
+
+def main() -> None:
+    """Read the arguments, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--context", type=int, default=192)
+    parser.add_argument("--chunk", type=int, help="tokens of a prefill step; default: the engine's")
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 32])
+    parser.add_argument("--seconds", type=float, default=6.0, help="for each line")
+    parser.add_argument("--options", default="{}", help="more fields of EngineOptions, as JSON")
+    parser.add_argument("--profile", type=int, help="print a profile of the steps of this batch")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    found = measure(args)
+    if args.json:
+        print(json.dumps(found))
+        return
+    print(
+        f"{found['kernels']}, {found['threads']} threads, {found['dtype']}: "
+        f"reads {found['read_gb_per_s']} GB/s, multiplies {found['product_gflop_per_s']} GFLOP/s"
+    )
+    for one in found["rows"]:
+        print(
+            f"{one['step']:<42} {one['best_ms']:8.2f} ms (median {one['median_ms']:8.2f}), "
+            f"least {one['least_ms']:8.2f}: {one['ratio']:.2f} x"
+        )
+
+
+if __name__ == "__main__":
+    main()
