@@ -17,7 +17,7 @@ from kvpaging.cache.eviction.policy import EvictionPolicy
 from kvpaging.cache.lower_levels import LowerLevels, PageStore
 from kvpaging.cache.page_lease import PageLease
 from kvpaging.cache.prefix_index import PrefixIndex
-from kvpaging.cache.prefix_key import ChainLink, PrefixChain, root_key
+from kvpaging.cache.prefix_key import ChainLink, PrefixChain, SharedPrefix, root_key
 
 
 @dataclass(slots=True)
@@ -121,9 +121,9 @@ class CacheManager:
         """Pages that can be handed out now, by evicting cached ones if need be."""
         return self.allocator.num_available
 
-    def chain(self, namespace: bytes) -> PrefixChain:
-        """An empty chain for a sequence of this namespace."""
-        return PrefixChain(self.root, namespace, self.page_size)
+    def chain(self, namespace: bytes, shared: SharedPrefix | None = None) -> PrefixChain:
+        """An empty chain for a sequence of this namespace, maybe after a shared beginning."""
+        return PrefixChain(self.root, namespace, self.page_size, shared)
 
     def extend(self, chain: PrefixChain, token_ids: Sequence[int]) -> None:
         """Add the links of all pages that the sequence's tokens fill, where anybody will ask."""

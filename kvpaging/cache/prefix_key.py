@@ -6,7 +6,8 @@ The chain's root is the numerics identity (weights, architecture, KV dtype and l
 computes), so pages of two paths that differ in bits never meet. Equal keys mean equal K and V, and
 still the tokens are compared as well: a key is never trusted alone.
 
-Knows nothing of pages, pools or levels: the same key names a page everywhere.
+The namespace is chosen page by page: a beginning that may be shared can be followed by a private
+rest. Knows nothing of pages, pools or levels: the same key names a page everywhere.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import hashlib
 import struct
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
+
+import msgspec
 
 from kvpaging.base.ids import PageKey
 
@@ -41,6 +44,14 @@ def page_key(parent: PageKey, namespace: bytes, tokens: bytes) -> PageKey:
     )
 
 
+class SharedPrefix(msgspec.Struct, frozen=True, gc=False):
+    """The beginning of a sequence whose pages others may find too."""
+
+    namespace: bytes
+    num_tokens: int
+    """Pages that lie within the first so many tokens are of `namespace`, the others are not."""
+
+
 class ChainLink(NamedTuple):
     """One full page of a sequence: its identity, and what to compare beside it."""
 
@@ -52,11 +63,18 @@ class ChainLink(NamedTuple):
 class PrefixChain:
     """The links of one sequence's full pages, made as its tokens become known."""
 
-    __slots__ = ("_namespace", "_packer", "_root", "links", "page_size")
+    __slots__ = ("_namespace", "_packer", "_root", "_shared", "links", "page_size")
 
-    def __init__(self, root: PageKey, namespace: bytes, page_size: int):
+    def __init__(
+        self,
+        root: PageKey,
+        namespace: bytes,
+        page_size: int,
+        shared: SharedPrefix | None = None,
+    ):
         self._root = root
         self._namespace = namespace
+        self._shared = shared
         self._packer = struct.Struct(f"<{page_size}I")
         self.page_size = page_size
         self.links: list[ChainLink] = []
@@ -73,9 +91,14 @@ class PrefixChain:
         size = self.page_size
         for first in range(len(self.links) * size, len(token_ids) - size + 1, size):
             tokens = self._packer.pack(*token_ids[first : first + size])
-            self.links.append(
-                ChainLink(page_key(self.parent_of_next, self._namespace, tokens), tokens)
-            )
+            namespace = self._namespace_of(first + size)
+            self.links.append(ChainLink(page_key(self.parent_of_next, namespace, tokens), tokens))
+
+    def _namespace_of(self, end: int) -> bytes:
+        """Whose page it is that ends before token `end`."""
+        if self._shared is not None and end <= self._shared.num_tokens:
+            return self._shared.namespace
+        return self._namespace
 
     @property
     def parent_of_next(self) -> PageKey:
@@ -88,7 +111,7 @@ class PrefixChain:
 
     def fork(self, num_tokens: int) -> PrefixChain:
         """A chain over the same first `num_tokens` tokens that grows on its own."""
-        twin = PrefixChain(self._root, self._namespace, self.page_size)
+        twin = PrefixChain(self._root, self._namespace, self.page_size, self._shared)
         twin.links = self.links[: num_tokens // self.page_size]
         return twin
 

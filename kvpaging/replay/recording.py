@@ -274,7 +274,7 @@ class Recorder:
         return True
 
     def _arrival(self, request: Request) -> RecordedArrival:
-        chain = PrefixChain(self._root, request.namespace, self._page_size)
+        chain = PrefixChain(self._root, request.namespace, self._page_size, request.shared)
         chain.extend(request.prompt_token_ids)
         self._num_requests += 1
         self._open[request.request_id] = _Open(self._num_requests, request, chain, request.n)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import msgspec
 
 from kvpaging.base.ids import RequestId
+from kvpaging.cache.prefix_key import SharedPrefix
 
 MAX_LOGPROBS = 20
 MAX_PRIORITY = 100
@@ -56,3 +57,7 @@ class Request(msgspec.Struct, frozen=True):
     priority: int = 0
     namespace: bytes = b""
     """Whose pages these are; pages of two namespaces never meet."""
+    shared: SharedPrefix | None = None
+    """The beginning of the prompt whose pages are of another namespace, which tenants share."""
+    tenant: str = ""
+    """Whom the request is counted to, by name. Says nothing of whose pages it finds."""

@@ -199,7 +199,7 @@ class Scheduler:
             self._new_seq_id(),
             request,
             0,
-            self.cache.chain(request.namespace),
+            self.cache.chain(request.namespace, request.shared),
             arrival_index=self._num_arrivals,
             arrival_s=now,
         )

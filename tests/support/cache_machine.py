@@ -25,7 +25,7 @@ from kvpaging.cache.audit import Audit
 from kvpaging.cache.cache_manager import CacheManager
 from kvpaging.cache.eviction.names import DEFAULT_POLICY, POLICIES
 from kvpaging.cache.page_lease import PageLease
-from kvpaging.cache.prefix_key import PrefixChain
+from kvpaging.cache.prefix_key import PrefixChain, SharedPrefix
 
 TOKENS = st.integers(1, 2)
 
@@ -37,6 +37,12 @@ class Live:
     chain: PrefixChain
     lease: PageLease
     num_computed: int
+    num_shared: int
+
+    def owner(self, position: int, page_size: int) -> bytes:
+        """Whose page a token is in."""
+        end = (position // page_size + 1) * page_size
+        return b"shared" if end <= self.num_shared else self.namespace
 
 
 class CacheMachine(RuleBasedStateMachine):
@@ -57,7 +63,7 @@ class CacheMachine(RuleBasedStateMachine):
         """What the device does: write the new tokens' slots; the last one's logits are sampled."""
         for position in range(live.num_computed, end):
             self.memory[self.slot(live, position)] = (
-                live.namespace,
+                live.owner(position, self.size),
                 tuple(live.tokens[: position + 1]),
             )
         live.num_computed = end
@@ -81,9 +87,11 @@ class CacheMachine(RuleBasedStateMachine):
         namespace=st.sampled_from([b"", b"a", b"b"]),
         tokens=st.lists(TOKENS, min_size=1, max_size=12),
         chunk=st.integers(1, 12),
+        num_shared=st.sampled_from([0, 0, 3, 4, 8]),
     )
-    def arrive(self, namespace: bytes, tokens: list[int], chunk: int) -> None:
-        chain = self.cache.chain(namespace)
+    def arrive(self, namespace: bytes, tokens: list[int], chunk: int, num_shared: int) -> None:
+        num_shared = min(num_shared, len(tokens))
+        chain = self.cache.chain(namespace, SharedPrefix(b"shared", num_shared))
         chain.extend(tokens)
         before = self.snapshot()
         matched = self.cache.match(chain, len(tokens))
@@ -97,7 +105,7 @@ class CacheMachine(RuleBasedStateMachine):
             assert self.snapshot() == before, "a failed operation changed something"
             return
         assert lease.num_cached_tokens == cached
-        live = Live(namespace, list(tokens), chain, lease, cached)
+        live = Live(namespace, list(tokens), chain, lease, cached, num_shared)
         self.live.append(live)
         self.compute(live, end)
 
@@ -134,9 +142,8 @@ class CacheMachine(RuleBasedStateMachine):
                     self.memory[target * self.size + offset] = value
             self.cache.unpin(source)
         tokens = live.tokens[: live.num_computed]
-        self.live.append(
-            Live(live.namespace, tokens, live.chain.fork(len(tokens)), lease, len(tokens))
-        )
+        chain, num_computed = live.chain.fork(len(tokens)), len(tokens)
+        self.live.append(Live(live.namespace, tokens, chain, lease, num_computed, live.num_shared))
 
     @precondition(lambda self: self.live)
     @rule(data=st.data())
@@ -163,7 +170,8 @@ class CacheMachine(RuleBasedStateMachine):
         come = min(come, len(links))
         for position in range(len(matched) * self.size, (len(matched) + come) * self.size):
             slot = lease.pages[position // self.size] * self.size + position % self.size
-            self.memory[slot] = (like.namespace, tuple(like.tokens[: position + 1]))
+            owner = like.owner(position, self.size)
+            self.memory[slot] = (owner, tuple(like.tokens[: position + 1]))
         self.cache.commit_loaded(lease, chain, come)
         self.cache.release(lease)
 
@@ -181,7 +189,7 @@ class CacheMachine(RuleBasedStateMachine):
         for live in getattr(self, "live", ()):
             for position in range(live.num_computed):
                 assert self.memory[self.slot(live, position)] == (
-                    live.namespace,
+                    live.owner(position, self.size),
                     tuple(live.tokens[: position + 1]),
                 )
 

@@ -26,6 +26,15 @@ def drop_the_namespace(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(prefix_key, "page_key", lambda parent, _, tokens: real(parent, b"", tokens))
 
 
+def share_what_comes_after_the_shared_beginning(patch: pytest.MonkeyPatch) -> None:
+    def namespace_of(self: PrefixChain, end: int) -> bytes:
+        shared = self._shared
+        is_shared = shared is not None and end < shared.num_tokens + self.page_size
+        return shared.namespace if shared is not None and is_shared else self._namespace
+
+    patch.setattr(PrefixChain, "_namespace_of", namespace_of)
+
+
 def drop_the_parent(patch: pytest.MonkeyPatch) -> None:
     real = prefix_key.page_key
     nobody = PageKey(b"")
@@ -122,6 +131,7 @@ MUTANTS: list[Patch] = [
     forget_that_a_parent_became_a_leaf,
     keep_a_twin_of_what_is_in_use,
     drop_the_namespace,
+    share_what_comes_after_the_shared_beginning,
     drop_the_parent,
     match_the_last_token_too,
     publish_a_page_that_is_not_full,

@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvpaging.cache.prefix_key import PrefixChain, page_key, root_key
+from kvpaging.cache.prefix_key import PrefixChain, SharedPrefix, page_key, root_key
 
 TOKENS = st.lists(st.integers(0, 2**32 - 1), max_size=12)
 
@@ -41,3 +41,20 @@ def test_the_root_and_the_length_of_the_namespace_are_part_of_it() -> None:
     assert keys(b"weights 1", b"", 2, [1, 2]) != keys(b"weights 2", b"", 2, [1, 2])
     root, tokens = root_key(b""), b"\1\0\0\0"
     assert page_key(root, b"ab", tokens) != page_key(root, b"a", b"b" + tokens)
+
+
+@given(st.integers(1, 4), TOKENS, st.integers(0, 12))
+def test_a_shared_beginning_is_the_same_for_all_and_what_follows_is_nobody_elses(
+    size: int, tokens: list[int], num_shared: int
+) -> None:
+    shared = SharedPrefix(b"all", num_shared)
+    one, other = (PrefixChain(root_key(b""), who, size, shared) for who in (b"a", b"b"))
+    one.extend(tokens)
+    other.extend(tokens[: len(tokens) // 2])  # in two goes, and forked between them
+    other = other.fork(len(tokens) // 2)
+    other.extend(tokens)
+    num_equal = min(num_shared, len(tokens)) // size
+    pairs = list(zip(one.keys(), other.keys(), strict=True))
+    assert [a == b for a, b in pairs] == [i < num_equal for i in range(len(pairs))]
+    without = keys(b"", b"a", size, tokens)
+    assert set(without).isdisjoint(one.keys()) if num_equal else without == list(one.keys())

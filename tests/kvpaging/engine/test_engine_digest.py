@@ -20,6 +20,7 @@ from kvpaging.base.config import EngineConfig
 from kvpaging.base.errors import BadRequest
 from kvpaging.base.ids import RequestId
 from kvpaging.cache.cache_manager import CacheManager
+from kvpaging.cache.prefix_key import SharedPrefix
 from kvpaging.engine.engine import Engine
 from kvpaging.scheduling.events import Abort, Arrival, Event, Finish
 from kvpaging.scheduling.outputs import FinishReason, StepOutputs
@@ -37,8 +38,9 @@ def request(name: str, prompt: list[int], max_new: int, **kwargs: object) -> Req
     n = kwargs.pop("n", 1)
     priority = kwargs.pop("priority", 0)
     namespace = kwargs.pop("namespace", b"")
+    shared = kwargs.pop("shared", None)
     sampling = SamplingParams(max_new_tokens=max_new, seed=kwargs.pop("seed", 0), **kwargs)
-    return Request(RequestId(name), tuple(prompt), sampling, n, priority, namespace)
+    return Request(RequestId(name), tuple(prompt), sampling, n, priority, namespace, shared)
 
 
 class Collector:
@@ -145,6 +147,7 @@ def test_random_arrivals_aborts_and_tiny_pools(seed: int, depth: int, has_levels
                 seed=rng.randint(0, 3),
                 priority=rng.choice([0, 0, 1]),
                 namespace=rng.choice([b"a", b"b"]),
+                shared=rng.choice([None, SharedPrefix(b"all", min(8, len(prompt)))]),
                 prompt_logprobs=rng.choice([None, None, 0, 2]),
             )
             events.append(Arrival(accepted[name]))
@@ -329,6 +332,22 @@ def test_namespaces_never_meet() -> None:
         while engine.has_work:
             seen.take(engine.step())
     assert [o.num_cached_tokens for o in seen.outputs] == [0, 0, 8]
+
+
+def test_what_follows_a_shared_beginning_is_found_by_its_own_namespace_alone() -> None:
+    engine, _ = make_engine(digest_config(eos_token_ids=()))
+    seen = Collector()
+    shared = SharedPrefix(b"all", 6)  # one page of 4, and a half that is private
+    for name, namespace in (("a", b"x"), ("b", b"y"), ("c", b"x")):
+        order = request(name, [1] * 13, 1, namespace=namespace, shared=shared)
+        seen.take(engine.step([Arrival(order)]))
+        while engine.has_work:
+            seen.take(engine.step())
+    alone = request("d", [1] * 13, 1, namespace=b"y")
+    seen.take(engine.step([Arrival(alone)]))
+    while engine.has_work:
+        seen.take(engine.step())
+    assert [o.num_cached_tokens for o in seen.outputs] == [0, 4, 12, 0]
 
 
 def test_switched_off_prefix_cache_finds_nothing_and_says_the_same() -> None:

@@ -16,6 +16,7 @@ from kvpaging.base.config import EngineConfig
 from kvpaging.base.errors import ConfigError
 from kvpaging.base.ids import RequestId
 from kvpaging.cache.eviction.names import POLICIES
+from kvpaging.cache.prefix_key import SharedPrefix
 from kvpaging.engine.engine import Engine
 from kvpaging.replay.recording import RecordedStep, Recorder, create_file, read_steps
 from kvpaging.replay.rerun import rerun
@@ -90,6 +91,8 @@ def live_run(path: Path, seed: int, policy: str, *, levels: bool) -> tuple[list,
                 n=lot.choice([1, 1, 1, 2]),
                 priority=lot.choice([0, 0, 1]),
                 namespace=lot.choice([b"a", b"b"]),
+                shared=lot.choice([None, SharedPrefix(b"all", min(8, len(prompt)))]),
+                tenant=lot.choice(["a", "b"]),
             )
             if lot.random() < 0.05:
                 executor.failing.add(request.prompt_token_ids)
@@ -167,7 +170,10 @@ def test_no_token_and_no_name_is_written_and_only_the_owner_may_read(tmp_path: P
     engine = Engine(config, executor, recorder=recorder)
     prompt = tuple(range(60, 72))
     sampling = SamplingParams(max_new_tokens=3, seed=12345)
-    engine.step([Arrival(Request(RequestId("alice"), prompt, sampling, namespace=b"tenant-7"))])
+    order = Request(
+        RequestId("alice"), prompt, sampling, namespace=b"tenant-7", tenant="tenant-seven"
+    )
+    engine.step([Arrival(order)])
     while engine.has_work:
         engine.step()
     engine.close()
@@ -178,9 +184,7 @@ def test_no_token_and_no_name_is_written_and_only_the_owner_may_read(tmp_path: P
     first = msgspec.json.decode(text.splitlines()[1])["events"][0]["pages"]
     again = io.BytesIO()
     other = Recorder(again, config.scheduler)
-    arrival = other._event(
-        Arrival(Request(RequestId("alice"), prompt, sampling, namespace=b"tenant-7")), deque()
-    )
+    arrival = other._event(Arrival(order), deque())
     assert len(first) == 3
     assert set(first).isdisjoint(arrival.pages), "page names of two recordings can be compared"
 
