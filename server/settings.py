@@ -75,6 +75,10 @@ def _split(keys: str) -> tuple[str, ...]:
 Size = Annotated[int, BeforeValidator(parse_size)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
+MinUses = Annotated[
+    int,
+    Field(ge=0, le=1000, description="uses after which a page goes there; 0: as it leaves above"),
+]
 
 
 class Settings(BaseModel):
@@ -134,15 +138,23 @@ class Settings(BaseModel):
     host_cache: Annotated[Size, Field(ge=0)] = Field(
         0, description="memory for pages that left the device, such as 8GiB; 0: none"
     )
+    host_cache_min_uses: MinUses = 0
     disk_cache: str | None = Field(
         None, min_length=1, description="directory for pages, kept over restarts; default: none"
     )
     disk_cache_size: Annotated[Size, Field(ge=2**20)] = Field(
         16 * 2**30, description="bound of the disk cache, such as 64GiB"
     )
-
+    disk_cache_min_uses: MinUses = 1
+    disk_cache_compress: bool = Field(
+        False, description="a third less room on disk, for processor time"
+    )
     remote_cache: SecretStr | None = Field(
         None, min_length=1, description="redis://… of a server for pages that servers share"
+    )
+    remote_cache_min_uses: MinUses = 1
+    remote_cache_compress: bool = Field(
+        True, description="a third less to send and to keep, for processor time"
     )
     cache_secret: str | None = Field(
         None, min_length=1, description="file with the secret that seals pages on the remote server"
@@ -228,11 +240,16 @@ class Settings(BaseModel):
             eviction_policy=self.eviction_policy,
             record=None if self.record is None else str(self.record.expanduser().absolute()),
             host_cache_bytes=self.host_cache,
+            host_cache_min_uses=self.host_cache_min_uses,
             disk_cache_dir=None if self.disk_cache is None else os.path.abspath(self.disk_cache),
             disk_cache_bytes=self.disk_cache_size,
+            disk_cache_min_uses=self.disk_cache_min_uses,
+            disk_cache_compress=self.disk_cache_compress,
             remote_cache_url=(
                 None if self.remote_cache is None else self.remote_cache.get_secret_value()
             ),
+            remote_cache_min_uses=self.remote_cache_min_uses,
+            remote_cache_compress=self.remote_cache_compress,
             cache_secret_file=self.cache_secret,
         )
 

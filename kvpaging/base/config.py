@@ -49,11 +49,17 @@ class EngineOptions(msgspec.Struct, frozen=True):
     """False lets a GPU's path trade equal bits for speed; a CPU's has no need to."""
     host_cache_bytes: int = 0
     """Memory for pages that left the device; 0: none."""
+    host_cache_min_uses: int = 0
+    """Uses after which a page is written there; 0: when it leaves the device."""
     disk_cache_dir: str | None = None
     """Where pages are written as they are computed, and found again after a restart."""
     disk_cache_bytes: int = 16 * 2**30
+    disk_cache_min_uses: int = 1
+    disk_cache_compress: bool = False
     remote_cache_url: str | None = None
     """A server that speaks the Redis protocol, for pages that several engines share."""
+    remote_cache_min_uses: int = 1
+    remote_cache_compress: bool = True
     cache_secret_file: str | None = None
     """What seals pages on the remote server; the same for all engines that share them."""
     eviction_policy: str = "lru"

@@ -14,7 +14,7 @@ from kvpaging.base.ids import PageId, PageKey
 from kvpaging.cache.allocator import OutOfPages, PageAllocator
 from kvpaging.cache.eviction.lru import LeastRecentlyUsed
 from kvpaging.cache.eviction.policy import EvictionPolicy
-from kvpaging.cache.lower_levels import LowerLevels, PageStore
+from kvpaging.cache.lower_levels import Held, LowerLevels, PageStore
 from kvpaging.cache.page_lease import PageLease
 from kvpaging.cache.prefix_index import PrefixIndex
 from kvpaging.cache.prefix_key import ChainLink, PrefixChain, SharedPrefix, root_key
@@ -45,6 +45,8 @@ class _CachedPages:
     ):
         self.unproven: set[PageKey] = set()
         """Published keys that no finite logits were sampled from yet. Their pages have owners."""
+        self.num_uses: dict[PageKey, int] = {}
+        """How many sequences sampled well from a published key, where it is counted."""
         self._evicted = evicted
         self._index = index
         self._policy = policy
@@ -73,7 +75,7 @@ class _CachedPages:
         page_id = self._policy.victim()
         if self._evicted is not None:
             entry = self._index.entry(page_id)
-            self._evicted.append(PageStore(page_id, entry.parent, entry.link, is_eviction=True))
+            self._evicted.append(PageStore(page_id, entry.parent, entry.link, num_uses=0))
         self.withdraw(page_id)
         self._counters.evicted_pages += 1
         return page_id
@@ -84,6 +86,7 @@ class _CachedPages:
         self._index.withdraw(page_id)
         if not self._index.has_key(link.key):
             self.unproven.discard(link.key)
+            self.num_uses.pop(link.key, None)
         if not self._index.has_children(parent):
             for parent_id in self._index.pages_of(parent):
                 if parent_id in self._policy:
@@ -112,6 +115,8 @@ class CacheManager:
         self._cached = _CachedPages(self.index, self.policy, self.counters, evicted)
         self.allocator = PageAllocator(num_pages, self._cached)
         self._levels = levels
+        self._store_at_uses = () if levels is None else levels.store_at_uses
+        self._counts_uses = bool(self._store_at_uses) and self._store_at_uses[-1] > 1
         self.leases: dict[int, PageLease] = {}
         self.root: PageKey = root_key(numerics_identity)
         self._prefix_cache = prefix_cache
@@ -120,6 +125,11 @@ class CacheManager:
     def num_available(self) -> int:
         """Pages that can be handed out now, by evicting cached ones if need be."""
         return self.allocator.num_available
+
+    @property
+    def has_levels(self) -> bool:
+        """Pages may be found below the device."""
+        return self._levels is not None and self._prefix_cache
 
     def chain(self, namespace: bytes, shared: SharedPrefix | None = None) -> PrefixChain:
         """An empty chain for a sequence of this namespace, maybe after a shared beginning."""
@@ -151,10 +161,10 @@ class CacheManager:
         revived = sum(1 for page_id in matched if page_id in self.policy)
         return self.pages_for(num_tokens) - len(matched) + revived
 
-    def num_loadable(self, chain: PrefixChain, num_matched: int, num_tokens: int) -> int:
-        """Pages after the matched ones that are believed to be in a lower level. A question."""
-        if self._levels is None or not self._prefix_cache:
-            return 0
+    def held_below(self, chain: PrefixChain, num_matched: int, num_tokens: int) -> tuple[Held, ...]:
+        """The pages after the matched ones that are believed to be in lower levels. A question."""
+        if self._levels is None or not self.has_levels:
+            return ()
         return self._levels.probe(chain.links[num_matched : (num_tokens - 1) // self.page_size])
 
     def reserve(self, matched: list[PageId], num_tokens: int) -> PageLease:
@@ -201,20 +211,35 @@ class CacheManager:
         self._publish(
             lease, chain, first + num_pages, is_proven=parent not in self._cached.unproven
         )
+        if self._counts_uses:
+            for link in chain.links[first : first + num_pages]:
+                self._cached.num_uses.setdefault(link.key, 1)  # by who computed it, once
 
     def prove(self, lease: PageLease, chain: PrefixChain) -> None:
-        """Finite logits were sampled from all of the lease's pages: what they hold is good."""
-        stores_computed = self._levels is not None and self._levels.wants_computed
+        """Finite logits were sampled from all of the lease's pages: what they hold is good.
+
+        Each of them is used once more by that, and goes down where that makes uses enough.
+        """
         for i in range(lease.num_proven, lease.num_published):
             page_id, parent, link = lease.pages[i], chain.parent_of(i), chain.links[i]
-            if page_id not in self.index:  # another reader failed, and withdrew it
+            is_new = page_id not in self.index
+            if is_new:  # another reader failed, and withdrew it
                 self._publish_page(page_id, parent, link)
-            elif link.key not in self._cached.unproven:
-                continue
-            self._cached.unproven.discard(link.key)
-            if stores_computed:
-                self.stores.append(PageStore(page_id, parent, link, is_eviction=False))
+            elif link.key in self._cached.unproven:
+                self._cached.unproven.discard(link.key)
+                is_new = True
+            if is_new or self._counts_uses:
+                self._use(page_id, parent, link)
         lease.num_proven = lease.num_published
+
+    def _use(self, page_id: PageId, parent: PageKey, link: ChainLink) -> None:
+        """A sequence sampled well from the page."""
+        num_uses = 1
+        if self._counts_uses:
+            num_uses += self._cached.num_uses.get(link.key, 0)
+            self._cached.num_uses[link.key] = num_uses
+        if num_uses in self._store_at_uses:
+            self.stores.append(PageStore(page_id, parent, link, num_uses))
 
     def _publish(
         self, lease: PageLease, chain: PrefixChain, num_pages: int, *, is_proven: bool

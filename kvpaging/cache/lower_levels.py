@@ -1,13 +1,13 @@
-"""What policy knows of the levels below the device: what is there, and whether to fetch it.
+"""What policy knows of the levels below the device: what is there, and the orders to move it.
 
-Bytes move elsewhere (`kvpaging.execution.page_mover`); here are the orders to move them, as data,
-and the measured choice between loading a page and computing it again.
+Bytes move elsewhere (`kvpaging.execution.page_mover`); here are the questions and the orders, as
+data. Whether a load is worth it is decided in `kvpaging.cache.load_costs`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 
@@ -21,8 +21,13 @@ class PageStore(msgspec.Struct, frozen=True, gc=False):
     page_id: PageId
     parent: PageKey
     link: ChainLink
-    is_eviction: bool
-    """It is leaving the device; else it was just computed."""
+    num_uses: int
+    """Sequences that sampled well from it so far; 0: it leaves the device."""
+
+    @property
+    def is_eviction(self) -> bool:
+        """It leaves the device; else it was used just now."""
+        return self.num_uses == 0
 
 
 class PageLoad(msgspec.Struct, frozen=True, gc=False):
@@ -36,64 +41,45 @@ class PageLoad(msgspec.Struct, frozen=True, gc=False):
     links: tuple[ChainLink, ...]
 
 
+class LevelLoad(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What one level did for a load."""
+
+    level: str
+    num_asked: int
+    num_loaded: int
+    elapsed_s: float
+
+
 class PagesLoaded(msgspec.Struct, frozen=True, tag=True):
     """The first `num_pages` pages of a `PageLoad` are in place; the others are a miss."""
 
     seq_id: SeqId
     num_pages: int
     elapsed_s: float
+    """From the order to its end, waiting for other loads included."""
+    levels: tuple[LevelLoad, ...] = ()
+
+
+class Held(NamedTuple):
+    """So many pages, one after the other, are believed to be in a level."""
+
+    level: str
+    num_pages: int
 
 
 class LowerLevels(Protocol):
     """Which pages are believed to be below. Asked in every step: answers at once, never waits."""
 
     @property
-    def wants_computed(self) -> bool:
-        """Some level takes pages as soon as they are computed (write-through)."""
+    def store_at_uses(self) -> tuple[int, ...]:
+        """Numbers of uses at which some level takes a page (write-through), ascending."""
 
     @property
     def wants_evicted(self) -> bool:
         """Some level takes pages that leave the device."""
 
-    def probe(self, links: Sequence[ChainLink]) -> int:
-        """How many of these pages, from the first on, are believed to be there. A question."""
+    def probe(self, links: Sequence[ChainLink]) -> tuple[Held, ...]:
+        """Which of these pages are believed to be below, from the first on without a gap.
 
-
-class LoadCosts:
-    """Seconds that a page costs to load and to compute, as measured; decides which to do.
-
-    Exponential averages, so that a level that became slow is left alone, and is tried again now
-    and then.
-    """
-
-    RETRY_EVERY = 32
-    """One in so many loads that look too slow is made all the same, to measure again."""
-    _WEIGHT = 0.2
-
-    def __init__(self) -> None:
-        self.load_s_per_page: float | None = None
-        self.compute_s_per_token: float | None = None
-        self._num_refused = 0
-
-    def loaded(self, num_pages: int, elapsed_s: float) -> None:
-        """A load of `num_pages` (or a miss: 0) took `elapsed_s`."""
-        self.load_s_per_page = self._mean(self.load_s_per_page, elapsed_s / max(1, num_pages))
-
-    def computed(self, num_tokens: int, elapsed_s: float) -> None:
-        """A step computed `num_tokens` tokens in `elapsed_s`. Steps of few tokens say little."""
-        if num_tokens >= 16:
-            self.compute_s_per_token = self._mean(self.compute_s_per_token, elapsed_s / num_tokens)
-
-    def is_worth_loading(self, num_pages: int, page_size: int) -> bool:
-        """Whether loading is believed faster than computing. True while nothing was measured."""
-        if not num_pages:
-            return False
-        if self.load_s_per_page is None or self.compute_s_per_token is None:
-            return True
-        if self.load_s_per_page <= page_size * self.compute_s_per_token:
-            return True
-        self._num_refused += 1
-        return self._num_refused % self.RETRY_EVERY == 0
-
-    def _mean(self, old: float | None, new: float) -> float:
-        return new if old is None else old + self._WEIGHT * (new - old)
+        Each counts for the fastest level that has it. A question.
+        """

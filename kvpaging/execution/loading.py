@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -343,36 +344,51 @@ def _levels(
 ) -> list[LevelSetting]:
     """The levels below the device, the fastest first. Raises ConfigError."""
     levels = []
-    if options.host_cache_bytes:
-        host = HostLevel(options.host_cache_bytes)
-        levels.append(LevelSetting(host, is_write_through=False, deadline_s=1.0))
     if options.disk_cache_dir is not None:
         disk = DiskLevel(
             Path(options.disk_cache_dir),
             options.disk_cache_bytes,
             root=root_key(identity),
             item_bytes=item_bytes,
+            compress=options.disk_cache_compress,
         )
-        levels.append(LevelSetting(disk, is_write_through=True, deadline_s=1.0))
+        levels.append(LevelSetting(disk, options.disk_cache_min_uses, deadline_s=1.0))
         decisions.append(
             f"disk cache {options.disk_cache_dir}: {disk.stats().num_pages} pages are there"
         )
     if options.remote_cache_url is not None:
-        remote = _remote(options.remote_cache_url, _secret(options), root_key(identity), item_bytes)
-        # Whether a page is there only its server knows: asking costs as much as fetching.
-        levels.append(
-            LevelSetting(remote, is_write_through=True, deadline_s=REMOTE_BATCH_S, is_local=False)
-        )
+        remote = _remote(options, _secret(options), root_key(identity), item_bytes)
+        levels.append(LevelSetting(remote, options.remote_cache_min_uses, REMOTE_BATCH_S))
+    if options.host_cache_bytes:
+        levels = _below_host(options, levels)
     return levels
 
 
-def _remote(url: str, secret: bytes, root: PageKey, item_bytes: int) -> Level:
+def _below_host(options: EngineOptions, levels: list[LevelSetting]) -> list[LevelSetting]:
+    """The host's memory above `levels`: what leaves it goes to those that take what is evicted."""
+    if options.host_cache_min_uses:
+        host = HostLevel(options.host_cache_bytes)
+    else:
+        host = HostLevel(
+            options.host_cache_bytes, below=[s.level for s in levels if s.min_uses == 0]
+        )
+        levels = [replace(s, min_uses=s.min_uses or None) for s in levels]
+    return [LevelSetting(host, options.host_cache_min_uses, deadline_s=1.0), *levels]
+
+
+def _remote(options: EngineOptions, secret: bytes, root: PageKey, item_bytes: int) -> Level:
     """The level that needs a package of its own, which most installations go without."""
     try:
         from kvpaging.levels.remote import RemoteLevel
     except ImportError as error:
         raise ConfigError(f"remote_cache: pip install 'kvpaging[remote]' ({error})") from error
-    return RemoteLevel(url, secret=secret, root=root, item_bytes=item_bytes)
+    return RemoteLevel(
+        options.remote_cache_url or "",
+        secret=secret,
+        root=root,
+        item_bytes=item_bytes,
+        compress=options.remote_cache_compress,
+    )
 
 
 def _secret(options: EngineOptions) -> bytes:

@@ -3,6 +3,8 @@
     stores   copied out of the pool at the beginning of their step, written by a thread of their own
     loads    fetched by another thread, checked, written into pages that nobody else touches yet
 
+What a slow level held is also stored in those above it that take pages at their first use.
+
 A level that is slow, full or gone costs the load that asked it, and no step waits for one. Policy
 (which page, when) is in `kvpaging.cache` and `kvpaging.scheduling`; bytes on disk and on the wire
 are in `kvpaging.levels`.
@@ -17,10 +19,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
 from typing import Final
 
 from kvpaging.base.clock import Clock, monotonic
-from kvpaging.cache.lower_levels import PageLoad, PagesLoaded, PageStore
+from kvpaging.cache.lower_levels import Held, LevelLoad, PageLoad, PagesLoaded, PageStore
 from kvpaging.cache.prefix_key import ChainLink
 from kvpaging.execution.kv_pool import KVPool
 from kvpaging.levels.level import Complaints, Level, LevelStats, StoredPage
@@ -39,12 +42,11 @@ class LevelSetting:
     """One level, and what goes there."""
 
     level: Level
-    is_write_through: bool
-    """Takes pages as they are computed; else when they leave the device."""
+    min_uses: int | None
+    """Takes pages once so many sequences have used them; 0: when they leave the device; `None`:
+    nothing from the device, another level feeds it."""
     deadline_s: float
     """For one batch of a load."""
-    is_local: bool = True
-    """It knows at once, without asking anybody, which pages it has."""
 
 
 @dataclass(slots=True)
@@ -54,12 +56,32 @@ class _Fetch:
     load: PageLoad
     begun_s: float
     """When it was ordered; it is given up a while after that."""
-    started_s: float = 0.0
-    """When the thread took it up: what it waited for others says nothing of a level's speed."""
     ended_s: float = 0.0
     num_done: int = 0
+    asked: tuple[str, int, float] | None = None
+    """The level that works on it: its name, the pages it was asked for, since when."""
+    levels: dict[str, LevelLoad] = field(default_factory=dict)
+    """What each level did for it so far."""
     is_over: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def note(self, num_loaded: int, now: float) -> None:
+        """The level that was asked is done, or given up. The caller holds the lock."""
+        if self.asked is None:
+            return
+        name, num_asked, since_s = self.asked
+        before = self.levels.get(name, LevelLoad(name, 0, 0, 0.0))
+        self.levels[name] = LevelLoad(
+            name,
+            before.num_asked + num_asked,
+            before.num_loaded + num_loaded,
+            before.elapsed_s + now - since_s,
+        )
+        self.asked = None
+
+
+_StoreOrder = tuple[list[StoredPage], tuple[LevelSetting, ...]]
+"""Pages, and the levels that take them."""
 
 
 class PageMover:
@@ -83,7 +105,7 @@ class PageMover:
         self._give_up_s = give_up_s
         self._clock = clock
         self._fetches: deque[_Fetch] = deque()
-        self._stores: queue.SimpleQueue[tuple[bool, list[StoredPage]] | None] = queue.SimpleQueue()
+        self._stores: queue.SimpleQueue[_StoreOrder | None] = queue.SimpleQueue()
         self._loads: queue.SimpleQueue[_Fetch | None] = queue.SimpleQueue()
         self._complaints = Complaints(_logger, clock)
         self.num_queued_bytes = 0
@@ -102,27 +124,30 @@ class PageMover:
     # What policy asks.
 
     @property
-    def wants_computed(self) -> bool:
-        """Some level is written through."""
-        return any(setting.is_write_through for setting in self._settings)
+    def store_at_uses(self) -> tuple[int, ...]:
+        """Numbers of uses at which some level takes a page."""
+        return tuple(sorted({setting.min_uses for setting in self._settings if setting.min_uses}))
 
     @property
     def wants_evicted(self) -> bool:
         """Some level takes what leaves the device."""
-        return any(not setting.is_write_through for setting in self._settings)
+        return any(setting.min_uses == 0 for setting in self._settings)
 
-    def probe(self, links: Sequence[ChainLink]) -> int:
-        """How many of these pages, from the first on, some level believes to have."""
-        if not links:
-            return 0
-        if not all(setting.is_local for setting in self._settings):
-            return len(links)  # maybe: only the try will tell, and it ends at the first miss
+    def probe(self, links: Sequence[ChainLink]) -> tuple[Held, ...]:
+        """Which of these pages are believed to be below, as `LowerLevels.probe` says."""
         keys = [link.key for link in links]
-        answers = [setting.level.contains(keys) for setting in self._settings]
-        for i, found in enumerate(zip(*answers, strict=True)):
-            if not any(found):
-                return i
-        return len(keys)
+        answers = [setting.level.contains(keys) for setting in self._settings] if keys else []
+        names = [setting.level.name for setting in self._settings]
+        held: list[Held] = []
+        for found in zip(*answers, strict=True):
+            if True not in found:
+                break
+            name = names[found.index(True)]
+            num_before = 0
+            if held and held[-1].level == name:
+                num_before = held.pop().num_pages
+            held.append(Held(name, num_before + 1))
+        return tuple(held)
 
     def stats(self) -> dict[str, LevelStats]:
         """Each level's state and totals, by name."""
@@ -132,14 +157,15 @@ class PageMover:
 
     def store(self, stores: Sequence[PageStore]) -> None:
         """Copy the pages out of the pool now, and write them down some time."""
-        for is_eviction in (False, True):
+        for num_uses, orders in groupby(stores, lambda store: store.num_uses):
+            takers = tuple(s for s in self._settings if _takes(s, num_uses))
             pages = [
                 StoredPage(s.link.key, s.parent, s.link.tokens, self._pool.read_page(s.page_id))
-                for s in stores
-                if s.is_eviction is is_eviction and self._has_room()
+                for s in orders
+                if takers and self._has_room()
             ]
             if pages:
-                self._stores.put((is_eviction, pages))
+                self._stores.put((pages, takers))
 
     def begin(self, load: PageLoad) -> None:
         """Begin a load; `completions` tells its end."""
@@ -156,10 +182,12 @@ class PageMover:
             with fetch.lock:
                 if not fetch.is_over and now - fetch.begun_s < self._give_up_s:
                     continue
-                elapsed_s = fetch.ended_s - fetch.started_s if fetch.is_over else self._give_up_s
+                fetch.note(0, now)
+                elapsed_s = (fetch.ended_s if fetch.is_over else now) - fetch.begun_s
                 fetch.is_over = True
             self._fetches.remove(fetch)
-            ended.append(PagesLoaded(fetch.load.seq_id, fetch.num_done, elapsed_s))
+            levels = tuple(fetch.levels.values())
+            ended.append(PagesLoaded(fetch.load.seq_id, fetch.num_done, elapsed_s, levels))
         return tuple(ended)
 
     def wait(self, timeout_s: float) -> None:
@@ -179,20 +207,19 @@ class PageMover:
 
     def _run_stores(self) -> None:
         while (order := self._stores.get()) is not None:
-            is_eviction, pages = order
-            for setting in self._settings:
-                if setting.is_write_through is not is_eviction:
-                    _guarded(partial(setting.level.store, pages, STORE_DEADLINE_S))
+            pages, takers = order
+            for setting in takers:
+                _guarded(partial(setting.level.store, pages, STORE_DEADLINE_S))
             with self._queued_lock:
                 self.num_queued_bytes -= self._page_bytes * len(pages)
 
     def _run_loads(self) -> None:
         while (fetch := self._loads.get()) is not None:
-            fetch.started_s = self._clock()
             _guarded(partial(self._fetch, fetch))
             with fetch.lock:
-                fetch.is_over = True
                 fetch.ended_s = self._clock()
+                fetch.note(0, fetch.ended_s)
+                fetch.is_over = True
             self._news.set()
 
     def _fetch(self, fetch: _Fetch) -> None:
@@ -201,7 +228,7 @@ class PageMover:
             if fetch.is_over:
                 return  # given up while it waited, or while the last batch was on its way
             wanted = links[first : first + BATCH_PAGES]
-            pages = self._find(wanted)
+            pages = self._find(wanted, fetch)
             for page_id, page in zip(fetch.load.page_ids[first:], pages, strict=False):
                 with fetch.lock:
                     if fetch.is_over:
@@ -211,24 +238,49 @@ class PageMover:
             if len(pages) < len(wanted):
                 return
 
-    def _find(self, links: Sequence[ChainLink]) -> list[StoredPage]:
+    def _find(self, links: Sequence[ChainLink], fetch: _Fetch) -> list[StoredPage]:
         """The pages of these links, from the first on, each from the fastest level that has it."""
         found: list[StoredPage | None] = [None] * len(links)
-        for setting in self._settings:
-            missing = [i for i, page in enumerate(found) if page is None]
+        for i, setting in enumerate(self._settings):
+            missing = [k for k, page in enumerate(found) if page is None]
             if not missing:
                 break
-            loaded = setting.level.load([links[i].key for i in missing], setting.deadline_s)
-            for i, page in zip(missing, loaded, strict=True):
-                # A key is never trusted alone, and a level not at all.
-                if page is not None and self._is_page_of(page, links[i]):
-                    found[i] = page
+            came = self._ask(setting, [links[k] for k in missing], fetch)
+            for k, page in zip(missing, came, strict=True):
+                found[k] = page
+            self._promote([page for page in came if page is not None], self._settings[:i])
         pages: list[StoredPage] = []
         for page in found:
             if page is None:
                 break
             pages.append(page)
         return pages
+
+    def _ask(
+        self, setting: LevelSetting, links: Sequence[ChainLink], fetch: _Fetch
+    ) -> list[StoredPage | None]:
+        """What one level has of these links. A key is never trusted alone, a level not at all."""
+        keys = [link.key for link in links]
+        believed = [i for i, here in enumerate(setting.level.contains(keys)) if here]
+        came: list[StoredPage | None] = [None] * len(links)
+        if not believed:
+            return came
+        with fetch.lock:
+            fetch.asked = (setting.level.name, len(believed), self._clock())
+        loaded = setting.level.load([keys[i] for i in believed], setting.deadline_s)
+        for i, page in zip(believed, loaded, strict=True):
+            if page is not None and self._is_page_of(page, links[i]):
+                came[i] = page
+        with fetch.lock:
+            fetch.note(sum(page is not None for page in came), self._clock())
+        return came
+
+    def _promote(self, pages: list[StoredPage], above: Sequence[LevelSetting]) -> None:
+        """Keep what came from far away nearer: it was used before, and is again."""
+        takers = tuple(setting for setting in above if setting.min_uses == 1)
+        kept = [page for page in pages if takers and self._has_room()]
+        if kept:
+            self._stores.put((kept, takers))
 
     def _is_page_of(self, page: StoredPage, link: ChainLink) -> bool:
         return (
@@ -245,6 +297,13 @@ class PageMover:
                 return False
             self.num_queued_bytes += self._page_bytes
             return True
+
+
+def _takes(setting: LevelSetting, num_uses: int) -> bool:
+    """Whether the level takes a page of the device's after so many uses; 0: as it leaves."""
+    if setting.min_uses is None or not num_uses:
+        return setting.min_uses == num_uses
+    return 0 < setting.min_uses <= num_uses
 
 
 def _guarded(work: Callable[[], object]) -> None:

@@ -1,7 +1,8 @@
 """Pages in this process's memory: the first level below the device.
 
 Bounded in bytes, the least recently used page leaves first. Within one call the last page is the
-least recently used one, so that a chain loses its end before its beginning.
+least recently used one, so that a chain loses its end before its beginning. Pages that leave go to
+the levels that it was given, in the thread that stores.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Final
 from kvpaging.base.clock import Clock, monotonic
 from kvpaging.base.errors import ConfigError
 from kvpaging.base.ids import PageKey
-from kvpaging.levels.level import Counters, LevelStats, StoredPage
+from kvpaging.levels.level import Counters, Level, LevelStats, StoredPage
 
 _ENTRY_BYTES: Final = 512
 """What Python's objects cost a page beside their contents, rounded up."""
@@ -29,10 +30,13 @@ class HostLevel:
 
     name = "host"
 
-    def __init__(self, capacity_bytes: int, *, clock: Clock = monotonic) -> None:
+    def __init__(
+        self, capacity_bytes: int, *, below: Sequence[Level] = (), clock: Clock = monotonic
+    ) -> None:
         if capacity_bytes < 1:
             raise ConfigError(f"the host cache's size is {capacity_bytes} bytes; give at least 1")
         self._capacity_bytes = capacity_bytes
+        self._below = tuple(below)
         self._clock = clock
         self._pages: OrderedDict[PageKey, StoredPage] = OrderedDict()
         self._num_bytes = 0
@@ -83,11 +87,15 @@ class HostLevel:
             known=known,
             refused=len(pages) - len(wanted),
             late=len(new) - stored,
-            evicted=evicted,
+            evicted=len(evicted),
             stored_payload_bytes=payload_bytes,
             written_bytes=payload_bytes,
             store_s=self._clock() - started,
         )
+        if evicted:
+            evicted.reverse()  # parents first
+            for level in self._below:
+                level.store(evicted, deadline_s)
         return known + stored
 
     def flush(self) -> None:
@@ -128,11 +136,11 @@ class HostLevel:
             if key in self._pages:
                 self._pages.move_to_end(key)
 
-    def _make_room(self, num_bytes: int) -> int:
-        """Let the least recently used pages go until so much fits; how many went."""
-        evicted = 0
+    def _make_room(self, num_bytes: int) -> list[StoredPage]:
+        """Let the least recently used pages go until so much fits; those that went, in order."""
+        evicted = []
         while self._num_bytes + num_bytes > self._capacity_bytes:
             _, page = self._pages.popitem(last=False)
             self._num_bytes -= _num_bytes(page)
-            evicted += 1
+            evicted.append(page)
         return evicted

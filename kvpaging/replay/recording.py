@@ -23,7 +23,7 @@ import msgspec
 from kvpaging.base.config import SchedulerConfig
 from kvpaging.base.errors import ConfigError
 from kvpaging.base.ids import PageKey, RequestId
-from kvpaging.cache.lower_levels import LowerLevels, PagesLoaded
+from kvpaging.cache.lower_levels import Held, LowerLevels, PagesLoaded
 from kvpaging.cache.prefix_key import ChainLink, PrefixChain, root_key
 from kvpaging.replay.trace import TraceRequest
 from kvpaging.scheduling.events import Abort, Arrival, Event, Finish
@@ -31,7 +31,7 @@ from kvpaging.scheduling.outputs import FinishReason, Rejection, SequenceOutput,
 from kvpaging.scheduling.plan import StepPlan, StepResult
 from kvpaging.scheduling.request import Request
 
-VERSION: Final = 1
+VERSION: Final = 2
 PAGE_NAME_BYTES: Final = 16
 
 
@@ -41,7 +41,7 @@ class Header(msgspec.Struct, frozen=True):
     kvpaging_recording: int
     """The format's version."""
     scheduler: SchedulerConfig
-    wants_computed: bool | None = None
+    store_at_uses: tuple[int, ...] | None = None
     """Of the levels below the device; `None` where there are none."""
     wants_evicted: bool = False
 
@@ -104,7 +104,7 @@ class RecordedStep(msgspec.Struct, frozen=True, omit_defaults=True):
     elapsed_s: float = 0.0
     """What the device took."""
     events: tuple[RecordedEvent, ...] = ()
-    probes: tuple[int, ...] = ()
+    probes: tuple[tuple[Held, ...], ...] = ()
     """What the levels answered, in the order in which they were asked."""
     pages: tuple[FilledPage, ...] = ()
     stops: tuple[EndedOutput, ...] = ()
@@ -123,7 +123,7 @@ def plan_digest(plan: StepPlan) -> str:
         [(a.seq_id, len(a.token_ids), a.page_ids, a.output_index) for a in plan.added],
         plan.copies,
         plan.scheduled,
-        [(store.page_id, store.is_eviction) for store in plan.stores],
+        [(store.page_id, store.num_uses) for store in plan.stores],
         [(load.seq_id, load.page_ids) for load in plan.loads],
     )
     return hashlib.blake2b(msgspec.msgpack.encode(decisions), digest_size=8).hexdigest()
@@ -134,19 +134,19 @@ class WatchedLevels:
 
     def __init__(self, levels: LowerLevels):
         self._levels = levels
-        self.answers: list[int] = []
+        self.answers: list[tuple[Held, ...]] = []
 
     @property
-    def wants_computed(self) -> bool:
+    def store_at_uses(self) -> tuple[int, ...]:
         """As the levels say."""
-        return self._levels.wants_computed
+        return self._levels.store_at_uses
 
     @property
     def wants_evicted(self) -> bool:
         """As the levels say."""
         return self._levels.wants_evicted
 
-    def probe(self, links: Sequence[ChainLink]) -> int:
+    def probe(self, links: Sequence[ChainLink]) -> tuple[Held, ...]:
         """As the levels say."""
         self.answers.append(self._levels.probe(links))
         return self.answers[-1]
@@ -200,7 +200,7 @@ class Recorder:
             Header(
                 VERSION,
                 scheduler,
-                None if levels is None else levels.wants_computed,
+                None if levels is None else levels.store_at_uses,
                 levels is not None and levels.wants_evicted,
             )
         )
@@ -241,7 +241,7 @@ class Recorder:
         """Close the file. Idempotent."""
         self._file.close()
 
-    def _answers(self) -> tuple[int, ...]:
+    def _answers(self) -> tuple[tuple[Held, ...], ...]:
         if self.levels is None:
             return ()
         answers = tuple(self.levels.answers)

@@ -16,7 +16,7 @@ from kvpaging.base.errors import ConfigError
 from kvpaging.base.ids import RequestId, SeqId
 from kvpaging.cache.cache_manager import CacheManager
 from kvpaging.cache.eviction.names import POLICIES
-from kvpaging.cache.lower_levels import PagesLoaded
+from kvpaging.cache.lower_levels import Held, PagesLoaded
 from kvpaging.cache.prefix_key import ChainLink
 from kvpaging.replay.full_mode import FILLER, VOCAB_SIZE, page_tokens
 from kvpaging.replay.recording import (
@@ -73,13 +73,13 @@ class _RecordedLevels:
     """Answers as the levels of the live run did."""
 
     def __init__(self, header: Header):
-        self.wants_computed = bool(header.wants_computed)
+        self.store_at_uses = header.store_at_uses or ()
         self.wants_evicted = header.wants_evicted
-        self.answers: list[int] = []
+        self.answers: list[tuple[Held, ...]] = []
 
-    def probe(self, links: Sequence[ChainLink]) -> int:
-        """The next recorded answer; 0 where the live run did not ask."""
-        return self.answers.pop(0) if self.answers else 0
+    def probe(self, links: Sequence[ChainLink]) -> tuple[Held, ...]:
+        """The next recorded answer; nothing where the live run did not ask."""
+        return self.answers.pop(0) if self.answers else ()
 
 
 class _RecordedExecutor:
@@ -138,7 +138,7 @@ def rerun(path: Path, *, on_plan: Callable[[StepPlan], None] | None = None) -> R
         config = header.scheduler
         if config.eviction_policy not in POLICIES:
             raise ConfigError(f"the recording's policy {config.eviction_policy!r} is not known")
-        levels = None if header.wants_computed is None else _RecordedLevels(header)
+        levels = None if header.store_at_uses is None else _RecordedLevels(header)
         cache = CacheManager(
             config.num_pages,
             config.page_size,

@@ -13,14 +13,16 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
-from typing import assert_never
+from itertools import islice
+from typing import Final, assert_never
 
 from kvpaging.base.config import SchedulerConfig
 from kvpaging.base.errors import BadRequest, ConfigError, LawBroken
 from kvpaging.base.ids import PageId, RequestId, SeqId, StepId
 from kvpaging.cache.allocator import OutOfPages
 from kvpaging.cache.cache_manager import CacheManager
-from kvpaging.cache.lower_levels import LoadCosts, PageLoad, PagesLoaded
+from kvpaging.cache.load_costs import LoadChoices, LoadCosts
+from kvpaging.cache.lower_levels import PageLoad, PagesLoaded
 from kvpaging.scheduling import admission
 from kvpaging.scheduling.events import Abort, Arrival, Event, Finish
 from kvpaging.scheduling.outputs import (
@@ -41,6 +43,11 @@ from kvpaging.scheduling.plan import (
 from kvpaging.scheduling.request import Request
 from kvpaging.scheduling.sequence import SeqState, Sequence
 from kvpaging.scheduling.waiting_queue import WaitingQueue
+
+MAX_LOADS: Final = 8
+"""Where so many sequences load, none is begun before its turn: they are served one by one."""
+LOOK_AHEAD: Final = 16
+"""So many from the first in the queue on may load before their turn."""
 
 
 @dataclass(slots=True)
@@ -137,6 +144,11 @@ class Scheduler:
         return len(self._loading)
 
     @property
+    def load_choices(self) -> LoadChoices:
+        """What was measured of loading and computing, and what was chosen."""
+        return self._load_costs.choices()
+
+    @property
     def running(self) -> Items[Sequence]:
         """In the order in which they are served. Not to be changed."""
         return self._running
@@ -162,6 +174,7 @@ class Scheduler:
         self._plan_running(draft)
         if not draft.has_preempted:
             self._plan_waiting(draft, now)
+            self._look_ahead(draft)
         removed, self._removed = tuple(self._removed), []
         return StepPlan(
             step_id=step_id,
@@ -375,7 +388,7 @@ class Scheduler:
 
     def _plan_waiting(self, draft: _Draft, now: float) -> None:
         promised = self._num_promised_pages()
-        while draft.budget and len(self._running) + len(self._loading) < self.config.max_num_seqs:
+        while draft.budget and len(self._running) < self.config.max_num_seqs:
             sequence = self._waiting.first()
             if sequence is None:
                 return
@@ -384,8 +397,12 @@ class Scheduler:
             num_tokens = sequence.num_tokens
             self.cache.extend(sequence.chain, sequence.token_ids)
             matched = self.cache.match(sequence.chain, sequence.num_findable_tokens)
-            if self._load(sequence, matched, draft, promised):
-                continue
+            if not sequence.has_loaded:
+                num_pages = self._num_to_load(sequence, matched)
+                if self._load(sequence, matched, num_pages, draft, self._reserve(promised)):
+                    sequence.has_loaded = True
+                    continue
+                sequence.has_loaded = not num_pages
             needed = self.cache.num_new_pages(matched, num_tokens)
             if needed + self._reserve(promised) > self.cache.num_available:
                 if self.cache.allocator.num_held:
@@ -411,26 +428,45 @@ class Scheduler:
         """
         return promised + len(self._running) if self._running else 0
 
+    def _look_ahead(self, draft: _Draft) -> None:
+        """Begin loads for those that wait behind, into pages that nobody before them will need."""
+        if not self.cache.has_levels:
+            return
+        spoken_for = self._num_promised_pages() + len(self._running)
+        spoken_for += sum(map(self._num_missing_pages, self._loading.values()))
+        for sequence in tuple(islice(self._waiting.upcoming(), LOOK_AHEAD)):
+            if len(self._loading) >= MAX_LOADS or spoken_for >= self.cache.num_available:
+                return
+            if not sequence.was_looked_ahead and not sequence.has_loaded:
+                sequence.was_looked_ahead = True
+                self.cache.extend(sequence.chain, sequence.token_ids)
+                matched = self.cache.match(sequence.chain, sequence.num_findable_tokens)
+                num_pages = self._num_to_load(sequence, matched)
+                self._load(sequence, matched, num_pages, draft, spoken_for)
+            spoken_for += self._num_missing_pages(sequence)
+
+    def _num_to_load(self, sequence: Sequence, matched: list[PageId]) -> int:
+        """Pages after the matched ones that lower levels should fill."""
+        held = self.cache.held_below(sequence.chain, len(matched), sequence.num_findable_tokens)
+        return self._load_costs.num_worth_loading(held, self.cache.page_size)
+
     def _load(
-        self, sequence: Sequence, matched: list[PageId], draft: _Draft, promised: int
+        self,
+        sequence: Sequence,
+        matched: list[PageId],
+        num_pages: int,
+        draft: _Draft,
+        reserve: int,
     ) -> bool:
-        """Let lower levels fill pages for it while it waits, where that is worth it.
+        """Let lower levels fill so many pages for it while it waits; leave `reserve` to others.
 
         Returns whether it left the queue; it comes back to its place with `PagesLoaded`.
         """
-        if sequence.has_loaded:
-            return False
-        num_pages = self.cache.num_loadable(
-            sequence.chain, len(matched), sequence.num_findable_tokens
-        )
-        if not self._load_costs.is_worth_loading(num_pages, self.cache.page_size):
-            sequence.has_loaded = True
-            return False
         num_tokens = (len(matched) + num_pages) * self.cache.page_size
         needed = self.cache.num_new_pages(matched, num_tokens)
-        if needed + self._reserve(promised) > self.cache.num_available:
+        if not num_pages or needed + reserve > self.cache.num_available:
             return False
-        self._waiting.pop()
+        self._waiting.take(sequence)
         sequence.lease = self.cache.reserve(matched, num_tokens)
         sequence.move(SeqState.LOADING)
         sequence.num_in_flight += 1
@@ -451,24 +487,24 @@ class Scheduler:
         if sequence is None or sequence.lease is None:
             raise LawBroken(f"pages were loaded for sequence {event.seq_id}, which asked for none")
         self.counters.loaded_pages += event.num_pages
-        self._load_costs.loaded(event.num_pages, event.elapsed_s)
+        self._load_costs.loaded(event.levels)
         self.cache.commit_loaded(sequence.lease, sequence.chain, event.num_pages)
         sequence.num_in_flight -= 1
         if sequence.state is SeqState.FINISHED:
             self._forget(sequence)
             return
         self._drop_pages(sequence)
-        sequence.has_loaded = True
         sequence.move(SeqState.WAITING)
         self._waiting.push(sequence)
 
     def _num_promised_pages(self) -> int:
         """Pages that running sequences still need for tokens they already have."""
-        return sum(
-            max(0, self.cache.pages_for(len(s.token_ids)) - len(s.lease.pages))
-            for s in self._running
-            if s.lease
-        )
+        return sum(map(self._num_missing_pages, self._running))
+
+    def _num_missing_pages(self, sequence: Sequence) -> int:
+        """Pages that it needs for the tokens it has, and does not hold."""
+        num_held = 0 if sequence.lease is None else len(sequence.lease.pages)
+        return max(0, self.cache.pages_for(sequence.num_tokens) - num_held)
 
     def _fail_for_pages(self, sequence: Sequence) -> None:
         """Alone it doesn't fit, though it did at the door: pages were quarantined since."""
@@ -606,8 +642,7 @@ class Scheduler:
         return twins
 
     def _place(self, twin: Sequence, sequence: Sequence) -> None:
-        num_placed = len(self._running) + len(self._loading)
-        if sequence.lease is not None and num_placed < self.config.max_num_seqs:
+        if sequence.lease is not None and len(self._running) < self.config.max_num_seqs:
             try:
                 twin.lease, twin.copy_from = self.cache.fork(
                     sequence.lease, sequence.num_computed_tokens

@@ -72,6 +72,7 @@ class Sequence:
         "state",
         "token_ids",
         "was_admitted",
+        "was_looked_ahead",
     )
 
     def __init__(
@@ -104,7 +105,9 @@ class Sequence:
         self.has_row = False
         """The runner knows it."""
         self.has_loaded = False
-        """Lower levels were asked since it last owned nothing."""
+        """Lower levels were asked, as the first in the queue, since it last owned nothing."""
+        self.was_looked_ahead = False
+        """They were asked for it before its turn."""
         self.is_forked = request.n == 1
         """The other outputs of its request exist."""
         self.sample_self = (output_index,)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterator
 
 from kvpaging.scheduling.sequence import SeqState, Sequence
 
@@ -36,6 +37,28 @@ class WaitingQueue:
         """Remove and return `first()`; there is one."""
         self._num_live -= 1
         return heapq.heappop(self._heap)[1]
+
+    def upcoming(self) -> Iterator[Sequence]:
+        """All in order, the first one first; O(log n) each. Good until the queue changes."""
+        heap = self._heap
+        front = [(heap[0][0], 0)] if heap else []
+        while front:
+            _, place = heapq.heappop(front)
+            for child in (2 * place + 1, 2 * place + 2):
+                if child < len(heap):
+                    heapq.heappush(front, (heap[child][0], child))
+            sequence = heap[place][1]
+            if sequence.state is not SeqState.FINISHED:
+                yield sequence
+
+    def take(self, sequence: Sequence) -> None:
+        """Remove one that is here; O(n) unless it is the first."""
+        if self._heap[0][1] is sequence:
+            self.pop()
+            return
+        self._num_live -= 1
+        self._heap = [entry for entry in self._heap if entry[1] is not sequence]
+        heapq.heapify(self._heap)
 
     def discard(self) -> None:
         """One of the waiting sequences has moved to FINISHED."""

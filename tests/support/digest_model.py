@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kvpaging.base.config import EngineConfig, SchedulerConfig
-from kvpaging.cache.lower_levels import PageLoad, PagesLoaded
+from kvpaging.cache.lower_levels import Held, LevelLoad, PageLoad, PagesLoaded
 from kvpaging.cache.prefix_key import ChainLink
 from kvpaging.scheduling.plan import (
     AddedSequence,
@@ -165,8 +165,10 @@ class DigestExecutor:
 class DigestLevels:
     """Lower levels that are slow, forget, and deliver less than they promised."""
 
-    def __init__(self, rng: random.Random, *, wants_computed: bool, wants_evicted: bool):
-        self.wants_computed = wants_computed
+    def __init__(
+        self, rng: random.Random, *, store_at_uses: tuple[int, ...] = (), wants_evicted: bool
+    ):
+        self.store_at_uses = store_at_uses
         self.wants_evicted = wants_evicted
         self.pages: dict[bytes, tuple[bytes, list[int]]] = {}
         self.pending: list[tuple[int, PageLoad]] = []
@@ -174,18 +176,20 @@ class DigestLevels:
         self.num_missed = 0
         self._rng = rng
 
-    def probe(self, links: Sequence[ChainLink]) -> int:
+    def probe(self, links: Sequence[ChainLink]) -> tuple[Held, ...]:
         found = 0
         for link in links:
             if link.key not in self.pages:
                 break
             found += 1
-        return found
+        return (Held("digest", found),) if found else ()
 
     def carry_out(self, plan: StepPlan, slots: list[int], size: int) -> None:
         for store in plan.stores:
             content = slots[store.page_id * size : (store.page_id + 1) * size]
             packed = b"".join(token.to_bytes(4, "little") for token in content)
+            assert store.num_uses in (*self.store_at_uses, 0)
+            assert store.num_uses or self.wants_evicted
             assert packed == store.link.tokens, "a page was stored that does not hold its link"
             self.pages[store.link.key] = (store.link.tokens, content)
         for load in plan.loads:
@@ -210,7 +214,8 @@ class DigestLevels:
             num_pages += 1
         self.num_loaded += num_pages
         self.num_missed += len(load.page_ids) - num_pages
-        return PagesLoaded(load.seq_id, num_pages, 0.001)
+        asked = LevelLoad("digest", len(load.page_ids), num_pages, 0.001)
+        return PagesLoaded(load.seq_id, num_pages, 0.001, (asked,))
 
 
 def digest_config(

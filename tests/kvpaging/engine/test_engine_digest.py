@@ -114,8 +114,8 @@ def test_random_arrivals_aborts_and_tiny_pools(seed: int, depth: int, has_levels
     rng = random.Random(f"{seed} {depth} {has_levels}")
     levels = None
     if has_levels:
-        through = rng.random() < 0.5
-        levels = DigestLevels(rng, wants_computed=through, wants_evicted=not through)
+        uses, wants_evicted = rng.choice([((), True), ((1,), False), ((2,), True), ((1, 3), True)])
+        levels = DigestLevels(rng, store_at_uses=uses, wants_evicted=wants_evicted)
     page_size = rng.choice([1, 2, 3, 4])
     config = digest_config(
         num_pages=rng.randint(6, 24),
@@ -260,7 +260,7 @@ def test_a_preempted_prompt_is_scored_on_from_where_it_was() -> None:
 
 
 def test_evicted_pages_come_back_from_below_and_an_abort_meets_a_load() -> None:
-    levels = DigestLevels(random.Random(1), wants_computed=False, wants_evicted=True)
+    levels = DigestLevels(random.Random(1), wants_evicted=True)
     loop = TwoPlans(digest_config(num_pages=8, page_size=2, eos_token_ids=()), 1, levels)
     seen = Collector()
     prompts = [[1, 2] * 4 + [k] for k in (3, 4)] + [[5, 6] * 5]
@@ -448,7 +448,7 @@ def test_who_shared_a_failed_prompt_leaves_nothing_of_it_behind() -> None:
 
 
 def test_only_pages_that_somebody_sampled_well_from_go_down() -> None:
-    levels = DigestLevels(random.Random(1), wants_computed=True, wants_evicted=False)
+    levels = DigestLevels(random.Random(1), store_at_uses=(1,), wants_evicted=False)
     config = digest_config(num_pages=32, max_num_batched_tokens=8, eos_token_ids=())
     loop, seen = TwoPlans(config, 1, levels), Collector()
     prompt = [7] * 20

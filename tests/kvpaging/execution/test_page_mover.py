@@ -50,8 +50,8 @@ def pool() -> KVPool:
 def make(pool: KVPool) -> Iterator[Callable[..., PageMover]]:
     movers: list[PageMover] = []
 
-    def make(*levels: HostLevel, through: bool = True, give_up_s: float = 5.0) -> PageMover:
-        settings = [LevelSetting(level, through, deadline_s=1.0) for level in levels]
+    def make(*levels: HostLevel, min_uses: int = 1, give_up_s: float = 5.0) -> PageMover:
+        settings = [LevelSetting(level, min_uses, deadline_s=1.0) for level in levels]
         movers.append(PageMover(pool, settings, give_up_s=give_up_s))
         return movers[-1]
 
@@ -62,9 +62,7 @@ def make(pool: KVPool) -> Iterator[Callable[..., PageMover]]:
 
 def stored(mover: PageMover, level: HostLevel, pool: KVPool, numbers: Sequence[int]) -> None:
     """Store page `n` under link `n` and wait until it is there."""
-    mover.store(
-        [PageStore(PageId(n), PageKey(bytes(32)), link(n), is_eviction=False) for n in numbers]
-    )
+    mover.store([PageStore(PageId(n), PageKey(bytes(32)), link(n), num_uses=1) for n in numbers])
     until(lambda: all(level.contains([link(n).key for n in numbers])))
 
 
@@ -90,7 +88,7 @@ def test_a_page_comes_back_as_it_went(make: Callable[..., PageMover], pool: KVPo
     level = HostLevel(1 << 20)
     mover = make(level)
     stored(mover, level, pool, range(1, 21))
-    assert mover.probe([link(n) for n in range(1, 25)]) == 20
+    assert mover.probe([link(n) for n in range(1, 25)]) == (("host", 20),)
     assert fetched(mover, range(1, 25)).num_pages == 20
     for i, number in enumerate(range(1, 21)):
         assert pool.read_page(PageId(32 + i)) == pool.read_page(PageId(number))
@@ -99,7 +97,7 @@ def test_a_page_comes_back_as_it_went(make: Callable[..., PageMover], pool: KVPo
 def test_a_page_is_copied_when_it_is_ordered(make: Callable[..., PageMover], pool: KVPool) -> None:
     level = HostLevel(1 << 20)
     mover, before = make(level), pool.read_page(PageId(1))
-    mover.store([PageStore(PageId(1), PageKey(bytes(32)), link(1), is_eviction=False)])
+    mover.store([PageStore(PageId(1), PageKey(bytes(32)), link(1), num_uses=1)])
     pool.pages[1].zero_()
     until(lambda: level.contains([link(1).key])[0])
     fetched(mover, [1])
@@ -108,6 +106,7 @@ def test_a_page_is_copied_when_it_is_ordered(make: Callable[..., PageMover], poo
 
 def test_pages_of_two_levels_make_one_prefix(make: Callable[..., PageMover], pool: KVPool) -> None:
     fast, slow = HostLevel(1 << 20), HostLevel(1 << 20)
+    slow.name = "slow"
     for number in (1, 3):
         page = StoredPage(
             link(number).key, PageKey(b""), link(number).tokens, pool.read_page(PageId(number))
@@ -116,7 +115,7 @@ def test_pages_of_two_levels_make_one_prefix(make: Callable[..., PageMover], poo
     page = StoredPage(link(2).key, PageKey(b""), link(2).tokens, pool.read_page(PageId(2)))
     slow.store([page], 1.0)
     mover = make(fast, slow)
-    assert mover.probe([link(n) for n in (1, 2, 3, 4)]) == 3
+    assert mover.probe([link(n) for n in (1, 2, 3, 4)]) == (("host", 1), ("slow", 2))
     assert fetched(mover, [1, 2, 3, 4]).num_pages == 3
 
 
@@ -177,22 +176,55 @@ def test_what_writing_can_not_follow_is_not_kept(
     monkeypatch.setattr(page_mover, "MAX_QUEUED_BYTES", 2 * SPEC.page_bytes)
     level = HostLevel(1 << 20)
     mover = make(level)
-    orders = [PageStore(PageId(n), PageKey(b""), link(n), is_eviction=False) for n in range(1, 6)]
+    orders = [PageStore(PageId(n), PageKey(b""), link(n), num_uses=1) for n in range(1, 6)]
     mover.store(orders)
     until(lambda: level.contains([link(2).key])[0])
     assert mover.num_dropped_stores == 3
     until(lambda: mover.num_queued_bytes == 0)
 
 
-def test_levels_take_what_they_are_set_to(make: Callable[..., PageMover], pool: KVPool) -> None:
-    level = HostLevel(1 << 20)
-    mover = make(level, through=False)
-    assert (mover.wants_computed, mover.wants_evicted) == (False, True)
-    mover.store(
-        [
-            PageStore(PageId(1), PageKey(b""), link(1), is_eviction=False),
-            PageStore(PageId(2), PageKey(b""), link(2), is_eviction=True),
-        ]
-    )
-    until(lambda: level.contains([link(2).key])[0])
-    assert level.contains([link(1).key]) == [False]
+def test_levels_take_what_they_are_set_to(pool: KVPool) -> None:
+    through, picky, evicted, fed = levels = [HostLevel(1 << 20) for _ in range(4)]
+    settings = [
+        LevelSetting(level, uses, 1.0) for level, uses in zip(levels, (1, 3, 0, None), strict=True)
+    ]
+    mover = PageMover(pool, settings)
+    assert (mover.store_at_uses, mover.wants_evicted) == ((1, 3), True)
+    mover.store([PageStore(PageId(n + 1), PageKey(b""), link(n), num_uses=n) for n in range(4)])
+    until(lambda: mover.num_queued_bytes == 0)
+    keys = [link(n).key for n in range(4)]
+    assert through.contains(keys) == [False, True, True, True]
+    assert picky.contains(keys) == [False, False, False, True]
+    assert evicted.contains(keys) == [True, False, False, False]
+    assert fed.contains(keys) == [False] * 4
+    mover.close()
+
+
+def test_what_came_from_far_away_is_kept_nearer(
+    make: Callable[..., PageMover], pool: KVPool
+) -> None:
+    near, far = HostLevel(1 << 20), HostLevel(1 << 20)
+    far.name = "far"
+    mover = make(near, far)
+    stored(mover, far, pool, range(1, 4))
+    near.clear()
+    ended = fetched(mover, range(1, 5))
+    assert ended.num_pages == 3
+    assert [(load.level, load.num_asked, load.num_loaded) for load in ended.levels] == [
+        ("far", 3, 3)
+    ]
+    until(lambda: all(near.contains([link(n).key for n in range(1, 4)])))
+    assert mover.probe([link(1)]) == (("host", 1),)
+
+
+def test_what_leaves_the_host_goes_down(pool: KVPool) -> None:
+    below = HostLevel(1 << 20)
+    size = HostLevel(1 << 20)
+    pages = [StoredPage(link(n).key, PageKey(b""), link(n).tokens, bytes(100)) for n in range(6)]
+    size.store(pages[:2], 1.0)
+    host = HostLevel(size.stats().num_bytes or 0, below=[below])
+    host.store(pages[:2], 1.0)
+    assert below.stats().stores == 0
+    host.store(pages[2:4], 1.0)
+    assert below.contains([page.key for page in pages]) == [True] * 2 + [False] * 4
+    assert below.load([pages[0].key], 1.0) == [pages[0]]

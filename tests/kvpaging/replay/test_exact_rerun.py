@@ -30,7 +30,7 @@ class TimedExecutor(DigestExecutor):
     """The digest model with device times by lot: what is worth loading depends on them."""
 
     def __init__(self, config: EngineConfig, lot: random.Random, *, levels: bool = False):
-        below = DigestLevels(lot, wants_computed=levels, wants_evicted=True) if levels else None
+        below = DigestLevels(lot, store_at_uses=(1, 2), wants_evicted=True) if levels else None
         super().__init__(config.scheduler.num_pages, config.scheduler.page_size, below)
         self._lot = lot
 
@@ -46,7 +46,7 @@ def decisions(plan: StepPlan) -> object:
         [(a.seq_id, len(a.token_ids), a.num_prompt_tokens, a.page_ids) for a in plan.added],
         plan.copies,
         plan.scheduled,
-        [(s.page_id, s.is_eviction) for s in plan.stores],
+        [(s.page_id, s.num_uses) for s in plan.stores],
         [(load.seq_id, load.page_ids) for load in plan.loads],
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sized
+
 import msgspec
 import pytest
 
@@ -9,7 +11,7 @@ from kvpaging.base.config import SchedulerConfig
 from kvpaging.base.errors import ConfigError, LawBroken
 from kvpaging.base.ids import RequestId, SeqId
 from kvpaging.cache.cache_manager import CacheManager
-from kvpaging.cache.lower_levels import LoadCosts, PagesLoaded
+from kvpaging.cache.lower_levels import Held, PagesLoaded
 from kvpaging.scheduling.events import Abort, Arrival, Finish
 from kvpaging.scheduling.outputs import FinishReason, StepOutputs
 from kvpaging.scheduling.plan import Sample, StepPlan, StepResult
@@ -188,10 +190,11 @@ def test_requests_that_left_while_they_waited_hold_no_memory() -> None:
 class Everything:
     """Lower levels that believe to have every page."""
 
-    wants_computed = wants_evicted = False
+    store_at_uses = ()
+    wants_evicted = False
 
-    def probe(self, links: object) -> int:
-        return len(links)  # type: ignore[arg-type]
+    def probe(self, links: Sized) -> tuple[Held, ...]:
+        return (Held("all", len(links)),) if len(links) else ()
 
 
 def test_loads_take_no_place_beyond_the_limit_and_cost_no_earlier_one_its_pages() -> None:
@@ -210,17 +213,24 @@ def test_loads_take_no_place_beyond_the_limit_and_cost_no_earlier_one_its_pages(
     assert plan.scheduled
 
 
-def test_loading_is_left_alone_where_computing_is_faster() -> None:
-    costs = LoadCosts()
-    assert costs.is_worth_loading(1, 16), "nothing was measured yet"
-    costs.computed(100, 0.1)  # 1 ms a token, 16 ms a page
-    costs.loaded(10, 0.05)  # 5 ms a page
-    assert costs.is_worth_loading(1, 16)
-    assert not costs.is_worth_loading(0, 16)
-    for _ in range(30):
-        costs.loaded(1, 0.1)
-    answers = [costs.is_worth_loading(1, 16) for _ in range(2 * LoadCosts.RETRY_EVERY)]
-    assert answers.count(True) == 2, "tried again now and then"
+def test_those_behind_load_before_their_turn_into_pages_that_nobody_before_them_needs() -> None:
+    scheduler = make(num_pages=32, max_num_seqs=1, budget=8)
+    scheduler.cache._levels = Everything()
+    step(scheduler, arrival("first", 3, max_new=12))
+    plan, _ = step(scheduler, *(arrival(name, 33, max_new=2) for name in "xyzw"))
+    # 31 pages are left: one for the first to grow into, 9 for each of x, y and z.
+    assert [len(load.page_ids) for load in plan.loads] == [8, 8, 8]
+    assert (scheduler.num_running, scheduler.num_loading, scheduler.num_waiting) == (1, 3, 1)
+    loaded = [PagesLoaded(load.seq_id, 8, 0.1) for load in plan.loads[::-1]]
+    plan, _ = step(scheduler, *loaded)
+    assert not plan.loads, "what is in place must not be pushed out by those behind"
+    started: list[tuple[int, int]] = []
+    while scheduler.has_work:
+        plan, _ = step(
+            scheduler, *(PagesLoaded(load.seq_id, len(load.page_ids), 0.1) for load in plan.loads)
+        )
+        started += [(added.seq_id, plan.scheduled[-1].start) for added in plan.added]
+    assert started[:3] == [(2, 32), (3, 32), (4, 32)], "in their order, each from its cached end"
 
 
 def test_the_table_of_states_is_complete() -> None:
