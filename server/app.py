@@ -1,6 +1,6 @@
 """The HTTP application: routes, schemas and errors around one engine client.
 
-    Envelope (id, errors, access log) > KeyCheck > routes
+    Envelope (id, errors, access log) > OperatorDoor > KeyCheck > routes
 
 Nothing happens at import and nothing is global: two apps can live side by side. Knows nothing of
 sockets, processes and settings.
@@ -24,6 +24,7 @@ from server.client import EngineClient
 from server.envelope import Envelope, KeyCheck, error_response
 from server.errors import answer_to
 from server.observe.record import record_of
+from server.operator_door import OperatorDoor
 from server.routes import ROUTERS
 from server.schemas import EVENTS, REQUEST_MODELS
 from server.service import AppConfig, Service
@@ -51,8 +52,17 @@ def create_app(config: AppConfig, client: EngineClient, text: Text | None = None
     app.add_exception_handler(HTTPException, _answer_http_exception)
     if config.api_keys:
         app.add_middleware(KeyCheck, keys=config.api_keys)
+    if config.api_keys or config.operator_key is not None:
+        app.add_middleware(OperatorDoor, key=_operator_key(config))
     app.add_middleware(Envelope)
     return app
+
+
+def _operator_key(config: AppConfig) -> str | None:
+    """What opens the operator's routes, where keys are asked for at all."""
+    if config.operator_key is None and len(config.api_keys) == 1:
+        return config.api_keys[0]
+    return config.operator_key
 
 
 @contextlib.asynccontextmanager

@@ -69,6 +69,7 @@ CLIENT_GONE_STATUS: Final = 499
 
 _TYPES: Final = {
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     429: "rate_limit_error",
     503: "service_unavailable_error",

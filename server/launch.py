@@ -224,6 +224,9 @@ class _Server:
         config = AppConfig(
             served_model_name=settings.model_name,
             api_keys=settings.api_keys,
+            operator_key=(
+                settings.operator_key.get_secret_value() if settings.operator_key else None
+            ),
             max_body_bytes=settings.max_body,
             body_timeout_s=settings.body_timeout_s,
             stream=StreamLimits(stall_s=settings.write_timeout_s),

@@ -20,11 +20,11 @@ from kvpaging.base.errors import BadRequest, Overloaded, PromptTooLong
 from kvpaging.engine.messages import PagePicture
 from kvpaging.scheduling import admission
 from server.client import EngineClient, EngineState
-from server.envelope import bearer_key
 from server.errors import ApiError, answer_to, draining, loading, stalled
 from server.generation import Done, Order, TextDelta, generate
 from server.observe.metrics import Metrics
 from server.observe.record import RequestRecord
+from server.operator_door import bearer_key
 from server.schemas.body import BodyBudget
 from server.sse import StreamLimits
 from server.text import Text
@@ -38,6 +38,8 @@ class AppConfig:
     served_model_name: str
     api_keys: tuple[str, ...] = ()
     """None: everybody may ask."""
+    operator_key: str | None = None
+    """Opens the operator's routes; see `server.operator_door`."""
     max_body_bytes: int = 16 * 1024 * 1024
     body_timeout_s: float = 30.0
     """For a request's whole body to arrive."""

@@ -29,6 +29,9 @@ DEMO_NAME: Final = "kvpaging-demo"
 NOT_SETTINGS: Final = ("KVPAGING_TRACES", "KVPAGING_REQUIRE_REDIS")
 """Variables with our prefix that are somebody else's: those of the tests."""
 
+SECRETS: Final = ("api_key", "operator_key", "remote_cache")
+"""Settings whose values are never shown."""
+
 _UNITS: Final = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12} | {
     "ki": 2**10,
     "mi": 2**20,
@@ -65,6 +68,14 @@ def _keys(value: SecretStr) -> SecretStr:
         raise ValueError("a key, or several with commas between, not only commas and spaces")
     if not (text.isascii() and text.isprintable()):
         raise ValueError("of printable ASCII characters: HTTP headers carry no others")
+    return value
+
+
+def _key(value: SecretStr) -> SecretStr:
+    """Refuse what no header can carry."""
+    text = value.get_secret_value()
+    if not text or not (text.isascii() and text.isprintable()) or text != text.strip():
+        raise ValueError("a key of printable ASCII characters without spaces around it")
     return value
 
 
@@ -168,6 +179,11 @@ class Settings(BaseModel):
         description="key that clients must send, or several with commas between; "
         "better as a variable",
     )
+    operator_key: Annotated[SecretStr, AfterValidator(_key)] | None = Field(
+        None,
+        description="key for /metrics, /pages and /cache, which clients' keys do not open; "
+        "better as a variable",
+    )
     max_body: Annotated[Size, Field(ge=1024, le=2**30)] = Field(
         16 * 2**20, description="largest request body, such as 16MiB"
     )
@@ -266,7 +282,7 @@ class Resolved:
         values = {name: getattr(self.settings, name) for name in Settings.model_fields}
         values["model"] = self.settings.model_or_demo
         values["served_model_name"] = self.settings.model_name
-        for secret in ("api_key", "remote_cache"):
+        for secret in SECRETS:
             if values[secret] is None:
                 values[secret] = "none"
         width = max(map(len, values))
@@ -333,7 +349,7 @@ def _faults(error: pydantic.ValidationError, origins: Mapping[str, str]) -> list
         rule = _RULES.get(fault["type"], "").format(**limits) or fault["msg"]
         if name in _WORDS:
             rule = _WORDS[name]
-        given = "" if name in ("api_key", "remote_cache") else f", not {fault['input']!r}"
+        given = "" if name in SECRETS else f", not {fault['input']!r}"
         lines.setdefault(name, f"{origins[name]} {rule}{given}")
     return list(lines.values())
 

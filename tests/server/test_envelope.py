@@ -13,7 +13,6 @@ from http_app import MODEL, Caller, make_app
 PROMPT = "a very secret prompt"
 ROUTES = [
     ("GET", "/version"),
-    ("GET", "/metrics"),
     ("GET", "/v1/models"),
     ("GET", "/info"),
     ("GET", "/docs"),

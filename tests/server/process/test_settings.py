@@ -144,3 +144,19 @@ def test_a_size_is_a_number_or_refused(text: str) -> None:
 def test_did_you_mean() -> None:
     assert did_you_mean("--prot", ["--port", "--host"]) == "; did you mean --port?"
     assert did_you_mean("--xyz", ["--port", "--host"]) == ""
+
+
+@pytest.mark.parametrize("key", ["", " op", "o\np", "öp"])
+def test_an_operator_key_that_no_header_can_carry_is_refused_and_not_shown(key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve({"operator_key": key}, {})
+    assert str(caught.value).startswith("--operator-key must be a key of printable ASCII")
+    assert "not" not in str(caught.value)
+
+
+def test_the_operator_key_is_never_shown() -> None:
+    lines = resolve({}, {"KVPAGING_OPERATOR_KEY": "xyzzy"}).lines()
+    assert any(
+        line.startswith("operator_key") and "KVPAGING_OPERATOR_KEY" in line for line in lines
+    )
+    assert not any("xyzzy" in line for line in lines)
