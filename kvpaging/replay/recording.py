@@ -25,6 +25,7 @@ from kvpaging.base.errors import ConfigError
 from kvpaging.base.ids import PageKey, RequestId
 from kvpaging.cache.lower_levels import Held, LowerLevels, PagesLoaded
 from kvpaging.cache.prefix_key import ChainLink, PrefixChain, root_key
+from kvpaging.cache.retention import AS_IT_IS, Retention
 from kvpaging.replay.trace import TraceRequest
 from kvpaging.scheduling.events import Abort, Arrival, Event, Finish
 from kvpaging.scheduling.outputs import FinishReason, Rejection, SequenceOutput, StepOutputs
@@ -57,6 +58,11 @@ class RecordedArrival(msgspec.Struct, frozen=True, tag="arrival", omit_defaults=
     n: int = 1
     priority: int = 0
     prompt_logprobs: int | None = None
+    retention: Retention = AS_IT_IS
+    tenant: int = 0
+    """Tenants are numbered as they come; 0 for one without a bound on its pages."""
+    tenant_pages: int | None = None
+    is_idle: bool = False
 
 
 class RecordedAbort(msgspec.Struct, frozen=True, tag="abort"):
@@ -193,6 +199,7 @@ class Recorder:
         self._root: PageKey = root_key(secrets.token_bytes(32))
         self._open: dict[RequestId, _Open] = {}
         self._num_requests = 0
+        self._tenants: dict[str, int] = {}
         self._started_s: float | None = None
         self.levels = None if levels is None else WatchedLevels(levels)
         """To be asked in place of `levels`."""
@@ -286,7 +293,16 @@ class Recorder:
             request.n,
             request.priority,
             request.sampling.prompt_logprobs,
+            request.retention,
+            self._tenant(request),
+            request.tenant_pages,
+            request.is_idle,
         )
+
+    def _tenant(self, request: Request) -> int:
+        if request.tenant_pages is None:
+            return 0
+        return self._tenants.setdefault(request.tenant, len(self._tenants) + 1)
 
     def _output(
         self,

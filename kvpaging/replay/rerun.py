@@ -188,7 +188,17 @@ def _event(event: RecordedEvent, numbers: PageNumbers, page_size: int) -> Event:
                 prompt_logprobs=event.prompt_logprobs,
             )
             return Arrival(
-                Request(_id(event.request), tuple(tokens), sampling, event.n, event.priority)
+                Request(
+                    _id(event.request),
+                    tuple(tokens),
+                    sampling,
+                    event.n,
+                    event.priority,
+                    tenant=str(event.tenant),
+                    tenant_pages=event.tenant_pages,
+                    retention=event.retention,
+                    is_idle=event.is_idle,
+                )
             )
         case RecordedAbort(request):
             return Abort(_id(request))

@@ -9,6 +9,7 @@ import msgspec
 
 from kvpaging.base.ids import RequestId
 from kvpaging.cache.prefix_key import SharedPrefix
+from kvpaging.cache.retention import AS_IT_IS, Retention
 
 MAX_LOGPROBS = 20
 MAX_PRIORITY = 100
@@ -61,3 +62,8 @@ class Request(msgspec.Struct, frozen=True):
     """The beginning of the prompt whose pages are of another namespace, which tenants share."""
     tenant: str = ""
     """Whom the request is counted to, by name. Says nothing of whose pages it finds."""
+    tenant_pages: int | None = None
+    """Pages that the tenant may have, in use and cached; `None`: as many as there are."""
+    retention: Retention = AS_IT_IS
+    is_idle: bool = False
+    """It runs only while no other request waits or runs, and stops when one comes."""
