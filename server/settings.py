@@ -137,6 +137,9 @@ class Settings(BaseModel):
     gpu_memory_utilization: float = Field(
         0.9, gt=0, le=1, description="share of a GPU's memory that may be used in all"
     )
+    async_scheduling: Annotated[bool | None, BeforeValidator(_auto)] = Field(
+        None, description="plan the next step while one computes; default: on a GPU"
+    )
     prefix_cache: bool = Field(True, description="keep pages for prompts that begin alike")
     eviction_policy: Annotated[str, AfterValidator(_policy)] = Field(
         DEFAULT_POLICY, description=f"which cached page goes first: {', '.join(POLICIES)}"
@@ -251,6 +254,7 @@ class Settings(BaseModel):
             gpu_memory_utilization=self.gpu_memory_utilization,
             threads=self.threads,
             kernels=self.kernels,
+            async_scheduling=self.async_scheduling,
             prefix_cache=self.prefix_cache,
             exact=self.exact,
             eviction_policy=self.eviction_policy,
@@ -311,7 +315,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     for name, field in Settings.model_fields.items():
         default = "" if field.default is None else f" (default: {field.default})"
         text = f"{field.description}{default} [{variable_of(name)}]".replace("%", "%%")
-        if field.annotation is bool:
+        if field.annotation in (bool, bool | None):
             action: Any = argparse.BooleanOptionalAction
             parser.add_argument(flag_of(name), action=action, default=None, help=text)
         else:

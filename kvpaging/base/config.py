@@ -45,6 +45,8 @@ class EngineOptions(msgspec.Struct, frozen=True):
     kernels: str | None = None
     """`native`, `triton` or `torch`; for tests and for finding faults."""
     prefix_cache: bool = True
+    async_scheduling: bool | None = None
+    """Plan the next step while one computes. `None`: on a GPU."""
     exact: bool = True
     """False lets a GPU's path trade equal bits for speed; a CPU's has no need to."""
     host_cache_bytes: int = 0
@@ -83,6 +85,8 @@ class EngineConfig(msgspec.Struct, frozen=True):
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     scheduler: SchedulerConfig
+    async_scheduling: bool = False
+    """The next step is planned while one computes: two plans are held."""
     numerics_identity: bytes = b""
     """What a page's bits depend on besides its tokens: the root of every prefix key."""
     decisions: tuple[str, ...] = ()

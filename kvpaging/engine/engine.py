@@ -1,5 +1,9 @@
 """The step loop: events in, one plan, one result, outputs out.
 
+With `async_scheduling` two plans are held: the next one is made and submitted before the result of
+the one before it is waited for, so the device never waits for the host. What an ended sequence
+sampled in the plan that was made too early is dropped by `Scheduler.apply`.
+
 The engine knows token ids only, never text, sockets or processes. The same engine runs in the
 engine process, in tests, and as a library (`from kvpaging import Engine`).
 """
@@ -11,7 +15,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Self
+from typing import Final, NamedTuple, Self
 
 from kvpaging.base.clock import Clock, monotonic
 from kvpaging.base.config import EngineConfig, EngineOptions
@@ -21,11 +25,11 @@ from kvpaging.cache.audit import Audit
 from kvpaging.cache.cache_manager import CacheManager
 from kvpaging.cache.eviction.names import POLICIES
 from kvpaging.engine.messages import EngineStats, PageState
-from kvpaging.execution.executor import Executor
+from kvpaging.execution.executor import Executor, RunningStep
 from kvpaging.replay.recording import Recorder, create_file
 from kvpaging.scheduling.events import Abort, Arrival, Event
 from kvpaging.scheduling.outputs import Finished, FinishReason, StepOutputs
-from kvpaging.scheduling.plan import Sample
+from kvpaging.scheduling.plan import Sample, StepPlan
 from kvpaging.scheduling.request import Request, SamplingParams
 from kvpaging.scheduling.scheduler import Scheduler
 
@@ -49,6 +53,14 @@ class Completion:
     def token_ids(self) -> list[int]:
         """The sampled tokens."""
         return [sample.token_id for sample in self.samples]
+
+
+class _Held(NamedTuple):
+    """A plan that was submitted and is not yet applied."""
+
+    plan: StepPlan
+    running: RunningStep
+    submitted_s: float
 
 
 class Engine:
@@ -84,8 +96,11 @@ class Engine:
             eos_token_ids=frozenset(config.eos_token_ids),
         )
         self._audit = Audit(self._cache)
+        self._held: deque[_Held] = deque()
+        self._max_held = 2 if config.async_scheduling else 1
         self._step_id = 0
         self._step_s = 0.0
+        self._ended_s = 0.0
 
     @classmethod
     def from_options(cls, options: EngineOptions) -> Self:
@@ -98,29 +113,46 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Another step would do something."""
-        return self._scheduler.has_work
+        return self._scheduler.has_work or bool(self._held)
 
     def step(self, events: Sequence[Event] = ()) -> StepOutputs:
-        """Take the events in and run one step.
+        """Take the events in, and wait for one step.
 
         An exception from the executor, or a broken law, means that this engine is over: its state
         is not to be trusted.
         """
-        started = self._clock()
-        events = [*self._executor.completions(), *events]
-        plan = self._scheduler.schedule(events, started)
-        result = self._executor.run(plan)
+        self._plan_ahead([*self._executor.completions(), *events])
+        plan, running, submitted_s = self._held.popleft()
+        result = running.result()
         ended = self._clock()
         outputs = self._scheduler.apply(plan, result, ended)
         if self._recorder is not None:
-            self._recorder.record(started, events, plan, result, outputs)
+            self._recorder.applied(result, outputs)
         self._audit.check_counts()
         self._audit.check_next_lease()
         self._step_id = plan.step_id
-        self._step_s = ended - started
-        if self._scheduler.num_loading and not plan.scheduled:
+        self._step_s = ended - max(submitted_s, self._ended_s)
+        self._ended_s = ended
+        computes = plan.scheduled or any(held.plan.scheduled for held in self._held)
+        if self._scheduler.num_loading and not computes:
             self._executor.wait(LOAD_WAIT_S)
         return outputs
+
+    def _plan_ahead(self, events: Sequence[Event]) -> None:
+        """Make and submit plans until as many are held as may be, or nothing is left to do.
+
+        There is always room for one: the events are taken in before anything is waited for.
+        """
+        while len(self._held) < self._max_held and (
+            events or self._scheduler.has_work or not self._held
+        ):
+            now = self._clock()
+            plan = self._scheduler.schedule(events, now)
+            num_held = len(self._held)
+            self._held.append(_Held(plan, self._executor.submit(plan), now))
+            if self._recorder is not None:
+                self._recorder.planned(now, events, plan, num_held)
+            events = ()
 
     def audit_idle(self) -> bool:
         """Check the laws on a slice of the pages while nothing runs; returns whether more is left.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import msgspec
@@ -17,7 +18,7 @@ from kvpaging.base.clock import monotonic
 from kvpaging.base.config import EngineConfig, EngineOptions
 from kvpaging.cache.lower_levels import LowerLevels, PagesLoaded
 from kvpaging.engine.engine import Engine
-from kvpaging.execution.executor import Executor
+from kvpaging.execution.executor import Executor, RunningStep
 from kvpaging.replay.full_mode import StepTimes, StepWork
 from kvpaging.scheduling.events import Event
 from kvpaging.scheduling.outputs import StepOutputs
@@ -56,8 +57,21 @@ class MeasuredSteps(msgspec.Struct, frozen=True):
     num_steps: int
 
 
+@dataclass(slots=True)
+class _WatchedStep:
+    """A `executor.RunningStep` that says when its result was asked for."""
+
+    plan: StepPlan
+    running: RunningStep
+    watched: _Watched
+
+    def result(self) -> StepResult:
+        self.watched.plan = self.plan
+        return self.running.result()
+
+
 class _Watched:
-    """An `executor.Executor` that keeps the last plan."""
+    """An `executor.Executor` that keeps the plan whose result was asked for last."""
 
     def __init__(self, executor: Executor):
         self._executor = executor
@@ -67,9 +81,8 @@ class _Watched:
     def lower_levels(self) -> LowerLevels | None:
         return self._executor.lower_levels
 
-    def run(self, plan: StepPlan) -> StepResult:
-        self.plan = plan
-        return self._executor.run(plan)
+    def submit(self, plan: StepPlan) -> RunningStep:
+        return _WatchedStep(plan, self._executor.submit(plan), self)
 
     def completions(self) -> Sequence[PagesLoaded]:
         return self._executor.completions()

@@ -1,4 +1,7 @@
-"""The seam between policy and work: one plan in, one result out, on one or more workers."""
+"""The seam between policy and work: plans in, results out, on one or more workers.
+
+A plan is submitted and its result asked for later, so that the next plan can be made meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,16 @@ from kvpaging.cache.lower_levels import LowerLevels, PagesLoaded
 from kvpaging.scheduling.plan import StepPlan, StepResult
 
 
+class RunningStep(Protocol):
+    """A plan that was submitted."""
+
+    def result(self) -> StepResult:
+        """Wait until its work is done; what was sampled.
+
+        An exception means that the whole step failed. Asked once, in the order of submission.
+        """
+
+
 class Executor(Protocol):
     """Runs plans in the order they were made."""
 
@@ -16,11 +29,11 @@ class Executor(Protocol):
     def lower_levels(self) -> LowerLevels | None:
         """What is below the device, where there is anything."""
 
-    def run(self, plan: StepPlan) -> StepResult:
-        """Do the plan's work and return what was sampled.
+    def submit(self, plan: StepPlan) -> RunningStep:
+        """Do the plan's work, now or beside the caller, after that of all plans before it.
 
-        Changes the KV pool and the runner's rows. Loads only begin. An exception means that the
-        whole step failed.
+        A plan may go on with tokens that plans before it sample and whose results nobody has seen.
+        Changes the KV pool and the runner's rows. Loads only begin. Raises as `result` does.
         """
 
     def completions(self) -> Sequence[PagesLoaded]:
@@ -30,4 +43,4 @@ class Executor(Protocol):
         """Wait until a load has ended, at most so long; for steps that have nothing else to do."""
 
     def close(self) -> None:
-        """Give memory back. Idempotent."""
+        """Give memory back; plans under way end first. Idempotent."""

@@ -77,6 +77,7 @@ def load_executor(
         dtype=dtype,
     )
     max_num_batched_tokens = _max_num_batched_tokens(options, device, decisions)
+    async_scheduling = _async_scheduling(options, device, decisions)
     memory_bytes = _kv_memory_bytes(
         options, model_config, device, dtype, weight_bytes, max_num_batched_tokens, decisions
     )
@@ -110,11 +111,20 @@ def load_executor(
             prefix_cache=options.prefix_cache,
             eviction_policy=options.eviction_policy,
         ),
+        async_scheduling=async_scheduling,
         numerics_identity=identity,
         decisions=tuple(decisions),
     )
     mover = PageMover(pool, levels) if levels else None
-    return config, LocalExecutor(model, pool, ops, model_config.eos_token_ids, mover)
+    executor = LocalExecutor(
+        model,
+        pool,
+        ops,
+        model_config.eos_token_ids,
+        mover,
+        async_scheduling=async_scheduling,
+    )
+    return config, executor
 
 
 def _check(options: EngineOptions) -> None:
@@ -233,6 +243,16 @@ def _max_num_batched_tokens(
     tokens = max(DEFAULT_BATCHED_TOKENS[device.type], options.max_num_seqs + 1)
     decisions.append(f"max_num_batched_tokens {tokens}: the default on {device.type}")
     return tokens
+
+
+def _async_scheduling(options: EngineOptions, device: torch.device, decisions: list[str]) -> bool:
+    if options.async_scheduling is not None:
+        return options.async_scheduling
+    if device.type == "cpu":
+        decisions.append("async_scheduling off: planning takes a core from what computes")
+        return False
+    decisions.append(f"async_scheduling on: the host plans while {device.type} computes")
+    return True
 
 
 def _kv_memory_bytes(

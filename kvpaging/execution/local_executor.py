@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
@@ -10,6 +11,7 @@ from kernels.ops import Ops
 from kvpaging.base.clock import monotonic
 from kvpaging.base.errors import LawBroken
 from kvpaging.cache.lower_levels import LowerLevels, PagesLoaded
+from kvpaging.execution.executor import RunningStep
 from kvpaging.execution.kv_pool import KVPool
 from kvpaging.execution.model_runner import ModelRunner
 from kvpaging.execution.models.layers import CausalLM
@@ -30,8 +32,17 @@ class LocalExecutor:
         ops: Ops,
         eos_token_ids: Collection[int] = (),
         mover: PageMover | None = None,
+        *,
+        async_scheduling: bool = False,
     ) -> None:
+        """With `async_scheduling` a CPU's steps run on a thread of their own.
+
+        A GPU's steps run beside the caller in any case.
+        """
         self._ops = ops
+        self._worker: ThreadPoolExecutor | None = None
+        if async_scheduling and pool.pages.device.type == "cpu":
+            self._worker = ThreadPoolExecutor(1, thread_name_prefix="steps")
         self._mover = mover
         self._pool: KVPool | None = pool
         self._runner: ModelRunner | None = ModelRunner(model, pool, ops, eos_token_ids)
@@ -50,8 +61,15 @@ class LocalExecutor:
         if self._mover is not None:
             self._mover.wait(timeout_s)
 
-    def run(self, plan: StepPlan) -> StepResult:
-        """Do the plan's work; see `executor.Executor.run`."""
+    def submit(self, plan: StepPlan) -> RunningStep:
+        """Do the plan's work; see `executor.Executor.submit`."""
+        if self._worker is not None:
+            return self._worker.submit(self._run, plan)
+        done: Future[StepResult] = Future()
+        done.set_result(self._run(plan))
+        return done
+
+    def _run(self, plan: StepPlan) -> StepResult:
         runner, pool = self._runner, self._pool
         if runner is None or pool is None:
             raise LawBroken("a plan for an executor that is closed")
@@ -76,7 +94,9 @@ class LocalExecutor:
         )
 
     def close(self) -> None:
-        """Let go of weights and pool. Idempotent."""
+        """Let go of weights and pool, when no plan is under way. Idempotent."""
+        if self._worker is not None:
+            self._worker.shutdown()
         self._runner = None
         self._pool = None
         if self._mover is not None:

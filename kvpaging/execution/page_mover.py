@@ -87,8 +87,8 @@ _StoreOrder = tuple[list[StoredPage], tuple[LevelSetting, ...]]
 class PageMover:
     """The levels below the pool: a `lower_levels.LowerLevels` that also carries the orders out.
 
-    `settings` come fastest level first. Called from the engine's thread; owns two threads and the
-    levels.
+    `settings` come fastest level first. Orders come from the thread that runs the steps, questions
+    from the engine's, which may be another. Owns two threads and the levels.
     """
 
     def __init__(
@@ -178,7 +178,7 @@ class PageMover:
         self._news.clear()
         now = self._clock()
         ended: list[PagesLoaded] = []
-        for fetch in tuple(self._fetches):
+        for fetch in self._fetches.copy():
             with fetch.lock:
                 if not fetch.is_over and now - fetch.begun_s < self._give_up_s:
                     continue

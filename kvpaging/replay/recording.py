@@ -109,6 +109,8 @@ class RecordedStep(msgspec.Struct, frozen=True, omit_defaults=True):
     """`plan_digest` of the plan."""
     elapsed_s: float = 0.0
     """What the device took."""
+    num_held: int = 0
+    """Plans before it whose results were not yet known when it was made."""
     events: tuple[RecordedEvent, ...] = ()
     probes: tuple[tuple[Held, ...], ...] = ()
     """What the levels answered, in the order in which they were asked."""
@@ -182,6 +184,15 @@ class _Ends:
     failures: list[EndedOutput] = field(default_factory=list)
 
 
+@dataclass(slots=True)
+class _Planned:
+    """A step whose result is not there yet."""
+
+    step: RecordedStep
+    events: Sequence[Event]
+    """Not yet written down: who was refused is known when the outputs come."""
+
+
 class Recorder:
     """Writes one line a step to a new file that only its owner may read.
 
@@ -198,6 +209,7 @@ class Recorder:
         self._page_size = scheduler.page_size
         self._root: PageKey = root_key(secrets.token_bytes(32))
         self._open: dict[RequestId, _Open] = {}
+        self._planned: deque[_Planned] = deque()
         self._num_requests = 0
         self._tenants: dict[str, int] = {}
         self._started_s: float | None = None
@@ -212,31 +224,36 @@ class Recorder:
             )
         )
 
-    def record(
-        self,
-        now_s: float,
-        events: Sequence[Event],
-        plan: StepPlan,
-        result: StepResult,
-        outputs: StepOutputs,
-    ) -> None:
-        """Write down one step."""
+    def planned(self, now_s: float, events: Sequence[Event], plan: StepPlan, num_held: int) -> None:
+        """Note what a step was given, and what was decided while `num_held` others were held."""
         if self._started_s is None:
             self._started_s = now_s
+        step = RecordedStep(
+            step_id=plan.step_id,
+            at_s=now_s - self._started_s,
+            decisions=plan_digest(plan),
+            num_held=num_held,
+            probes=self._answers(),
+        )
+        self._planned.append(_Planned(step, events))
+
+    def applied(self, result: StepResult, outputs: StepOutputs) -> None:
+        """Write down the first of the planned steps, whose result this is."""
         refused = deque(outputs.rejections)
-        recorded = [self._event(event, refused) for event in events]
+        for planned in self._planned:
+            recorded = [self._event(event, refused) for event in planned.events]
+            if recorded:
+                told = tuple(event for event in recorded if event is not None)
+                planned.step = msgspec.structs.replace(planned.step, events=told)
+                planned.events = ()
         pages: list[FilledPage] = []
         ends = _Ends()
         for output in outputs.outputs:
             self._output(output, pages, ends)
         self._write(
-            RecordedStep(
-                step_id=plan.step_id,
-                at_s=now_s - self._started_s,
-                decisions=plan_digest(plan),
+            msgspec.structs.replace(
+                self._planned.popleft().step,
                 elapsed_s=result.elapsed_s,
-                events=tuple(event for event in recorded if event is not None),
-                probes=self._answers(),
                 pages=tuple(pages),
                 stops=tuple(ends.stops),
                 other_ends=tuple(ends.others),

@@ -7,6 +7,7 @@ Tokens are made up, as in full mode: the last one of a page is the page's number
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -149,9 +150,17 @@ def rerun(path: Path, *, on_plan: Callable[[StepPlan], None] | None = None) -> R
         scheduler = Scheduler(config, cache, vocab_size=VOCAB_SIZE)
         numbers = PageNumbers()
         executor = _RecordedExecutor(config.page_size, numbers)
+        held: deque[tuple[StepPlan, RecordedStep]] = deque()
+
+        def apply_first() -> None:
+            plan, step = held.popleft()
+            scheduler.apply(plan, executor.run(plan, step), step.at_s)
+
         num_steps = num_requests = 0
         first_difference = None
         for step in read_steps(file):
+            while len(held) > step.num_held:
+                apply_first()
             if levels is not None:
                 levels.answers = list(step.probes)
             events = [_event(event, numbers, config.page_size) for event in step.events]
@@ -162,8 +171,11 @@ def rerun(path: Path, *, on_plan: Callable[[StepPlan], None] | None = None) -> R
             num_steps += 1
             if plan_digest(plan) != step.decisions:
                 first_difference = step.step_id
+                held.clear()
                 break
-            scheduler.apply(plan, executor.run(plan, step), step.at_s)
+            held.append((plan, step))
+        while held:
+            apply_first()
     counters = cache.counters
     return Rerun(
         num_steps=num_steps,

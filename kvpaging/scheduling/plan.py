@@ -1,7 +1,7 @@
 """The two values that cross between policy and work, and nothing else does.
 
     plan = scheduler.schedule(events)        # policy: reserves pages, marks tokens in flight
-    result = executor.run(plan)              # work: tensors, no queues
+    result = executor.submit(plan).result()  # work: tensors, no queues
     outputs = scheduler.apply(plan, result)  # commits: tokens, keys, states, releases
 
 The scheduler never sees a tensor; the model runner never sees a queue. A plan carries changes, not

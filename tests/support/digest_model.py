@@ -57,6 +57,15 @@ def expected_tokens(
 
 
 @dataclass
+class RunningDigest:
+    executor: DigestExecutor
+    plan: StepPlan
+
+    def result(self) -> StepResult:
+        return self.executor.run(self.plan)
+
+
+@dataclass
 class Row:
     tokens: list[int]
     pages: list[int]
@@ -64,7 +73,7 @@ class Row:
 
 
 class DigestExecutor:
-    """Implements `kvpaging.execution.executor.Executor`."""
+    """Implements `kvpaging.execution.executor.Executor`; a step runs when its result is wanted."""
 
     def __init__(self, num_pages: int, page_size: int, levels: DigestLevels | None = None):
         self.page_size = page_size
@@ -81,6 +90,9 @@ class DigestExecutor:
         page_id = row.pages[position // self.page_size]
         assert page_id != 0, "the scratch page was handed out"
         return page_id * self.page_size + position % self.page_size
+
+    def submit(self, plan: StepPlan) -> RunningDigest:
+        return RunningDigest(self, plan)
 
     def run(self, plan: StepPlan) -> StepResult:
         self.plans.append(plan)

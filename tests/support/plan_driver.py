@@ -149,7 +149,7 @@ class PlanDriver:
             tuple(scheduled),
         )
         self._removed, self._copies = [], []
-        result = self._executor.run(plan)
+        result = self._executor.submit(plan).result()
         assert result.step_id == plan.step_id
         self._collect([track for track, _ in work], plan, result)
         return result

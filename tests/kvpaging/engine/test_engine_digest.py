@@ -5,10 +5,12 @@ from __future__ import annotations
 import random
 from collections import deque
 
+import msgspec
 import pytest
 from digest_model import (
     DigestExecutor,
     DigestLevels,
+    RunningDigest,
     digest_config,
     expected_scores,
     expected_tokens,
@@ -24,7 +26,7 @@ from kvpaging.cache.prefix_key import SharedPrefix
 from kvpaging.engine.engine import Engine
 from kvpaging.scheduling.events import Abort, Arrival, Event, Finish
 from kvpaging.scheduling.outputs import FinishReason, StepOutputs
-from kvpaging.scheduling.plan import Sample
+from kvpaging.scheduling.plan import Sample, StepPlan, StepResult
 from kvpaging.scheduling.request import Request, SamplingParams
 from kvpaging.scheduling.scheduler import Scheduler
 
@@ -196,10 +198,11 @@ def test_random_arrivals_aborts_and_tiny_pools(seed: int, depth: int, has_levels
     assert not loop.executor.rows
 
 
-def test_the_random_test_exercises_what_it_claims() -> None:
+@pytest.mark.parametrize("ahead", [False, True], ids=["in turn", "ahead"])
+def test_the_random_test_exercises_what_it_claims(ahead: bool) -> None:
     """Preemptions, hits, chunks and copies happen in a run like those above."""
     config = digest_config(num_pages=10, page_size=2, max_num_seqs=5, max_num_batched_tokens=8)
-    engine, executor = make_engine(config)
+    engine, executor = make_engine(msgspec.structs.replace(config, async_scheduling=ahead))
     seen = Collector()
     for i in range(12):
         seen.take(
@@ -215,6 +218,75 @@ def test_the_random_test_exercises_what_it_claims() -> None:
     assert executor.num_copies > 0
     assert executor.num_chunks > 0
     assert len(seen.reasons) == 18
+
+
+class OutOfOrderError(Exception):
+    """A plan ran before the one before it."""
+
+
+class HoldingExecutor(DigestExecutor):
+    """Notes how many plans are held whenever one is made, and that they run in order."""
+
+    def __init__(self, num_pages: int, page_size: int) -> None:
+        super().__init__(num_pages, page_size)
+        self.num_held: list[int] = []
+
+    def submit(self, plan: StepPlan) -> RunningDigest:
+        self.num_held.append(plan.step_id - len(self.plans))
+        return super().submit(plan)
+
+    def run(self, plan: StepPlan) -> StepResult:
+        if plan.step_id != len(self.plans) + 1:
+            raise OutOfOrderError(plan.step_id)
+        return super().run(plan)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_planning_ahead_changes_no_token_and_leaves_nothing_behind(seed: int) -> None:
+    """Stops are seen late: what the row sampled beyond its end is never shown."""
+    rng = random.Random(seed)
+    prompts = [[rng.randint(1, 3) for _ in range(rng.randint(1, 12))] for _ in range(12)]
+    sampling = SamplingParams(max_new_tokens=9, seed=0)
+    got = []
+    for ahead in (False, True):
+        config = digest_config(num_pages=12, page_size=2, eos_token_ids=tuple(range(15)))
+        config = msgspec.structs.replace(config, async_scheduling=ahead)
+        executor = HoldingExecutor(12, 2)
+        engine = Engine(config, executor)
+        answers = engine.generate(prompts, sampling, n=1 + seed % 2)
+        assert max(executor.num_held) == 1 + ahead
+        stats = engine.stats()
+        assert stats.num_held_pages == stats.num_running == 0
+        assert not executor.rows
+        num_sampled = sum(len(e.sample_for) for plan in executor.plans for e in plan.scheduled)
+        answered = [[completion.token_ids for completion in one] for one in answers]
+        num_shown = sum(len(tokens) for one in answered for tokens in one)
+        assert (num_sampled > num_shown) is ahead, "no row went on beyond its end"
+        assert {c.finished.reason for one in answers for c in one} == {
+            FinishReason.STOP,
+            FinishReason.LENGTH,
+        }
+        got.append(answered)
+    assert got[0] == got[1]
+
+
+def test_an_abort_while_two_plans_are_held_gives_all_pages_back() -> None:
+    config = digest_config(num_pages=12, page_size=2, eos_token_ids=())
+    executor = HoldingExecutor(12, 2)
+    engine = Engine(msgspec.structs.replace(config, async_scheduling=True), executor)
+    seen = Collector()
+    seen.take(engine.step([Arrival(request("a", [1] * 5, 15)), Arrival(request("b", [2] * 5, 6))]))
+    for _ in range(3):
+        seen.take(engine.step())
+    seen.take(engine.step([Abort(RequestId("a"))]))
+    assert seen.reasons[("a", 0)] is FinishReason.ABORT
+    num_held = engine.stats().num_held_pages
+    while engine.has_work:
+        seen.take(engine.step())
+    assert num_held > engine.stats().num_held_pages == 0
+    assert seen.tokens[("b", 0)] == expected_tokens([2] * 5, 0, 0, 6, frozenset())
+    assert seen.tokens[("a", 0)] == expected_tokens([1] * 5, 0, 0, 15, frozenset())[:4]
+    assert executor.num_held[0:2] == [1, 2]
 
 
 def test_scores_of_the_prompt_cost_hits_only_while_they_are_to_be_sent() -> None:

@@ -247,6 +247,34 @@ def test_threads_change_nothing(dtype: str, seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", [SEED])
+def test_planning_ahead_changes_nothing(dtype: str, seed: int) -> None:
+    """Batched, preempted, with edits of logits that follow what was sampled, and ends by token."""
+    rng = random.Random(seed)
+    prompts = [prompt(rng, 40) for _ in range(4)]
+    params = [sampling(rng, 60) for _ in prompts]
+    with engine(dtype) as plain:
+        free = [alone(plain, *order) for order in zip(prompts, params, strict=True)]
+    stop = free[0].token_ids[rng.randint(20, 40)]
+    params = [
+        msgspec.structs.replace(one, stop_token_ids=(stop,), prompt_logprobs=2) for one in params
+    ]
+    orders = [
+        Request(RequestId(f"{i}"), *order)
+        for i, order in enumerate(zip(prompts, params, strict=True))
+    ]
+    got = []
+    for ahead in (False, True):
+        with engine(dtype, num_pages=14, max_model_len=128, async_scheduling=ahead) as tight:
+            got.append(run(tight, orders))
+            assert tight.stats().num_preemptions > 0
+            assert tight.stats().num_held_pages == 0
+            computed = tight.stats().num_computed_tokens
+    assert computed > 0
+    assert got[0] == got[1]
+    assert len(got[0][RequestId("0")]) < 60
+
+
+@pytest.mark.parametrize("seed", [SEED])
 def test_each_of_n_outputs_is_what_it_would_be_alone(dtype: str, seed: int) -> None:
     rng = random.Random(seed)
     tokens = prompt(rng, 21)

@@ -184,17 +184,17 @@ def test_a_prompt_is_scored_a_few_rows_at_a_time_and_only_up_to_its_end(
 def test_a_plan_without_work_only_keeps_the_books(driver: PlanDriver) -> None:
     track = driver.track(PROMPT)
     driver.step([(track, 4)])
-    result = driver._executor.run(StepPlan(StepId(9), (track.seq_id,), (), (), ()))
+    result = driver._executor.submit(StepPlan(StepId(9), (track.seq_id,), (), (), ())).result()
     assert (result.step_id, result.samples, result.failed) == (9, (), ())
     with pytest.raises(KeyError):
-        driver._executor.run(StepPlan(StepId(10), (track.seq_id,), (), (), ()))
+        driver._executor.submit(StepPlan(StepId(10), (track.seq_id,), (), (), ())).result()
 
 
 def test_a_closed_executor_refuses(driver: PlanDriver) -> None:
     driver._executor.close()
     driver._executor.close()
     with pytest.raises(LawBroken):
-        driver._executor.run(StepPlan(StepId(1), (SeqId(1),), (), (), ()))
+        driver._executor.submit(StepPlan(StepId(1), (SeqId(1),), (), (), ())).result()
 
 
 def test_the_same_seed_gives_the_same_text_and_another_seed_another(driver: PlanDriver) -> None:

@@ -51,7 +51,9 @@ def decisions(plan: StepPlan) -> object:
     )
 
 
-def live_run(path: Path, seed: int, policy: str, *, levels: bool) -> tuple[list, Engine]:
+def live_run(
+    path: Path, seed: int, policy: str, *, levels: bool, ahead: bool = False
+) -> tuple[list, Engine]:
     """A random run with every kind of event; returns its plans."""
     lot = random.Random(f"{seed} {policy}")
     config = digest_config(
@@ -64,7 +66,7 @@ def live_run(path: Path, seed: int, policy: str, *, levels: bool) -> tuple[list,
         eos_token_ids=tuple(range(20)) if lot.random() < 0.5 else (),
     )
     scheduler = msgspec.structs.replace(config.scheduler, eviction_policy=policy)
-    config = msgspec.structs.replace(config, scheduler=scheduler)
+    config = msgspec.structs.replace(config, scheduler=scheduler, async_scheduling=ahead)
     executor = TimedExecutor(config, lot, levels=levels)
     recorder = Recorder(create_file(path), scheduler, executor.lower_levels)
     engine = Engine(config, executor, recorder=recorder, clock=lambda: lot.random())
@@ -109,14 +111,15 @@ def live_run(path: Path, seed: int, policy: str, *, levels: bool) -> tuple[list,
     return [decisions(plan) for plan in executor.plans], engine
 
 
+@pytest.mark.parametrize("ahead", [False, True], ids=["in turn", "ahead"])
 @pytest.mark.parametrize("levels", [False, True], ids=["device", "levels"])
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("seed", range(3))
 def test_a_recording_makes_the_same_decisions(
-    tmp_path: Path, seed: int, policy: str, levels: bool
+    tmp_path: Path, seed: int, policy: str, levels: bool, ahead: bool
 ) -> None:
     path = tmp_path / "recording"
-    live, engine = live_run(path, seed, policy, levels=levels)
+    live, engine = live_run(path, seed, policy, levels=levels, ahead=ahead)
     again: list[object] = []
     outcome = rerun(path, on_plan=lambda plan: again.append(decisions(plan)))
     assert again == live
@@ -127,6 +130,9 @@ def test_a_recording_makes_the_same_decisions(
     assert outcome.num_preemptions == stats.num_preemptions
     if levels:
         assert any(plan[-1] for plan in live), "nothing was loaded"
+    with path.open("rb") as file:
+        file.readline()
+        assert any(step.num_held for step in read_steps(file)) is ahead
 
 
 def test_the_random_runs_exercise_what_they_claim(tmp_path: Path) -> None:
