@@ -255,9 +255,8 @@ def test_planning_ahead_changes_nothing(dtype: str, seed: int) -> None:
     with engine(dtype) as plain:
         free = [alone(plain, *order) for order in zip(prompts, params, strict=True)]
     stop = free[0].token_ids[rng.randint(20, 40)]
-    params = [
-        msgspec.structs.replace(one, stop_token_ids=(stop,), prompt_logprobs=2) for one in params
-    ]
+    params = [msgspec.structs.replace(one, prompt_logprobs=2) for one in params]
+    params[0] = msgspec.structs.replace(params[0], stop_token_ids=(stop,))
     orders = [
         Request(RequestId(f"{i}"), *order)
         for i, order in enumerate(zip(prompts, params, strict=True))
@@ -268,8 +267,6 @@ def test_planning_ahead_changes_nothing(dtype: str, seed: int) -> None:
             got.append(run(tight, orders))
             assert tight.stats().num_preemptions > 0
             assert tight.stats().num_held_pages == 0
-            computed = tight.stats().num_computed_tokens
-    assert computed > 0
     assert got[0] == got[1]
     assert len(got[0][RequestId("0")]) < 60
 
