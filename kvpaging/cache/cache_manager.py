@@ -14,6 +14,8 @@ from kvpaging.base.ids import PageId, PageKey
 from kvpaging.cache.allocator import OutOfPages, PageAllocator
 from kvpaging.cache.eviction.lru import LeastRecentlyUsed
 from kvpaging.cache.eviction.policy import EvictionPolicy
+from kvpaging.cache.evictions import EvictionCause, EvictionLog
+from kvpaging.cache.explanation import CacheExplanation, Found, Lookup, explain
 from kvpaging.cache.lower_levels import Held, LowerLevels, PageStore
 from kvpaging.cache.page_lease import PageLease
 from kvpaging.cache.prefix_index import PrefixIndex
@@ -26,7 +28,6 @@ class CacheCounters:
 
     queried_tokens: int = 0
     hit_tokens: int = 0
-    evicted_pages: int = 0
 
 
 class _CachedPages:
@@ -40,7 +41,7 @@ class _CachedPages:
         self,
         index: PrefixIndex,
         policy: EvictionPolicy,
-        counters: CacheCounters,
+        evictions: EvictionLog,
         evicted: list[PageStore] | None,
     ):
         self.unproven: set[PageKey] = set()
@@ -50,7 +51,7 @@ class _CachedPages:
         self._evicted = evicted
         self._index = index
         self._policy = policy
-        self._counters = counters
+        self._evictions = evictions
 
     def __len__(self) -> int:
         return len(self._policy)
@@ -73,11 +74,11 @@ class _CachedPages:
 
     def evict(self) -> PageId:
         page_id = self._policy.victim()
+        entry = self._index.entry(page_id)
         if self._evicted is not None:
-            entry = self._index.entry(page_id)
             self._evicted.append(PageStore(page_id, entry.parent, entry.link, num_uses=0))
         self.withdraw(page_id)
-        self._counters.evicted_pages += 1
+        self._evictions.add(entry.link.key, EvictionCause.ROOM)
         return page_id
 
     def withdraw(self, page_id: PageId) -> None:
@@ -109,10 +110,11 @@ class CacheManager:
         self.page_size = page_size
         self.index = PrefixIndex()
         self.counters = CacheCounters()
+        self.evictions = EvictionLog()
         self.policy = LeastRecentlyUsed() if policy is None else policy
         self.stores: list[PageStore] = []
         evicted = self.stores if levels is not None and levels.wants_evicted else None
-        self._cached = _CachedPages(self.index, self.policy, self.counters, evicted)
+        self._cached = _CachedPages(self.index, self.policy, self.evictions, evicted)
         self.allocator = PageAllocator(num_pages, self._cached)
         self._levels = levels
         self._store_at_uses = () if levels is None else levels.store_at_uses
@@ -166,6 +168,27 @@ class CacheManager:
         if self._levels is None or not self.has_levels:
             return ()
         return self._levels.probe(chain.links[num_matched : (num_tokens - 1) // self.page_size])
+
+    def explain(
+        self,
+        chain: PrefixChain,
+        num_tokens: int,
+        num_findable_tokens: int,
+        num_matched: int,
+        lookup: Lookup,
+    ) -> CacheExplanation:
+        """Why so many pages of a prompt of `num_tokens` tokens were found. A question."""
+        found = Found(
+            page_size=self.page_size,
+            num_tokens=num_tokens,
+            num_findable_tokens=num_findable_tokens,
+            links=chain.links,
+            num_matched=num_matched,
+            lookup=lookup,
+            level_names=() if self._levels is None else self._levels.names,
+            is_enabled=self._prefix_cache,
+        )
+        return explain(found, self.evictions)
 
     def reserve(self, matched: list[PageId], num_tokens: int) -> PageLease:
         """A lease over `matched` (from `match`, just now) and new pages up to `num_tokens` tokens.

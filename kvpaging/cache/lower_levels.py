@@ -71,6 +71,10 @@ class LowerLevels(Protocol):
     """Which pages are believed to be below. Asked in every step: answers at once, never waits."""
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The levels, the fastest first."""
+
+    @property
     def store_at_uses(self) -> tuple[int, ...]:
         """Numbers of uses at which some level takes a page (write-through), ascending."""
 

@@ -172,7 +172,7 @@ class Engine:
             num_cached_pages=pages.num_cached,
             num_held_pages=pages.num_held,
             num_wasted_slots=scheduler.num_wasted_slots,
-            num_evicted_pages=cache.counters.evicted_pages,
+            num_evicted_pages=cache.evictions.num_evicted,
             num_preemptions=scheduler.counters.preemptions,
             num_recomputed_tokens=scheduler.counters.recomputed_tokens,
             prefix_queried_tokens=cache.counters.queried_tokens,

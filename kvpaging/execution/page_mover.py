@@ -124,6 +124,11 @@ class PageMover:
     # What policy asks.
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The levels, the fastest first."""
+        return tuple(setting.level.name for setting in self._settings)
+
+    @property
     def store_at_uses(self) -> tuple[int, ...]:
         """Numbers of uses at which some level takes a page."""
         return tuple(sorted({setting.min_uses for setting in self._settings if setting.min_uses}))
@@ -137,7 +142,7 @@ class PageMover:
         """Which of these pages are believed to be below, as `LowerLevels.probe` says."""
         keys = [link.key for link in links]
         answers = [setting.level.contains(keys) for setting in self._settings] if keys else []
-        names = [setting.level.name for setting in self._settings]
+        names = self.names
         held: list[Held] = []
         for found in zip(*answers, strict=True):
             if True not in found:

@@ -82,7 +82,7 @@ def replay_cache(
         num_hit_pages=hits,
         num_tokens=tokens,
         num_hit_tokens=hit_tokens,
-        num_evicted_pages=cache.counters.evicted_pages,
+        num_evicted_pages=cache.evictions.num_evicted,
         seconds=time.perf_counter() - started,
     )
 

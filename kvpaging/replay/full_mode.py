@@ -216,7 +216,7 @@ class Simulation:
             num_hit_pages=hit_pages,
             num_tokens=num_tokens,
             num_hit_tokens=hit_tokens,
-            num_evicted_pages=self.cache.counters.evicted_pages,
+            num_evicted_pages=self.cache.evictions.num_evicted,
             seconds=time.perf_counter() - started,
             num_rejected=self._num_rejected,
             num_preemptions=self.scheduler.counters.preemptions,

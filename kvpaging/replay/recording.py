@@ -145,6 +145,11 @@ class WatchedLevels:
         self.answers: list[tuple[Held, ...]] = []
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """As the levels say."""
+        return self._levels.names
+
+    @property
     def store_at_uses(self) -> tuple[int, ...]:
         """As the levels say."""
         return self._levels.store_at_uses

@@ -73,6 +73,9 @@ class Rerun(msgspec.Struct, frozen=True):
 class _RecordedLevels:
     """Answers as the levels of the live run did."""
 
+    names = ()
+    """No decision depends on them."""
+
     def __init__(self, header: Header):
         self.store_at_uses = header.store_at_uses or ()
         self.wants_evicted = header.wants_evicted
@@ -182,7 +185,7 @@ def rerun(path: Path, *, on_plan: Callable[[StepPlan], None] | None = None) -> R
         first_difference=first_difference,
         num_requests=num_requests,
         hit_ratio_tokens=counters.hit_tokens / max(1, counters.queried_tokens),
-        num_evicted_pages=counters.evicted_pages,
+        num_evicted_pages=cache.evictions.num_evicted,
         num_preemptions=scheduler.counters.preemptions,
         seconds=time.perf_counter() - started,
     )

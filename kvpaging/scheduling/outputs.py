@@ -7,6 +7,7 @@ from enum import StrEnum
 import msgspec
 
 from kvpaging.base.ids import RequestId
+from kvpaging.cache.explanation import CacheExplanation
 from kvpaging.scheduling.plan import Sample
 
 
@@ -30,6 +31,13 @@ class Timings(msgspec.Struct, frozen=True):
     """From there to the last."""
 
 
+class Recomputed(msgspec.Struct, frozen=True, array_like=True):
+    """Tokens that were computed again after a preemption."""
+
+    first_token: int
+    num_tokens: int
+
+
 class Finished(msgspec.Struct, frozen=True):
     """One output's end."""
 
@@ -41,6 +49,10 @@ class Finished(msgspec.Struct, frozen=True):
     num_recomputed_tokens: int
     message: str | None = None
     """Why, for `ERROR`."""
+    explanation: CacheExplanation | None = None
+    """Where the request asked for it; of the prompt, so each of its outputs has the same."""
+    recomputed: tuple[Recomputed, ...] = ()
+    """Where the request asked for it: what preemptions cost this output."""
 
 
 class SequenceOutput(msgspec.Struct, frozen=True):

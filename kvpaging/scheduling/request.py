@@ -67,3 +67,5 @@ class Request(msgspec.Struct, frozen=True):
     retention: Retention = AS_IT_IS
     is_idle: bool = False
     """It runs only while no other request waits or runs, and stops when one comes."""
+    explain: bool = False
+    """Its end says why of its prompt so much was found, and what was computed again."""

@@ -21,6 +21,7 @@ from kvpaging.base.errors import BadRequest, ConfigError, LawBroken
 from kvpaging.base.ids import PageId, RequestId, SeqId, StepId
 from kvpaging.cache.allocator import OutOfPages
 from kvpaging.cache.cache_manager import CacheManager
+from kvpaging.cache.explanation import Lookup
 from kvpaging.cache.load_costs import LoadChoices, LoadCosts
 from kvpaging.cache.lower_levels import PageLoad, PagesLoaded
 from kvpaging.scheduling import admission
@@ -28,6 +29,7 @@ from kvpaging.scheduling.events import Abort, Arrival, Event, Finish
 from kvpaging.scheduling.outputs import (
     Finished,
     FinishReason,
+    Recomputed,
     Rejection,
     SequenceOutput,
     StepOutputs,
@@ -165,6 +167,7 @@ class Scheduler:
 
     def schedule(self, events: Items[Event], now: float) -> StepPlan:
         """Take the events in, in order, and plan the next step; reserves pages for it."""
+        self.cache.evictions.now_s = now
         for event in events:
             self._take_in(event, now)
         draft = _Draft(self.config.max_num_batched_tokens, self.config.max_num_seqs)
@@ -448,7 +451,11 @@ class Scheduler:
     def _num_to_load(self, sequence: Sequence, matched: list[PageId]) -> int:
         """Pages after the matched ones that lower levels should fill."""
         held = self.cache.held_below(sequence.chain, len(matched), sequence.num_findable_tokens)
-        return self._load_costs.num_worth_loading(held, self.cache.page_size)
+        num_pages = self._load_costs.num_worth_loading(held, self.cache.page_size)
+        if held and not sequence.was_admitted:
+            sequence.lookup = sequence.lookup or Lookup()
+            sequence.lookup.probed(len(matched), held, num_pages, self._load_costs.choices())
+        return num_pages
 
     def _load(
         self,
@@ -470,6 +477,8 @@ class Scheduler:
         sequence.lease = self.cache.reserve(matched, num_tokens)
         sequence.move(SeqState.LOADING)
         sequence.num_in_flight += 1
+        if sequence.lookup is not None:
+            sequence.lookup.begun()
         self._loading[sequence.seq_id] = sequence
         first = len(matched)
         draft.loads.append(
@@ -488,6 +497,8 @@ class Scheduler:
             raise LawBroken(f"pages were loaded for sequence {event.seq_id}, which asked for none")
         self.counters.loaded_pages += event.num_pages
         self._load_costs.loaded(event.levels)
+        if sequence.lookup is not None:
+            sequence.lookup.loaded(event)
         self.cache.commit_loaded(sequence.lease, sequence.chain, event.num_pages)
         sequence.num_in_flight -= 1
         if sequence.state is SeqState.FINISHED:
@@ -521,6 +532,8 @@ class Scheduler:
         sequence.num_computed_tokens = sequence.num_scheduled_tokens = num_cached
         recomputed = max(0, sequence.num_computed_before - num_cached)
         sequence.num_recomputed_tokens += recomputed
+        if recomputed and sequence.request.explain:
+            sequence.recomputed = (*sequence.recomputed, Recomputed(num_cached, recomputed))
         self.counters.recomputed_tokens += recomputed
         if not sequence.was_admitted:
             sequence.was_admitted = True
@@ -529,6 +542,18 @@ class Scheduler:
             sequence.first_scheduled_s = now
             self.cache.counters.queried_tokens += sequence.num_tokens
             self.cache.counters.hit_tokens += num_cached
+            self._explain(sequence, num_cached)
+
+    def _explain(self, sequence: Sequence, num_cached: int) -> None:
+        lookup, sequence.lookup = sequence.lookup, None
+        if sequence.request.explain:
+            sequence.explanation = self.cache.explain(
+                sequence.chain,
+                sequence.num_prompt_tokens,
+                sequence.num_findable_tokens,
+                num_cached // self.cache.page_size,
+                lookup or Lookup(),
+            )
 
     def _added(self, draft: _Draft) -> tuple[AddedSequence, ...]:
         added = []
@@ -715,6 +740,8 @@ class Scheduler:
             sequence.num_preemptions,
             sequence.num_recomputed_tokens,
             message,
+            sequence.explanation,
+            sequence.recomputed,
         )
         # One that has not forked ends for all the outputs that it stands for.
         for output_index in self._sample_for(sequence):

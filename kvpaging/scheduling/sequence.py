@@ -9,9 +9,10 @@ from enum import Enum, auto
 
 from kvpaging.base.errors import LawBroken
 from kvpaging.base.ids import PageId, SeqId
+from kvpaging.cache.explanation import CacheExplanation, Lookup
 from kvpaging.cache.page_lease import PageLease
 from kvpaging.cache.prefix_key import PrefixChain
-from kvpaging.scheduling.outputs import Timings
+from kvpaging.scheduling.outputs import Recomputed, Timings
 from kvpaging.scheduling.request import Request
 
 
@@ -47,6 +48,7 @@ class Sequence:
         "arrival_s",
         "chain",
         "copy_from",
+        "explanation",
         "first_scheduled_s",
         "first_token_s",
         "has_loaded",
@@ -54,6 +56,7 @@ class Sequence:
         "is_forked",
         "last_token_s",
         "lease",
+        "lookup",
         "num_cached_tokens",
         "num_computed_before",
         "num_computed_tokens",
@@ -66,6 +69,7 @@ class Sequence:
         "num_scored_tokens",
         "order",
         "output_index",
+        "recomputed",
         "request",
         "sample_self",
         "seq_id",
@@ -119,6 +123,11 @@ class Sequence:
         """Prompt tokens whose next one's log-probability was sent; counted where it is wanted."""
         self.num_preemptions = 0
         self.num_recomputed_tokens = 0
+        self.lookup: Lookup | None = Lookup() if request.explain else None
+        """What lower levels were asked and gave, until it is first placed."""
+        self.explanation: CacheExplanation | None = None
+        self.recomputed: tuple[Recomputed, ...] = ()
+        """Both only where the request asks for them."""
         self.arrival_s = arrival_s
         self.first_scheduled_s: float | None = None
         self.first_token_s: float | None = None
@@ -170,6 +179,7 @@ class Sequence:
         twin.is_forked = True
         twin.was_admitted = True
         twin.num_cached_tokens = self.num_cached_tokens
+        twin.explanation = self.explanation
         twin.first_scheduled_s = self.first_scheduled_s
         return twin
 

@@ -177,6 +177,8 @@ class DigestExecutor:
 class DigestLevels:
     """Lower levels that are slow, forget, and deliver less than they promised."""
 
+    names = ("digest",)
+
     def __init__(
         self, rng: random.Random, *, store_at_uses: tuple[int, ...] = (), wants_evicted: bool
     ):

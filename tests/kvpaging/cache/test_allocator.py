@@ -75,7 +75,7 @@ def test_eviction_takes_the_oldest_tail_first() -> None:
         chains.append(chain)
     cache.allocator.take(2)
     assert [len(cache.match(chain, 99)) for chain in chains] == [1, 3]
-    assert cache.counters.evicted_pages == 2
+    assert cache.evictions.num_evicted == 2
 
 
 def test_twins_both_serve_their_prefix() -> None:

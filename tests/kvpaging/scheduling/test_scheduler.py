@@ -190,6 +190,7 @@ def test_requests_that_left_while_they_waited_hold_no_memory() -> None:
 class Everything:
     """Lower levels that believe to have every page."""
 
+    names = ("all",)
     store_at_uses = ()
     wants_evicted = False
 

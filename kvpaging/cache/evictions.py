@@ -1,0 +1,80 @@
+"""Which pages left the device, when and why: a bounded memory, for explanations and counters.
+
+Keys name a tenant's pages only (the namespace is hashed in), so whoever can't name a page learns
+nothing of it. Knows no pages, only keys.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Final, NamedTuple
+
+from kvpaging.base.ids import PageKey
+
+DEFAULT_REMEMBERED: Final = 65_536
+"""At some 200 bytes each: no more than 26 MB."""
+
+
+class EvictionCause(StrEnum):
+    """Why a page left the device."""
+
+    ROOM = "room"
+    """Another page was needed, and the policy chose this one."""
+    FLUSH = "flush"
+    """The operator emptied the cache."""
+
+
+class Eviction(NamedTuple):
+    """When and why."""
+
+    at_s: float
+    """On the clock that `EvictionLog.now_s` is told from."""
+    cause: EvictionCause
+
+
+class EvictionLog:
+    """The last evictions by key, at least `num_remembered` and at most twice as many; all counted.
+
+    Two generations: when the young one is full it becomes the old one, and the old one is dropped
+    as a whole. So an eviction costs one insertion, whatever was forgotten.
+    """
+
+    def __init__(self, num_remembered: int = DEFAULT_REMEMBERED) -> None:
+        self.counts: dict[EvictionCause, int] = dict.fromkeys(EvictionCause, 0)
+        self._num_remembered = num_remembered
+        self._young: dict[PageKey, Eviction] = {}
+        self._old: dict[PageKey, Eviction] = {}
+        self._stamps: dict[EvictionCause, Eviction] = {}
+        self._now_s = 0.0
+
+    def __len__(self) -> int:
+        return len(self._young) + len(self._old)
+
+    @property
+    def num_evicted(self) -> int:
+        """Pages that left for want of room."""
+        return self.counts[EvictionCause.ROOM]
+
+    @property
+    def now_s(self) -> float:
+        """The time that evictions get from now on. Whoever has a clock sets it."""
+        return self._now_s
+
+    @now_s.setter
+    def now_s(self, now_s: float) -> None:
+        self._now_s = now_s
+        self._stamps.clear()
+
+    def add(self, key: PageKey, cause: EvictionCause) -> None:
+        """The page with this key has left."""
+        self.counts[cause] += 1
+        stamp = self._stamps.get(cause)
+        if stamp is None:  # one object for all evictions of a step
+            stamp = self._stamps[cause] = Eviction(self._now_s, cause)
+        if len(self._young) >= self._num_remembered:
+            self._old, self._young = self._young, {}
+        self._young[key] = stamp
+
+    def find(self, key: PageKey) -> Eviction | None:
+        """The last eviction of this key, if it is remembered. It may have come back since."""
+        return self._young.get(key) or self._old.get(key)

@@ -1,0 +1,292 @@
+"""Why a request found of its prompt what it found: per level, and for each run of missed pages.
+
+Made from what a request's own keys tell: nothing in it depends on pages that it can't name, so it
+says nothing of other tenants. Knows no request and no text.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from itertools import groupby
+from typing import Final
+
+import msgspec
+
+from kvpaging.cache.evictions import EvictionCause, EvictionLog
+from kvpaging.cache.load_costs import LoadChoices
+from kvpaging.cache.lower_levels import Held, LevelLoad, PagesLoaded
+from kvpaging.cache.prefix_key import ChainLink
+
+DEVICE: Final = "device"
+GUESSING: Final = frozenset({"remote"})
+"""Levels that know only after asking whether they have a page: a miss there is no failure."""
+
+
+class MissReason(StrEnum):
+    """Why tokens of a prompt were computed."""
+
+    NEVER_SEEN = "never_seen"
+    """Not under these settings: not by this tenant, or longer ago than evictions are remembered."""
+    EVICTED = "evicted"
+    COMPUTING_FASTER = "computing_faster"
+    """A level has it; by what was measured, computing it took less time."""
+    NO_ROOM = "no_room"
+    """A level has it, and there were no pages to load it into."""
+    NOT_DELIVERED = "not_delivered"
+    """A level should have had it, and it did not come in time and whole."""
+    LAST_TOKEN = "last_token"
+    """The prompt's last page: the last token's logits are needed, so it is computed."""
+    SCORED = "scored"
+    """The request asked for the prompt's log-probabilities, which no page holds."""
+    BELOW_PAGE = "below_page"
+    """The tokens after the last full page."""
+    DISABLED = "disabled"
+    """The server's prefix cache is off."""
+
+
+class LevelMatch(msgspec.Struct, frozen=True, array_like=True):
+    """One level, asked for what faster levels did not have."""
+
+    level: str
+    num_pages: int
+    """That came from there ..."""
+    num_left: int
+    """... and that were left there."""
+    first_mismatch: int | None
+    """The first page, of those it was asked for, that it had not; `None`: it had them all."""
+
+
+class MissedRun(msgspec.Struct, frozen=True, array_like=True):
+    """Tokens of the prompt, one after the other, that were computed for the same reason."""
+
+    reason: MissReason
+    first_token: int
+    num_tokens: int
+    cause: EvictionCause | None = None
+    """Of `EVICTED`."""
+    evicted_ago_s: float | None = None
+    """Of `EVICTED`: how long before the look-up the run's first page left."""
+
+
+class LoadNote(msgspec.Struct, frozen=True, array_like=True):
+    """The choice between loading and computing, and what came of it."""
+
+    num_below: int
+    """Pages that were believed to be in lower levels ..."""
+    num_asked: int
+    """... of those, pages that were worth loading, and were asked for ..."""
+    num_loaded: int
+    """... and pages that came."""
+    elapsed_s: float
+    """That the loads took."""
+    choices: LoadChoices
+    """What was measured when it was chosen."""
+
+
+class CacheExplanation(msgspec.Struct, frozen=True, array_like=True):
+    """What was found for one prompt when it was first scheduled."""
+
+    page_size: int
+    num_tokens: int
+    num_cached_tokens: int
+    levels: tuple[LevelMatch, ...]
+    missed: tuple[MissedRun, ...]
+    """In order; together with the cached tokens they are the prompt."""
+    load: LoadNote | None
+    """`None` where no lower level had anything."""
+
+
+@dataclass(slots=True)
+class _Round:
+    """One question to the lower levels, and the load that followed, if one did."""
+
+    first: int
+    held: tuple[Held, ...]
+    num_worth: int
+    choices: LoadChoices
+    is_begun: bool = False
+    num_loaded: int = 0
+    loads: tuple[LevelLoad, ...] = ()
+    elapsed_s: float = 0.0
+
+    @property
+    def num_held(self) -> int:
+        return sum(held.num_pages for held in self.held)
+
+    def level_of(self, page: int) -> str | None:
+        """The level that was believed to have this page."""
+        end = self.first
+        for level, num_pages in self.held:
+            end += num_pages
+            if self.first <= page < end:
+                return level
+        return None
+
+    def givers(self) -> list[str]:
+        """The level that each loaded page came from: as believed, if the levels' counts agree."""
+        pages = range(self.first, self.first + self.num_loaded)
+        believed = [level for page in pages if (level := self.level_of(page)) is not None]
+        told = [load.level for load in self.loads for _ in range(load.num_loaded)]
+        told = told[: self.num_loaded]
+        return (
+            believed if len(told) < self.num_loaded or Counter(told) == Counter(believed) else told
+        )
+
+
+@dataclass(slots=True)
+class Lookup:
+    """What was asked of the lower levels for one sequence that waits, and what came."""
+
+    rounds: list[_Round] = field(default_factory=list)
+
+    def probed(
+        self, first: int, held: tuple[Held, ...], num_worth: int, choices: LoadChoices
+    ) -> None:
+        """The levels were asked for the pages from `first` on.
+
+        A question that led to no load is forgotten with the next one.
+        """
+        if self.rounds and not self.rounds[-1].is_begun:
+            self.rounds.pop()
+        self.rounds.append(_Round(first, held, num_worth, choices))
+
+    def begun(self) -> None:
+        """The load that the last question led to has begun."""
+        self.rounds[-1].is_begun = True
+
+    def loaded(self, event: PagesLoaded) -> None:
+        """That load has ended."""
+        last = self.rounds[-1]
+        last.num_loaded, last.loads, last.elapsed_s = (
+            event.num_pages,
+            event.levels,
+            event.elapsed_s,
+        )
+
+    def givers(self, num_matched: int) -> dict[int, str]:
+        """Of the first `num_matched` pages, which are on the device now, those loaded for it."""
+        return {
+            page: level
+            for one in self.rounds
+            for page, level in enumerate(one.givers(), one.first)
+            if page < num_matched
+        }
+
+    @property
+    def elapsed_s(self) -> float:
+        """What its loads took."""
+        return sum(one.elapsed_s for one in self.rounds)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What `explain` needs to know of one look-up."""
+
+    page_size: int
+    num_tokens: int
+    """Of the prompt."""
+    num_findable_tokens: int
+    """Pages may be found for what comes before the last of so many."""
+    links: Sequence[ChainLink]
+    """Of the prompt's full pages; empty where nothing is kept."""
+    num_matched: int
+    lookup: Lookup
+    level_names: Sequence[str]
+    """Below the device, the fastest first."""
+    is_enabled: bool
+
+
+def explain(found: Found, evictions: EvictionLog) -> CacheExplanation:
+    """Say why. O(pages of the prompt)."""
+    size = found.page_size
+    num_cached = found.num_matched * size
+    return CacheExplanation(
+        page_size=size,
+        num_tokens=found.num_tokens,
+        num_cached_tokens=num_cached,
+        levels=tuple(_levels(found)) if found.is_enabled else (),
+        missed=tuple(_runs(found, evictions)),
+        load=_load_note(found.lookup),
+    )
+
+
+def _levels(found: Found) -> Iterator[LevelMatch]:
+    """The device, then each level; each is asked for what those above it have not."""
+    num_findable = (found.num_findable_tokens - 1) // found.page_size
+    givers = found.lookup.givers(found.num_matched)
+    names = [DEVICE, *found.level_names]
+    where: list[str | None] = [givers.get(page, DEVICE) for page in range(found.num_matched)]
+    for page in range(found.num_matched, num_findable):
+        level, reason = _below(found.lookup, page)
+        is_there = reason in (MissReason.COMPUTING_FASTER, MissReason.NO_ROOM)
+        where.append(level if is_there else None)
+    for rank, level in enumerate(names):
+        slower = (None, *names[rank + 1 :])
+        yield LevelMatch(
+            level,
+            num_pages=where[: found.num_matched].count(level),
+            num_left=where[found.num_matched :].count(level),
+            first_mismatch=next((p for p, at in enumerate(where) if at in slower), None),
+        )
+
+
+def _runs(found: Found, evictions: EvictionLog) -> Iterator[MissedRun]:
+    """The missed tokens, one run for each stretch of the same reason and cause."""
+    size = found.page_size
+    num_full = found.num_tokens // size
+    told = [(page, *_why(found, page, evictions)) for page in range(found.num_matched, num_full)]
+    for (reason, cause), group in groupby(told, lambda one: (one[1], one[2])):
+        pages = list(group)
+        yield MissedRun(reason, pages[0][0] * size, len(pages) * size, cause, pages[0][3])
+    tail = found.num_tokens - num_full * size
+    if tail:
+        reason = MissReason.BELOW_PAGE if found.is_enabled else MissReason.DISABLED
+        yield MissedRun(reason, num_full * size, tail)
+
+
+def _why(
+    found: Found, page: int, evictions: EvictionLog
+) -> tuple[MissReason, EvictionCause | None, float | None]:
+    """Why this full page was not found; for an evicted one why and how long ago it left."""
+    if not found.is_enabled:
+        return MissReason.DISABLED, None, None
+    if page >= (found.num_findable_tokens - 1) // found.page_size:
+        is_last = found.num_findable_tokens >= found.num_tokens
+        return MissReason.LAST_TOKEN if is_last else MissReason.SCORED, None, None
+    _, reason = _below(found.lookup, page)
+    if reason is not None:
+        return reason, None, None
+    eviction = evictions.find(found.links[page].key)
+    if eviction is None:
+        return MissReason.NEVER_SEEN, None, None
+    return MissReason.EVICTED, eviction.cause, evictions.now_s - eviction.at_s
+
+
+def _below(lookup: Lookup, page: int) -> tuple[str | None, MissReason | None]:
+    """Which lower level was believed to have a page that did not come, and why it did not."""
+    for one in reversed(lookup.rounds):
+        level = one.level_of(page)
+        if level is None:
+            continue
+        if page >= one.first + one.num_worth:
+            return level, MissReason.COMPUTING_FASTER
+        if not one.is_begun:
+            return level, MissReason.NO_ROOM
+        return level, None if level in GUESSING else MissReason.NOT_DELIVERED
+    return None, None
+
+
+def _load_note(lookup: Lookup) -> LoadNote | None:
+    rounds = [one for one in lookup.rounds if one.held]
+    if not rounds:
+        return None
+    return LoadNote(
+        num_below=max(one.first + one.num_held for one in rounds) - rounds[0].first,
+        num_asked=sum(one.num_worth for one in rounds if one.is_begun),
+        num_loaded=sum(one.num_loaded for one in rounds),
+        elapsed_s=lookup.elapsed_s,
+        choices=rounds[0].choices,
+    )

@@ -1,0 +1,304 @@
+"""Explanations are true: scenes with known reasons, and laws that hold in random runs."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import msgspec
+import pytest
+from digest_model import DigestExecutor, DigestLevels, digest_config
+
+from kvpaging.base.ids import RequestId
+from kvpaging.cache.evictions import EvictionCause
+from kvpaging.cache.explanation import CacheExplanation, LevelMatch, MissedRun, MissReason
+from kvpaging.cache.lower_levels import Held, LevelLoad, PagesLoaded
+from kvpaging.cache.prefix_key import ChainLink
+from kvpaging.engine.engine import Engine
+from kvpaging.scheduling.events import Abort, Arrival, Event
+from kvpaging.scheduling.outputs import Finished
+from kvpaging.scheduling.plan import StepPlan
+from kvpaging.scheduling.request import Request, SamplingParams
+
+SIZE = 4
+
+
+class Scene:
+    """An engine on the digest model with a clock that is set by hand."""
+
+    def __init__(self, num_pages: int = 16, *, levels: DigestLevels | None = None, **config: bool):
+        self.now = 100.0
+        self.num_requests = 0
+        settings = digest_config(num_pages, SIZE, **config)
+        self.executor = DigestExecutor(num_pages, SIZE, levels)
+        self.engine = Engine(settings, self.executor, clock=lambda: self.now)
+
+    def order(self, prompt: Sequence[int], namespace: bytes = b"", **sampling: int) -> Request:
+        self.num_requests += 1
+        params = SamplingParams(max_new_tokens=sampling.pop("new", 1), seed=0, **sampling)
+        return Request(
+            RequestId(str(self.num_requests)),
+            tuple(prompt),
+            params,
+            namespace=namespace,
+            explain=True,
+        )
+
+    def run(self, *orders: Request) -> list[Finished]:
+        events: list[Event] = [Arrival(order) for order in orders]
+        ended: dict[str, Finished] = {}
+        while events or self.engine.has_work:
+            for output in self.engine.step(events).outputs:
+                if output.finished is not None:
+                    ended[output.request_id] = output.finished
+            events = []
+        return [ended[order.request_id] for order in orders]
+
+    def ask(self, prompt: Sequence[int], namespace: bytes = b"", **sampling: int) -> Told:
+        (finished,) = self.run(self.order(prompt, namespace, **sampling))
+        assert finished.explanation is not None
+        return Told(finished.explanation)
+
+
+class Told:
+    def __init__(self, explanation: CacheExplanation):
+        check(explanation)
+        self.all = explanation
+        self.levels = explanation.levels
+        self.missed = explanation.missed
+        self.reasons = [(run.reason, run.first_token, run.num_tokens) for run in self.missed]
+
+
+def check(told: CacheExplanation) -> None:
+    """What every explanation must be."""
+    at = told.num_cached_tokens
+    for run in told.missed:
+        assert run.first_token == at
+        assert run.num_tokens > 0
+        assert (run.reason is MissReason.EVICTED) == (run.cause is not None)
+        at += run.num_tokens
+    assert at == told.num_tokens, "cached and missed tokens are not the prompt"
+    assert sum(level.num_pages for level in told.levels) * told.page_size == told.num_cached_tokens
+    for faster, slower in zip(told.levels, told.levels[1:], strict=False):
+        if slower.num_pages or slower.num_left:
+            assert faster.first_mismatch is not None
+        if slower.first_mismatch is not None:
+            assert faster.first_mismatch is not None
+            assert faster.first_mismatch <= slower.first_mismatch
+
+
+PROMPT = list(range(1, 11))
+
+
+def test_a_prompt_that_nobody_sent_was_never_seen() -> None:
+    told = Scene().ask(PROMPT)
+    assert told.levels == (LevelMatch("device", 0, 0, 0),)
+    assert told.reasons == [(MissReason.NEVER_SEEN, 0, 8), (MissReason.BELOW_PAGE, 8, 2)]
+    assert told.all.load is None
+
+
+def test_the_same_again_is_found_but_for_the_last_token() -> None:
+    scene = Scene()
+    scene.ask(PROMPT)
+    told = scene.ask(PROMPT)
+    assert told.levels == (LevelMatch("device", 2, 0, None),)
+    assert told.reasons == [(MissReason.BELOW_PAGE, 8, 2)]
+    assert scene.ask(PROMPT[:8]).reasons == [(MissReason.LAST_TOKEN, 4, 4)]
+
+
+def test_where_two_prompts_part_is_the_first_mismatch() -> None:
+    scene = Scene()
+    scene.ask(PROMPT)
+    told = scene.ask([*PROMPT[:5], 90, *PROMPT[6:]])
+    assert told.levels == (LevelMatch("device", 1, 0, 1),)
+    assert told.reasons == [(MissReason.NEVER_SEEN, 4, 4), (MissReason.BELOW_PAGE, 8, 2)]
+
+
+def test_evicted_pages_say_when_and_what_for() -> None:
+    scene = Scene(num_pages=4)
+    scene.ask(PROMPT)
+    scene.now = 130.0
+    scene.ask([7] * 13)
+    scene.now = 142.5
+    told = scene.ask(PROMPT)
+    assert told.missed[0] == MissedRun(MissReason.EVICTED, 0, 8, EvictionCause.ROOM, 12.5)
+    assert told.levels[0].first_mismatch == 0
+
+
+def test_nothing_is_told_of_other_tenants() -> None:
+    scene = Scene(num_pages=4)
+    told = [scene.ask(PROMPT, b"one").all]
+    told.append(scene.ask(PROMPT, b"two").all)  # it is there, of another
+    scene.ask([7] * 13, b"one")
+    told.append(scene.ask(PROMPT, b"three").all)  # it was evicted, of another
+    assert told[0] == told[1] == told[2]
+
+
+def test_pages_hold_no_logits() -> None:
+    scene = Scene()
+    scene.ask(PROMPT)
+    told = scene.ask(PROMPT, prompt_logprobs=1)
+    assert told.reasons == [(MissReason.SCORED, 0, 8), (MissReason.BELOW_PAGE, 8, 2)]
+
+
+def test_a_cache_that_is_off() -> None:
+    scene = Scene(prefix_cache=False)
+    scene.ask(PROMPT)
+    told = scene.ask(PROMPT)
+    assert told.levels == ()
+    assert told.reasons == [(MissReason.DISABLED, 0, 8), (MissReason.DISABLED, 8, 2)]
+
+
+def test_who_does_not_ask_is_not_told() -> None:
+    scene = Scene()
+    order = msgspec.structs.replace(scene.order(PROMPT), explain=False)
+    (finished,) = scene.run(order)
+    assert finished.explanation is None
+
+
+def test_what_a_preemption_cost() -> None:
+    scene = Scene(num_pages=6)
+    ended = scene.run(*(scene.order([i] * 7, new=9) for i in (1, 2)))
+    assert [end.num_preemptions for end in ended] == [0, 1]
+    assert ended[0].recomputed == ()
+    ((first, count),) = [(r.first_token, r.num_tokens) for r in ended[1].recomputed]
+    assert count == ended[1].num_recomputed_tokens > 0
+    assert first % SIZE == 0
+    assert ended[1].explanation == msgspec.structs.replace(ended[0].explanation)
+
+
+class Shelf(DigestLevels):
+    """Two levels that have what they are told, and deliver as much of it as they are told."""
+
+    names = ("fast", "slow")
+
+    def __init__(self, held: tuple[Held, ...], num_delivered: int = 99):
+        super().__init__(random.Random(0), store_at_uses=(1,), wants_evicted=False)
+        self.held = held
+        self.num_delivered = num_delivered
+        self.elapsed_s = 0.5
+
+    def probe(self, links: Sequence[ChainLink]) -> tuple[Held, ...]:
+        return self.held if links else ()
+
+    def carry_out(self, plan: StepPlan, slots: list[int], size: int) -> None:
+        for load in plan.loads:
+            self.pending.append((0, load))
+
+    def completions(self, slots: list[int], size: int) -> tuple[PagesLoaded, ...]:
+        due, self.pending = self.pending, []
+        ended = []
+        for _, load in due:
+            left = count = min(self.num_delivered, len(load.links))
+            for page_id, link in zip(load.page_ids[:count], load.links, strict=False):
+                tokens = [link.tokens[i] for i in range(0, 4 * size, 4)]
+                slots[page_id * size : (page_id + 1) * size] = tokens
+            loads = []
+            for level, num_pages in self.held:
+                came = min(left, num_pages)
+                loads.append(LevelLoad(level, num_pages, came, self.elapsed_s))
+                left -= came
+            ended.append(PagesLoaded(load.seq_id, count, self.elapsed_s, tuple(loads)))
+        return tuple(ended)
+
+
+LONG = list(range(1, 23))
+
+
+def test_each_level_says_what_it_gave_and_where_it_ended() -> None:
+    scene = Scene(levels=Shelf((Held("fast", 1), Held("slow", 2))))
+    scene.ask(LONG[:6])
+    told = scene.ask(LONG)
+    assert told.levels == (
+        LevelMatch("device", 1, 0, 1),
+        LevelMatch("fast", 1, 0, 2),
+        LevelMatch("slow", 2, 0, 4),
+    )
+    assert told.reasons == [(MissReason.NEVER_SEEN, 16, 4), (MissReason.BELOW_PAGE, 20, 2)]
+    load = told.all.load
+    assert load is not None
+    assert (load.num_below, load.num_asked, load.num_loaded, load.elapsed_s) == (3, 3, 3, 0.5)
+
+
+def test_what_did_not_come_is_said() -> None:
+    scene = Scene(levels=Shelf((Held("fast", 1), Held("slow", 2)), num_delivered=2))
+    told = scene.ask(LONG)
+    assert told.levels == (
+        LevelMatch("device", 0, 0, 0),
+        LevelMatch("fast", 1, 0, 1),
+        LevelMatch("slow", 1, 0, 2),
+    )
+    assert told.reasons[0] == (MissReason.NOT_DELIVERED, 8, 4)
+
+
+def test_of_a_level_that_only_guesses_a_miss_is_a_miss() -> None:
+    scene = Scene(levels=Shelf((Held("remote", 5),), num_delivered=0))
+    assert scene.ask(LONG).reasons[0] == (MissReason.NEVER_SEEN, 0, 20)
+
+
+def test_computing_may_be_faster() -> None:
+    shelf = Shelf((Held("fast", 5),), num_delivered=5)
+    scene = Scene(num_pages=40, levels=shelf)
+    costs = scene.engine._scheduler._load_costs
+    costs.computed(1000, 0.001)
+    costs.loaded((LevelLoad("fast", 1, 1, 1.0),))
+    told = scene.ask(LONG)
+    assert told.levels == (
+        LevelMatch("device", 0, 0, 0),
+        LevelMatch("fast", 0, 5, None),
+        LevelMatch("slow", 0, 0, None),
+    )
+    assert told.reasons[0] == (MissReason.COMPUTING_FASTER, 0, 20)
+    load = told.all.load
+    assert load is not None
+    assert (load.num_below, load.num_asked) == (5, 0)
+    assert load.choices.levels[0].load_s_per_page == 1.0
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_laws_of_explanations(seed: int) -> None:
+    """With levels that forget, preemptions and aborts: each explanation is whole, and none lies
+    about what was never there."""
+    lot = random.Random(seed)
+    levels = DigestLevels(lot, store_at_uses=(1,), wants_evicted=True) if seed % 2 else None
+    scene = Scene(num_pages=lot.randint(8, 14), levels=levels)
+    prompts = [[lot.randint(1, 3) for _ in range(lot.randint(1, 20))] for _ in range(8)]
+    seen: dict[bytes, set[tuple[int, ...]]] = {b"a": set(), b"b": set()}
+    orders: dict[str, Request] = {}
+    num_evicted = num_preempted = num_ended = 0
+    for _ in range(300):
+        scene.now += 1
+        events: list[Event] = []
+        if lot.random() < 0.4:
+            order = scene.order(
+                lot.choice(prompts), lot.choice([b"a", b"b"]), new=lot.randint(1, 8)
+            )
+            orders[order.request_id] = order
+            events.append(Arrival(order))
+        if orders and lot.random() < 0.1:
+            events.append(Abort(RequestId(lot.choice(list(orders)))))
+        for output in scene.engine.step(events).outputs:
+            finished = output.finished
+            order = orders[output.request_id]
+            if finished is None or finished.explanation is None:
+                continue
+            num_ended += 1
+            told = finished.explanation
+            check(told)
+            assert told.num_cached_tokens == output.num_cached_tokens
+            assert sum(r.num_tokens for r in finished.recomputed) == finished.num_recomputed_tokens
+            for run in told.missed:
+                if run.reason is MissReason.EVICTED:
+                    num_evicted += 1
+                    prefix = order.prompt_token_ids[: run.first_token + SIZE]
+                    assert prefix in seen[order.namespace], "it was never there"
+            num_preempted += bool(finished.recomputed)
+        for row in scene.executor.rows.values():
+            for order in orders.values():
+                tokens = tuple(row.tokens)
+                if tokens[: len(order.prompt_token_ids)] == order.prompt_token_ids:
+                    for end in range(1, len(tokens) + 1):
+                        seen[order.namespace].add(tokens[:end])
+    assert num_ended > 20
+    assert num_evicted > 0
+    assert num_preempted > 0 or seed != 1
