@@ -96,7 +96,7 @@ def _curl(settings: Settings, address: tuple[Any, ...]) -> str:
         host = "::1" if ":" in host else "127.0.0.1"
     key = (
         ""
-        if settings.api_key is None
+        if settings.api_key is None and settings.api_keys is None
         else f' -H "Authorization: Bearer {settings.key_for_shell()}"'
     )
     body = json.dumps(EXAMPLE)

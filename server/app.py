@@ -50,19 +50,12 @@ def create_app(config: AppConfig, client: EngineClient, text: Text | None = None
     for router in ROUTERS:
         app.include_router(router)
     app.add_exception_handler(HTTPException, _answer_http_exception)
-    if config.api_keys:
-        app.add_middleware(KeyCheck, keys=config.api_keys)
-    if config.api_keys or config.operator_key is not None:
-        app.add_middleware(OperatorDoor, key=_operator_key(config))
+    if config.keys is not None:
+        app.add_middleware(KeyCheck, keys=config.keys)
+    if config.keys is not None or config.operator_key is not None:
+        app.add_middleware(OperatorDoor, key=config.operator_key, keys=config.keys)
     app.add_middleware(Envelope)
     return app
-
-
-def _operator_key(config: AppConfig) -> str | None:
-    """What opens the operator's routes, where keys are asked for at all."""
-    if config.operator_key is None and len(config.api_keys) == 1:
-        return config.api_keys[0]
-    return config.operator_key
 
 
 @contextlib.asynccontextmanager

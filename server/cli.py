@@ -85,6 +85,8 @@ def _resolved(command: str, argv: Sequence[str]) -> Resolved:
 def _serve(resolved: Resolved) -> int:
     from server.launch import serve
 
+    for warning in resolved.warnings():
+        print(f"kvpaging: {warning}", file=sys.stderr)
     return serve(resolved.settings)
 
 

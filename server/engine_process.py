@@ -51,7 +51,7 @@ class EngineProcess:
                 [*command, str(theirs.fileno()), str(os.getpid()), log_format],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                env=os.environ | {"PYTHONPATH": search_path},
+                env=_environment() | {"PYTHONPATH": search_path},
             )
         ours.sendall(encode_frame(Hello(PROTOCOL_VERSION, options)))
         return cls(popen, ours)
@@ -63,6 +63,11 @@ class EngineProcess:
         except subprocess.TimeoutExpired:
             self.popen.kill()
             return await asyncio.to_thread(self.popen.wait)
+
+
+def _environment() -> dict[str, str]:
+    """This process's, without its settings: some are secrets, and the engine is told by message."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("KVPAGING_")}
 
 
 class EngineLink(asyncio.Protocol):

@@ -12,7 +12,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar, cast
 
 from kvpaging.base.errors import BadRequest, EngineDied, KvPagingError, Overloaded
@@ -23,6 +23,7 @@ from kvpaging.scheduling.request import Request, SamplingParams
 from server.client import EngineClient
 from server.observe.metrics import Metrics
 from server.observe.record import RequestRecord
+from server.tenants import Owner
 from server.text import Detokenizer, Text
 from server.text.stop import StopStrings
 
@@ -41,7 +42,7 @@ class Order:
     """The text ends with the stop string instead of before it."""
     n: int = 1
     priority: int = 0
-    namespace: bytes = b""
+    owner: Owner = field(default_factory=Owner)
     is_score: bool = False
     """Only the prompt is of interest: the outputs are empty. (The engine samples a token anyway.)
     """
@@ -54,7 +55,9 @@ class Order:
             self.sampling,
             self.n,
             self.priority,
-            self.namespace,
+            self.owner.namespace,
+            self.owner.shared,
+            self.owner.tenant,
         )
 
 

@@ -29,8 +29,10 @@ from kvpaging.base import logs
 from kvpaging.base.errors import ConfigError, EngineDied
 from server.announcement import LoadingProgress, announcement
 from server.engine_process import ENGINE_COMMAND, EngineProcess
+from server.keys import FixedKeys, KeyFile, Keys
 from server.settings import Settings, flag_of
 from server.supervisor import EngineSupervisor, SupervisorLimits
+from server.tenants import Namespaces, secret_for
 
 if TYPE_CHECKING:
     import uvicorn
@@ -58,16 +60,27 @@ def serve(settings: Settings, engine_command: Sequence[str] = ENGINE_COMMAND) ->
     logs.configure(settings.log_format)
     listener = listen(settings.host, settings.port)
     _warn_if_open(settings)
+    secret = secret_for(settings.cache_secret, settings.disk_cache)
+    keys = keys_of(settings, secret)
+    namespaces = Namespaces(secret, allows_shared=settings.shared_scope)
     max_connections = connections_that_fit(settings.max_connections)
     spawn = partial(
         EngineProcess.spawn, settings.engine_options(), settings.log_format, engine_command
     )
     process = spawn()
     try:
-        return asyncio.run(_Server(settings, listener, max_connections, spawn).run(process))
+        server = _Server(settings, keys, namespaces, listener, max_connections, spawn)
+        return asyncio.run(server.run(process))
     finally:
         process.popen.kill()  # no news to a process that was ended in order
         listener.close()
+
+
+def keys_of(settings: Settings, secret: bytes) -> Keys | None:
+    """The keys that clients need; `None`: none. Raises ConfigError."""
+    if settings.api_keys is not None:
+        return KeyFile(settings.api_keys.expanduser())
+    return FixedKeys(settings.listed_keys, secret) if settings.listed_keys else None
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -122,11 +135,15 @@ class _Server:
     def __init__(
         self,
         settings: Settings,
+        keys: Keys | None,
+        namespaces: Namespaces,
         listener: socket.socket,
         max_connections: int,
         spawn: partial[EngineProcess],
     ):
         self._settings = settings
+        self._keys = keys
+        self._namespaces = namespaces
         self._listener = listener
         self._max_connections = max_connections
         self._progress = LoadingProgress()
@@ -145,6 +162,8 @@ class _Server:
         loop = asyncio.get_running_loop()
         for number in STOP_SIGNALS:
             loop.add_signal_handler(number, self._take_signal, number)
+        if isinstance(self._keys, KeyFile):
+            loop.add_signal_handler(signal.SIGHUP, self._keys.reload)
         await self._client.start(process)
         try:
             app = self._app()
@@ -223,7 +242,8 @@ class _Server:
         settings = self._settings
         config = AppConfig(
             served_model_name=settings.model_name,
-            api_keys=settings.api_keys,
+            keys=self._keys,
+            namespaces=self._namespaces,
             operator_key=(
                 settings.operator_key.get_secret_value() if settings.operator_key else None
             ),
@@ -285,10 +305,10 @@ def _warn_if_open(settings: Settings) -> None:
         is_loopback = ipaddress.ip_address(settings.host).is_loopback
     except ValueError:
         is_loopback = settings.host == "localhost"
-    if not is_loopback and settings.api_key is None:
+    if not is_loopback and settings.api_key is None and settings.api_keys is None:
         _logger.warning(
             "listening on %s without an API key: whoever reaches this port may use the model; "
-            "set KVPAGING_API_KEY",
+            "set KVPAGING_API_KEY or KVPAGING_API_KEYS",
             settings.host,
         )
 

@@ -65,8 +65,9 @@ class Stream:
 class Suspects:
     """Requests that were open at a crash, known again by their content.
 
-    A client that tries again sends the same content under a new id, and where it gave no seed the
-    server draws another: both are left out. Bystanders are cleared as soon as they complete.
+    Each tenant's apart: a refusal tells nobody what another sent. A client that tries again sends
+    the same content under a new id, and where it gave no seed the server draws another: both are
+    left out. Bystanders are cleared as soon as they complete.
     """
 
     def __init__(self) -> None:
@@ -91,5 +92,7 @@ class Suspects:
     @staticmethod
     def _digest(request: Request) -> bytes:
         sampling = msgspec.structs.replace(request.sampling, seed=0)
-        content = msgspec.msgpack.encode((request.prompt_token_ids, sampling, request.n))
+        content = msgspec.msgpack.encode(
+            (request.tenant, request.prompt_token_ids, sampling, request.n)
+        )
         return hashlib.sha256(content).digest()

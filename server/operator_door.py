@@ -2,8 +2,7 @@
 
     no keys at all                   open: local use
     an operator key                  it opens them, and opens nothing else
-    one API key, no operator key     that key: there is nobody to keep apart
-    several, no operator key         nobody: the answer says which setting is missing
+    no operator key                  those whose API key makes them an operator (`server.keys`)
 
 Plain ASGI, outside of the check of clients' keys. Knows no tenant.
 """
@@ -17,6 +16,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.errors import ApiError
+from server.keys import Keys
 
 OPERATOR_PATHS: Final = frozenset({"/metrics", "/pages", "/cache"})
 OPERATOR_PREFIX: Final = "/cache/"
@@ -25,24 +25,25 @@ IS_OPERATOR: Final = "kvpaging.is_operator"
 
 
 class OperatorDoor:
-    """Lets only the holder of `key` through to operator's routes; without a key, nobody.
+    """Lets only the holder of `key` through to operator's routes; without it, `keys`' operators.
 
     Raises `ApiError` within the request: 401 without a key, 403 with another one.
     """
 
-    def __init__(self, app: ASGIApp, key: str | None):
+    def __init__(self, app: ASGIApp, key: str | None, keys: Keys | None):
         self._app = app
         self._key = None if key is None else key.encode()
+        self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on that is the operator's, or that is for another route."""
         if scope["type"] == "http" and is_operators(scope["path"]):
-            self._check(bearer_key(Headers(scope=scope)).encode())
+            self._check(bearer_key(Headers(scope=scope)))
             scope[IS_OPERATOR] = True
         await self._app(scope, receive, send)
 
-    def _check(self, given: bytes) -> None:
-        if self._key is not None and hmac.compare_digest(given, self._key):
+    def _check(self, given: str) -> None:
+        if self._opens(given):
             return
         if not given:
             raise ApiError(
@@ -54,8 +55,9 @@ class OperatorDoor:
         if self._key is None:
             raise ApiError(
                 403,
-                "this route is the operator's, and several API keys are known here: "
-                "set KVPAGING_OPERATOR_KEY and use that key",
+                "this route is the operator's, and the key given is not: set "
+                "KVPAGING_OPERATOR_KEY and use that key, or give one the role operator in the file "
+                "of KVPAGING_API_KEYS",
                 code="operator_only",
             )
         raise ApiError(
@@ -63,6 +65,12 @@ class OperatorDoor:
             "this route is the operator's: the key given does not open it",
             code="operator_only",
         )
+
+    def _opens(self, given: str) -> bool:
+        if self._key is not None:
+            return hmac.compare_digest(given.encode(), self._key)
+        identity = None if self._keys is None else self._keys.identity_of(given)
+        return identity is not None and identity.is_operator
 
 
 def is_operators(path: str) -> bool:

@@ -6,12 +6,13 @@ Knows no wire format.
 from __future__ import annotations
 
 import asyncio
-import hashlib
+import itertools
+import secrets
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Final, cast
 
 from fastapi import Depends, Request
 
@@ -20,15 +21,20 @@ from kvpaging.base.errors import BadRequest, Overloaded, PromptTooLong
 from kvpaging.engine.messages import PagePicture
 from kvpaging.scheduling import admission
 from server.client import EngineClient, EngineState
+from server.envelope import identity_of
 from server.errors import ApiError, answer_to, draining, loading, stalled
 from server.generation import Done, Order, TextDelta, generate
+from server.keys import Keys
 from server.observe.metrics import Metrics
 from server.observe.record import RequestRecord
-from server.operator_door import bearer_key
 from server.schemas.body import BodyBudget
+from server.schemas.fields import CacheFields
 from server.sse import StreamLimits
+from server.tenants import Namespaces, Owner
 from server.text import Text
 from server.text.tokenizer import LONG_TEXT_CHARS, Tokenizer
+
+SYSTEM_ROLES: Final = ("system", "developer")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,10 +42,11 @@ class AppConfig:
     """What the operator decides about HTTP."""
 
     served_model_name: str
-    api_keys: tuple[str, ...] = ()
-    """None: everybody may ask."""
+    keys: Keys | None = None
+    """`None`: everybody may ask."""
     operator_key: str | None = None
     """Opens the operator's routes; see `server.operator_door`."""
+    namespaces: Namespaces = field(default_factory=lambda: Namespaces(secrets.token_bytes(32)))
     max_body_bytes: int = 16 * 1024 * 1024
     body_timeout_s: float = 30.0
     """For a request's whole body to arrive."""
@@ -207,6 +214,30 @@ class Service:
             return tuple(render_and_encode())
         return tuple(await asyncio.to_thread(render_and_encode))
 
+    async def num_system_tokens(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        variables: Mapping[str, Any],
+        token_ids: Sequence[int],
+    ) -> int:
+        """Count the tokens before the first message that is not the system's.
+
+        Those are what the conversation has in common with two others that begin alike and have
+        nothing else in common: none of what a user wrote is among them.
+        """
+        system = list(
+            itertools.takewhile(lambda message: message["role"] in SYSTEM_ROLES, messages)
+        )
+        begun_alike = [token_ids]
+        try:
+            for word in ("0", "x"):
+                others = [*system, {"role": "user", "content": word}]
+                begun_alike.append(await self.chat_ids(others, variables))
+        except BadRequest:
+            return 0  # a template that knows no such conversation: what is common can't be told
+        same = (len(set(tokens)) == 1 for tokens in zip(*begun_alike, strict=False))
+        return sum(1 for _ in itertools.takewhile(bool, same))
+
     async def prompt_ids(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
         """Give the prompt as the model reads it; token ids are taken as they are.
 
@@ -235,11 +266,15 @@ class Service:
                 param=param,
             )
 
-    def namespace_of(self, request: Request) -> bytes:
-        """Whose pages a request may find: with several API keys, its own key's only."""
-        if len(self.config.api_keys) < 2:
-            return b""
-        return hashlib.sha256(bearer_key(request.headers).encode()).digest()[:16]
+    def owner_of(self, request: Request, asked: CacheFields, num_shared_tokens: int) -> Owner:
+        """Give whose pages a request may find: its tenant's, and of its prompt's first tokens all.
+
+        Raises `BadRequest` for a scope that the operator does not allow.
+        """
+        self.config.namespaces.check(asked.cache_scope)
+        tenant = identity_of(request.scope).tenant
+        num_shared_tokens = num_shared_tokens if asked.cache_scope == "shared" else 0
+        return self.config.namespaces.owner(tenant, asked.cache_salt, num_shared_tokens)
 
 
 def service_of(request: Request) -> Service:

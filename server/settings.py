@@ -171,7 +171,7 @@ class Settings(BaseModel):
         True, description="a third less to send and to keep, for processor time"
     )
     cache_secret: str | None = Field(
-        None, min_length=1, description="file with the secret that seals pages on the remote server"
+        None, min_length=1, description="file with a secret, shared by servers that share pages"
     )
 
     # Who may ask, and how long.
@@ -179,13 +179,19 @@ class Settings(BaseModel):
     port: Port = Field(8000, description="port to listen on; 0: any free one")
     api_key: Annotated[SecretStr, AfterValidator(_keys)] | None = Field(
         None,
-        description="key that clients must send, or several with commas between; "
-        "better as a variable",
+        description="key that clients must send, or several with commas between, each a tenant; "
+        "as a variable, since others see flags",
+    )
+    api_keys: Path | None = Field(
+        None, description="file of keys and their tenants, read again when it changes"
+    )
+    shared_scope: bool = Field(
+        False, description="clients may share a prompt's pages with all tenants (cache_scope)"
     )
     operator_key: Annotated[SecretStr, AfterValidator(_key)] | None = Field(
         None,
         description="key for /metrics, /pages and /cache, which clients' keys do not open; "
-        "better as a variable",
+        "as a variable, since others see flags",
     )
     max_body: Annotated[Size, Field(ge=1024, le=2**30)] = Field(
         16 * 2**20, description="largest request body, such as 16MiB"
@@ -214,14 +220,16 @@ class Settings(BaseModel):
     log_format: Literal["console", "json"] = Field("console", description="console or json")
 
     @property
-    def api_keys(self) -> tuple[str, ...]:
-        """The keys by themselves; none: everybody may ask."""
+    def listed_keys(self) -> tuple[str, ...]:
+        """The keys of `api_key` by themselves."""
         return _split(self.api_key.get_secret_value()) if self.api_key else ()
 
     def key_for_shell(self, environ: Mapping[str, str] = os.environ) -> str:
         """How a shell with the operator's environment writes the first key, without showing it."""
         variable = variable_of("api_key")
-        is_set_there = _split(environ.get(variable, "")) == self.api_keys
+        is_set_there = bool(self.listed_keys) and (
+            _split(environ.get(variable, "")) == self.listed_keys
+        )
         return f"${{{variable}%%,*}}" if is_set_there else "YOUR_KEY"
 
     @property
@@ -270,7 +278,9 @@ class Settings(BaseModel):
             ),
             remote_cache_min_uses=self.remote_cache_min_uses,
             remote_cache_compress=self.remote_cache_compress,
-            cache_secret_file=self.cache_secret,
+            cache_secret_file=(
+                None if self.cache_secret is None else os.path.abspath(self.cache_secret)
+            ),
         )
 
 
@@ -280,6 +290,15 @@ class Resolved:
 
     settings: Settings
     origins: Mapping[str, str]
+
+    def warnings(self) -> list[str]:
+        """What was asked for and had better be asked for in another way."""
+        return [
+            f"{origin} shows a secret to everybody who lists this machine's processes; give "
+            f"{variable_of(name)} instead"
+            for name, origin in self.origins.items()
+            if name in SECRETS and origin == flag_of(name)
+        ]
 
     def lines(self) -> list[str]:
         """One line a setting: name, value, origin. Secrets are masked by their type."""
@@ -340,9 +359,14 @@ def resolve(flags: Mapping[str, object], environ: Mapping[str, str]) -> Resolved
         elif variable:
             values[name], origins[name] = variable, variable_of(name)
     try:
-        return Resolved(Settings.model_validate(values), origins)
+        settings = Settings.model_validate(values)
     except pydantic.ValidationError as error:
         raise ConfigError("\n".join(_faults(error, origins))) from None
+    if settings.api_key is not None and settings.api_keys is not None:
+        raise ConfigError(
+            f"{origins['api_keys']} and {origins['api_key']} both say who may ask; give one"
+        )
+    return Resolved(settings, origins)
 
 
 def _faults(error: pydantic.ValidationError, origins: Mapping[str, str]) -> list[str]:

@@ -25,6 +25,7 @@ from kvpaging.base.config import EngineConfig, EngineOptions, SchedulerConfig
 from kvpaging.base.errors import ConfigError
 from kvpaging.base.ids import PageKey
 from kvpaging.base.kv_spec import DTYPE_BYTES, KVSpec
+from kvpaging.base.secret_file import read_secret
 from kvpaging.cache.eviction.names import POLICIES
 from kvpaging.cache.prefix_key import root_key
 from kvpaging.execution.checkpoint import resolve_checkpoint
@@ -418,10 +419,7 @@ def _secret(options: EngineOptions) -> bytes:
             "the remote cache needs cache_secret, a file of at least 16 random bytes that all "
             "servers which share pages have: head -c 32 /dev/urandom > FILE"
         )
-    try:
-        return Path(options.cache_secret_file).read_bytes().strip()
-    except OSError as error:
-        raise ConfigError(f"cache_secret: {error}") from error
+    return read_secret(Path(options.cache_secret_file))
 
 
 def _code() -> bytes:

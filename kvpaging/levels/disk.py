@@ -18,13 +18,14 @@ import fcntl
 import itertools
 import logging
 import os
+import secrets
 import sqlite3
 import stat
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, TypeVar
@@ -32,6 +33,7 @@ from typing import Final, TypeVar
 from kvpaging.base.clock import Clock, monotonic
 from kvpaging.base.errors import ConfigError
 from kvpaging.base.ids import PageKey
+from kvpaging.base.secret_file import read_secret
 from kvpaging.levels import segment
 from kvpaging.levels.codec import BadValue, PageCodec
 from kvpaging.levels.level import Complaints, Counters, LevelStats, StoredPage
@@ -48,6 +50,7 @@ _MAX_WORKERS: Final = 4
 _ENTRIES_A_STRETCH: Final = 1024
 _INDEX_NAME: Final = "index.sqlite"
 _LOCK_NAME: Final = "lock"
+_SECRET_NAME: Final = "secret"
 
 _Item = TypeVar("_Item")
 _Done = TypeVar("_Done")
@@ -608,20 +611,44 @@ def _batches(pages: Iterable[StoredPage]) -> Iterator[list[StoredPage]]:
         yield batch
 
 
-def _lock_directory(directory: Path) -> int:
-    """Make the directory ours alone; returns the lock's file. Raises ConfigError and OSError."""
+def kept_secret(directory: Path) -> bytes:
+    """The secret that lies with a disk cache's pages, made at the first call. Raises ConfigError.
+
+    For what needs one that lives as long as the pages do, where nobody gave another.
+    """
+    path = directory / _SECRET_NAME
+    try:
+        _own_directory(directory)
+        with suppress(FileExistsError):
+            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                os.write(file, secrets.token_hex(32).encode())
+            finally:
+                os.close(file)
+    except OSError as error:
+        raise ConfigError(f"the disk cache {directory} can't be used: {error}") from error
+    return read_secret(path)
+
+
+def _own_directory(directory: Path) -> None:
+    """Make the directory, for us alone. Raises ConfigError and OSError."""
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = directory.stat()
     if found.st_uid != os.geteuid():
         raise ConfigError(f"the disk cache {directory} belongs to another user")
-    path = directory / _LOCK_NAME
-    if not path.exists() and any(directory.iterdir()):
+    names = {path.name for path in directory.iterdir()}
+    if _LOCK_NAME not in names and names - {_SECRET_NAME}:
         raise ConfigError(
             f"{directory} holds other files; give the disk cache a directory of its own"
         )
     if stat.S_IMODE(found.st_mode) != 0o700:
         directory.chmod(0o700)
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+
+def _lock_directory(directory: Path) -> int:
+    """Make the directory ours alone; returns the lock's file. Raises ConfigError and OSError."""
+    _own_directory(directory)
+    file = os.open(directory / _LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -24,6 +24,8 @@ class RequestRecord:
     """One request's numbers."""
 
     request_id: str
+    tenant: str | None = None
+    """Where keys are asked for."""
     dialect: Dialect = Dialect.NATIVE
     started: float = field(default_factory=time.monotonic)
     status: int = 0
@@ -46,6 +48,7 @@ class RequestRecord:
     def fields(self) -> dict[str, object]:
         """Give what the access-log line says; what does not apply is left out."""
         numbers = {
+            "tenant": self.tenant,
             "generation_id": self.generation_id,
             "stream": self.stream or None,
             "prompt_tokens": self.prompt_tokens,

@@ -59,11 +59,16 @@ async def complete(request: Request, service: ServiceDep) -> Response:
     asked = parse(ChatCompletionRequest, await read_body(request, service))
     call = begin(asked, service, record, "chatcmpl")
     tokenizer = (await service.text()).tokenizer
-    token_ids = await service.chat_ids(
-        [message.for_template() for message in asked.messages], asked.chat_template_kwargs or {}
-    )
+    messages = [message.for_template() for message in asked.messages]
+    variables = asked.chat_template_kwargs or {}
+    token_ids = await service.chat_ids(messages, variables)
+    num_shared_tokens = 0
+    if asked.cache_scope == "shared":
+        num_shared_tokens = await service.num_system_tokens(messages, variables, token_ids)
     max_new_tokens = service.max_new_tokens(len(token_ids), asked.num_new_tokens, None)
-    order = order_for(asked, token_ids, max_new_tokens, service, request, call.id)
+    order = order_for(
+        asked, token_ids, max_new_tokens, service, request, call.id, num_shared_tokens
+    )
     writer = _Writer(asked, call, tokenizer)
     news = service.generate([order], record, CHAT_FIELD_NAMES)
     if asked.stream:

@@ -86,6 +86,7 @@ async def _orders(
             service,
             request,
             f"{call.id}-{number}",
+            len(token_ids),
         )
         orders.append(replace(order, is_score=is_score))
     return orders

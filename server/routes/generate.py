@@ -101,7 +101,7 @@ async def _order(asked: GenerateRequest, service: Service, request: Request) -> 
         stop=tuple(asked.stop),
         n=asked.n,
         priority=asked.priority,
-        namespace=service.namespace_of(request),
+        owner=service.owner_of(request, asked, len(token_ids)),
     )
 
 

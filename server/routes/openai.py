@@ -65,8 +65,9 @@ def order_for(
     service: Service,
     request: Request,
     request_id: str,
+    num_shared_tokens: int,
 ) -> Order:
-    """Give the order for one prompt."""
+    """Give the order for one prompt; in the shared scope its first tokens are everybody's."""
     return Order(
         request_id=RequestId(request_id),
         prompt_token_ids=token_ids,
@@ -74,7 +75,7 @@ def order_for(
         stop=tuple(asked.stop or ()),
         n=asked.num_outputs,
         priority=asked.priority or 0,
-        namespace=service.namespace_of(request),
+        owner=service.owner_of(request, asked, num_shared_tokens),
     )
 
 

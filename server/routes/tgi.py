@@ -137,7 +137,7 @@ async def _order(
         ),
         stop=tuple(parameters.stop or ()),
         include_stop=True,
-        namespace=service.namespace_of(request),
+        owner=service.owner_of(request, parameters, len(token_ids)),
     )
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Protocol
 
 from pydantic import AfterValidator, BeforeValidator, Field
+
+from server.tenants import CacheScope
 
 MAX_N: Final = 128
 MAX_STOP_STRINGS: Final = 32
 MAX_STOP_CHARS: Final = 1024
+MAX_SALT_CHARS: Final = 1024
 MAX_BIASES: Final = 1024
 MAX_TOKEN_ID: Final = 2**31 - 1
 """More than any vocabulary; the model's own limit is checked with the engine's."""
@@ -18,10 +21,37 @@ MAX_TOKEN_ID: Final = 2**31 - 1
 MAX_TOP_K: Final = 2**31 - 1
 """More than any vocabulary, and what the engine's numbers hold."""
 
+CACHE_SCOPE_WORDS: Final = (
+    "Whose cached pages: this tenant's, or, where the operator allows it, all tenants' for what "
+    "the prompt begins with."
+)
+CACHE_SALT_WORDS: Final = "Any text: only requests with the same one share cached pages."
+
 Penalty = Annotated[float, Field(ge=-100, le=100)]
 
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_BIASES)]
+
+
+def _short_salt(salt: str) -> str:
+    if len(salt) > MAX_SALT_CHARS:
+        raise ValueError(f"must have at most {MAX_SALT_CHARS} characters, not {len(salt)}")
+    return salt
+
+
+CacheSalt = Annotated[str, AfterValidator(_short_salt)]
+
+
+class CacheFields(Protocol):
+    """A request that says whose pages it is about."""
+
+    @property
+    def cache_scope(self) -> CacheScope | None:
+        """`None`: the tenant's."""
+
+    @property
+    def cache_salt(self) -> str | None:
+        """What parts the pages further."""
 
 
 def _one_or_many(value: Any) -> Any:

@@ -10,8 +10,11 @@ from typing_extensions import TypedDict
 from kvpaging.scheduling.request import MAX_LOGPROBS, MAX_PRIORITY, SamplingParams
 from server.schemas.body import StrictModel
 from server.schemas.fields import (
+    CACHE_SALT_WORDS,
+    CACHE_SCOPE_WORDS,
     MAX_N,
     MAX_TOP_K,
+    CacheSalt,
     LogitBias,
     Penalty,
     StopStrings,
@@ -21,6 +24,7 @@ from server.schemas.fields import (
     seed_or_random,
     text_or_token_ids,
 )
+from server.tenants import CacheScope
 
 Prompt = Annotated[
     str | list[int],
@@ -68,6 +72,8 @@ class GenerateRequest(StrictModel):
     )
     stream: bool = False
     priority: int = Field(0, ge=-MAX_PRIORITY, le=MAX_PRIORITY, description="Higher runs first.")
+    cache_scope: CacheScope = Field("tenant", description=CACHE_SCOPE_WORDS)
+    cache_salt: CacheSalt = Field("", description=CACHE_SALT_WORDS)
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:

@@ -3,7 +3,7 @@
 Unknown fields are ignored, as its clients expect; known ones that this server can't honour are
 refused when they are set to something. Beyond OpenAI's own fields the usual extensions of open
 servers are taken: `top_k`, `min_p`, `repetition_penalty`, `min_tokens`, `stop_token_ids`,
-`ignore_eos`, `priority`, `chat_template_kwargs`.
+`ignore_eos`, `priority`, `cache_scope`, `cache_salt`, `chat_template_kwargs`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ from typing_extensions import TypedDict
 from kvpaging.scheduling.request import MAX_LOGPROBS, MAX_PRIORITY, SamplingParams
 from server.schemas.body import LenientModel
 from server.schemas.fields import (
+    CACHE_SALT_WORDS,
+    CACHE_SCOPE_WORDS,
     MAX_N,
     MAX_TOP_K,
+    CacheSalt,
     LogitBias,
     Penalty,
     StopStrings,
@@ -27,6 +30,7 @@ from server.schemas.fields import (
     seed_or_random,
     text_or_token_ids,
 )
+from server.tenants import CacheScope
 
 MAX_PROMPTS: Final = 256
 """Of one call."""
@@ -64,6 +68,8 @@ class _Sampling(LenientModel):
     stop_token_ids: TokenIds | None = None
     ignore_eos: bool | None = None
     priority: int | None = Field(default=None, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
+    cache_scope: CacheScope | None = Field(default=None, description=CACHE_SCOPE_WORDS)
+    cache_salt: CacheSalt | None = Field(default=None, description=CACHE_SALT_WORDS)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 

@@ -13,7 +13,16 @@ from typing_extensions import TypedDict
 
 from kvpaging.scheduling.request import MAX_LOGPROBS, SamplingParams
 from server.schemas.body import LenientModel
-from server.schemas.fields import MAX_TOP_K, Penalty, StopStrings, seed_or_random
+from server.schemas.fields import (
+    CACHE_SALT_WORDS,
+    CACHE_SCOPE_WORDS,
+    MAX_TOP_K,
+    CacheSalt,
+    Penalty,
+    StopStrings,
+    seed_or_random,
+)
+from server.tenants import CacheScope
 
 NOT_SUPPORTED: Final = (
     "adapter_id",
@@ -47,6 +56,9 @@ class TgiParameters(LenientModel):
     decoder_input_details: bool | None = Field(
         None, description="With `details`: the prompt's tokens too. Not for streams."
     )
+
+    cache_scope: CacheScope | None = Field(None, description=CACHE_SCOPE_WORDS)
+    cache_salt: CacheSalt | None = Field(None, description=CACHE_SALT_WORDS)
 
     @model_validator(mode="after")
     def _refuse_what_we_cannot(self) -> Self:
@@ -88,6 +100,15 @@ class TgiRequest(LenientModel):
     inputs: str
     parameters: TgiParameters | None = None
     stream: bool | None = None
+    cache_scope: Any | None = Field(None, description="Belongs into `parameters`.")
+    cache_salt: Any | None = Field(None, description="Belongs into `parameters`.")
+
+    @model_validator(mode="after")
+    def _refuse_what_would_be_overlooked(self) -> Self:
+        for name in ("cache_scope", "cache_salt"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name} belongs into parameters")
+        return self
 
 
 class TgiToken(TypedDict):

@@ -38,6 +38,7 @@ class Tokenizer:
             if token.special
         )
         self._decoders = _flat_decoders(backend)
+        _remember_no_words(backend)
 
     @classmethod
     def load(
@@ -143,6 +144,16 @@ class Tokenizer:
     def token_text(self, token_id: int) -> str:
         """Give the text of one token by itself, for lists of tokens and log-probabilities."""
         return self.token_bytes(token_id).decode("utf-8", errors="replace")
+
+
+def _remember_no_words(backend: tokenizers.Tokenizer) -> None:
+    """Keep no cache of words: how long a text takes would tell whether somebody sent its words.
+
+    Costs a twentieth of the time. Models without such a cache have no method to size it.
+    """
+    resize = getattr(backend.model, "_resize_cache", None)
+    if resize is not None:
+        resize(0)
 
 
 def _flat_decoders(backend: tokenizers.Tokenizer) -> list[dict[str, Any]]:

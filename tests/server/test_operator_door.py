@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_engine import FakeEngineClient
 from http_app import Caller, make_app
+
+from server.keys import KeyFile
 
 OPERATORS = ("/metrics", "/pages", "/cache", "/cache/", "/cache/nowhere")
 CLIENTS = ("/version", "/v1/models", "/pages/other", "/cached")
@@ -66,3 +69,16 @@ def test_page_itself_is_open_and_its_data_is_not() -> None:
     http = Caller(make_app(FakeEngineClient(), api_keys=("k",), operator_key="op"))
     assert http.get("/pages/view").status_code == 200
     assert http.get("/pages", headers={"Authorization": "Bearer k"}).status_code == 403
+
+
+def test_a_role_in_the_file_of_keys_opens_the_door_unless_there_is_an_operator_key(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "keys"
+    path.write_text('{"key": "u", "tenant": "a"}\n{"key": "o", "tenant": "b", "role": "operator"}')
+    by_role: dict[str, Any] = {"keys": KeyFile(path)}
+    assert status(by_role, "/metrics", "o") == 200
+    assert status(by_role, "/version", "o") == 200
+    assert status(by_role, "/metrics", "u") == status(by_role, "/metrics", "x") == 403
+    assert status(by_role | {"operator_key": "op"}, "/metrics", "o") == 403
+    assert status(by_role | {"operator_key": "op"}, "/metrics", "op") == 200

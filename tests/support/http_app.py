@@ -8,7 +8,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import httpx
@@ -18,11 +18,14 @@ from fake_engine import FakeEngineClient
 from fastapi import FastAPI
 
 from server.app import AppConfig, create_app
+from server.keys import FixedKeys
 
 MODEL = "org/tiny"
 
 
-def make_app(client: FakeEngineClient, **config: Any) -> FastAPI:
+def make_app(client: FakeEngineClient, api_keys: Sequence[str] = (), **config: Any) -> FastAPI:
+    if api_keys:
+        config["keys"] = FixedKeys(api_keys, b"secret")
     return create_app(AppConfig(served_model_name=MODEL, **config), client, tiny_text.text())
 
 

@@ -20,7 +20,7 @@ from level_pages import ROOT, key_of, page_of
 
 from kvpaging.base.errors import ConfigError
 from kvpaging.levels.codec import OVERHEAD_BYTES
-from kvpaging.levels.disk import MIN_CAPACITY_BYTES, DiskLevel
+from kvpaging.levels.disk import MIN_CAPACITY_BYTES, DiskLevel, kept_secret
 
 PAYLOAD = 90
 VALUE_BYTES = OVERHEAD_BYTES + 16 + PAYLOAD  # not compressed
@@ -115,6 +115,15 @@ def test_refuses_what_it_cannot_use(tmp_path: Path) -> None:
         opened(tmp_path / "letter.txt")
     with pytest.raises(ConfigError, match="at least"):
         opened(tmp_path / "cache", 1000)
+
+
+def test_a_secret_may_lie_there_before_the_first_page(tmp_path: Path) -> None:
+    secret = kept_secret(tmp_path / "cache")
+    level = opened(tmp_path / "cache")
+    fill(level, range(3))
+    level.clear()
+    level.close()
+    assert kept_secret(tmp_path / "cache") == secret
 
 
 def test_another_root_is_never_answered(tmp_path: Path) -> None:

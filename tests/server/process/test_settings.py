@@ -98,13 +98,27 @@ def test_keys_that_would_let_everybody_in_or_nobody_are_refused(given: str) -> N
         resolve({}, {"KVPAGING_API_KEY": given})
 
 
+def test_keys_come_from_one_place() -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve({"api_keys": "keys"}, {"KVPAGING_API_KEY": "open sesame"})
+    assert str(caught.value) == ("--api-keys and KVPAGING_API_KEY both say who may ask; give one")
+
+
+def test_secrets_on_the_command_line_are_warned_of() -> None:
+    given = {"api_key": "open sesame", "remote_cache": "redis://:sesame@host", "port": "1"}
+    warnings = resolve(given, {}).warnings()
+    assert [line.split()[0] for line in warnings] == ["--remote-cache", "--api-key"]
+    assert "sesame" not in "".join(warnings)
+    assert not resolve({}, {"KVPAGING_API_KEY": "open sesame"}).warnings()
+
+
 def test_several_keys() -> None:
     given = {"KVPAGING_API_KEY": " a, b c ,,"}
     settings = resolve({}, given).settings
-    assert settings.api_keys == ("a", "b c")
+    assert settings.listed_keys == ("a", "b c")
     assert settings.key_for_shell(given) == "${KVPAGING_API_KEY%%,*}"
     assert settings.key_for_shell({}) == "YOUR_KEY"
-    assert Settings().api_keys == ()
+    assert Settings().listed_keys == ()
 
 
 def test_secrets_are_masked_also_when_refused() -> None:
