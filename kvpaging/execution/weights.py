@@ -12,7 +12,6 @@ otherwise loading fails and names it. Safetensors only: other formats can run co
 from __future__ import annotations
 
 import re
-import zlib
 from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Final
 
 import msgspec
 import torch
+import xxhash
 
 from kernels.ops import Linear, Ops
 from kvpaging.base.errors import ConfigError
@@ -74,8 +74,8 @@ class Checkpoint:
         file = self._file_of.get(name)
         return None if file is None else file.tensors[name].shape
 
-    def copy(self, name: str, target: torch.Tensor) -> tuple[int, int]:
-        """Copy a tensor into `target` of the same shape, converting; returns (bytes, CRC-32).
+    def copy(self, name: str, target: torch.Tensor) -> tuple[int, str]:
+        """Copy a tensor into `target` of the same shape, converting; returns its bytes and xxh3-128.
 
         The file's pages are given back as it goes. Raises `ConfigError` when it holds no floating
         point numbers.
@@ -88,15 +88,15 @@ class Checkpoint:
                 "supported, use one in bfloat16, float16 or float32"
             )
         source = file.tensor(name)
-        checksum = 0
+        digest = xxhash.xxh3_128()
         if info.num_bytes:
             rows_at_once = max(1, _CHUNK_BYTES * len(source) // info.num_bytes)
             for start in range(0, len(source), rows_at_once):
                 rows = source[start : start + rows_at_once]
-                checksum = zlib.crc32(rows.view(-1).view(torch.uint8).numpy().data, checksum)
+                digest.update(rows.view(-1).view(torch.uint8).numpy().data)
                 target[start : start + rows_at_once] = rows
                 file.drop(name)
-        return info.num_bytes, checksum
+        return info.num_bytes, digest.hexdigest()
 
 
 class Parameters:
@@ -191,8 +191,8 @@ class _Account:
         if name in self._taken:
             raise ConfigError(f"the model asked for {name} twice")
         self._taken.add(name)
-        num_bytes, checksum = self._checkpoint.copy(name, target)
-        line = f"{name} {target.dtype} {list(shape)} {checksum:08x}\n"
+        num_bytes, digest = self._checkpoint.copy(name, target)
+        line = f"{name} {target.dtype} {list(shape)} {digest}\n"
         self._fingerprint.update(line.encode())
         self._done_bytes += num_bytes
         if self._on_progress is not None:

@@ -1,0 +1,169 @@
+"""The levels under a real model: which weights made a page, when it goes where, and back again."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from kvpaging.base.config import EngineOptions
+from kvpaging.cache.prefix_key import root_key
+from kvpaging.engine.engine import Completion, Engine
+from kvpaging.execution.page_mover import PageMover
+from kvpaging.levels import segment
+from kvpaging.levels.codec import HEADER_BYTES, read_header
+from kvpaging.scheduling.request import SamplingParams
+
+PAGE_BYTES = 8 * 2 * 2 * 16 * 64 * 2
+SAMPLING = SamplingParams(max_new_tokens=4, seed=7, ignore_eos=True, logprobs=2)
+
+
+@contextmanager
+def engine(model: Path, num_pages: int = 64, **options: object) -> Iterator[Engine]:
+    made = Engine.from_options(
+        EngineOptions(
+            model=str(model),
+            device="cpu",
+            dtype="bfloat16",
+            threads=1,
+            kv_cache_memory_bytes=(num_pages + 1) * PAGE_BYTES,
+            **options,  # type: ignore[arg-type]
+        )
+    )
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def mover(engine: Engine) -> PageMover:
+    levels = engine._executor.lower_levels
+    assert isinstance(levels, PageMover)
+    return levels
+
+
+def settled(engine: Engine) -> dict[str, int]:
+    """Pages in each level once all is written."""
+    levels, end = mover(engine), time.monotonic() + 10
+    while levels.num_queued_bytes:
+        assert time.monotonic() < end
+        time.sleep(0.001)
+    return {name: stats.num_pages or 0 for name, stats in levels.stats().items()}
+
+
+def ask(engine: Engine, tokens: list[int]) -> Completion:
+    [[completion]] = engine.generate([tokens], SAMPLING)
+    return completion
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    shutil.copytree(str(files("kvpaging") / "demo_model"), tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def prompts() -> Callable[[int], list[int]]:
+    rng = random.Random()
+    return lambda length: [rng.randrange(10, 6000) for _ in range(length)]
+
+
+def roots_on_disk(directory: Path) -> set[bytes]:
+    """Of all whole pages in the segments."""
+    found = set()
+    for path in directory.glob("*.pages"):
+        for entry in segment.scan(path, 0):
+            found.add(read_header(segment.read(path, entry.offset, HEADER_BYTES)).root)
+    return found
+
+
+def test_weights_swapped_in_place_find_nothing_and_the_old_pages_age_out(
+    model: Path, tmp_path: Path, prompts: Callable[[int], list[int]]
+) -> None:
+    tokens, disk = prompts(100), tmp_path / "pages"
+    options = {"disk_cache_dir": str(disk), "disk_cache_bytes": 40 * PAGE_BYTES}
+    with engine(model, **options) as first:
+        old_root = root_key(first.config.numerics_identity)
+        before = ask(first, tokens)
+    with engine(model, **options) as again:
+        assert ask(again, tokens).num_cached_tokens == 96
+    assert roots_on_disk(disk) == {old_root}
+    # One bit of one weight, in the same file.
+    path = model / "model.safetensors"
+    weights = load_file(path)
+    name = sorted(name for name in weights if name.endswith("down_proj.weight"))[-1]
+    weights[name].view(torch.int16)[5, 7] ^= 1
+    save_file(weights, path, metadata={"format": "pt"})
+    with engine(model, **options) as swapped:
+        assert root_key(swapped.config.numerics_identity) != old_root
+        stats = mover(swapped).stats()["disk"]
+        assert stats.num_pages == 6
+        after = ask(swapped, tokens)
+        assert after.num_cached_tokens == 0
+        assert mover(swapped).stats()["disk"].hits == 0
+        for _ in range(10):
+            ask(swapped, prompts(100))
+        settled(swapped)
+        assert old_root not in roots_on_disk(disk)
+        assert mover(swapped).stats()["disk"].evicted >= 6
+    assert len(before.samples) == len(after.samples) == 4
+
+
+def test_pages_go_to_each_level_after_as_many_uses_as_it_is_set_to(
+    model: Path, tmp_path: Path, prompts: Callable[[int], list[int]]
+) -> None:
+    options: dict[str, object] = {
+        "host_cache_bytes": 1 << 24,
+        "host_cache_min_uses": 1,
+        "disk_cache_dir": str(tmp_path / "pages"),
+        "disk_cache_min_uses": 2,
+    }
+    tokens, once = prompts(100), prompts(60)
+    with engine(model, **options) as it:
+        ask(it, once)
+        ask(it, tokens)
+        assert settled(it) == {"host": 9, "disk": 0}
+        ask(it, tokens)
+        assert settled(it) == {"host": 9, "disk": 6}
+        ask(it, tokens)
+        assert settled(it) == {"host": 9, "disk": 6}
+        assert mover(it).stats()["disk"].stores == 6, "the third use says nothing new"
+    options["host_cache_min_uses"] = 2
+    with engine(model, **options) as it:
+        ask(it, tokens)  # found on disk: somebody computed it, and now it is used again
+        assert settled(it) == {"host": 6, "disk": 6}
+
+
+def test_what_is_evicted_goes_down_level_by_level_and_comes_back_the_same(
+    model: Path, tmp_path: Path, prompts: Callable[[int], list[int]]
+) -> None:
+    options = {
+        "host_cache_bytes": 12 * PAGE_BYTES,
+        "disk_cache_dir": str(tmp_path / "pages"),
+        "disk_cache_min_uses": 0,
+        "disk_cache_compress": True,
+        "max_model_len": 160,
+    }
+    tokens = prompts(150)
+    with engine(model, num_pages=10, **options) as it:
+        cold = ask(it, tokens)
+        assert settled(it) == {"host": 0, "disk": 0}
+        ask(it, prompts(150))
+        assert settled(it) == {"host": 9, "disk": 0}
+        ask(it, prompts(150))
+        ask(it, prompts(150))
+        pages = settled(it)
+        assert 0 < pages["host"] <= 12
+        assert pages["disk"] >= 9
+        warm = ask(it, tokens)
+    assert (cold.num_cached_tokens, warm.num_cached_tokens) == (0, 144)
+    if it.config.exact:
+        assert warm.samples == cold.samples
