@@ -20,6 +20,7 @@ from kvpaging.cache.lower_levels import Held, LowerLevels, PageStore
 from kvpaging.cache.page_lease import PageLease
 from kvpaging.cache.prefix_index import PrefixIndex
 from kvpaging.cache.prefix_key import ChainLink, PrefixChain, SharedPrefix, root_key
+from kvpaging.cache.store_queue import StoreQueue
 
 
 @dataclass(slots=True)
@@ -42,13 +43,13 @@ class _CachedPages:
         index: PrefixIndex,
         policy: EvictionPolicy,
         evictions: EvictionLog,
-        evicted: list[PageStore] | None,
+        stores: StoreQueue,
     ):
         self.unproven: set[PageKey] = set()
         """Published keys that no finite logits were sampled from yet. Their pages have owners."""
         self.num_uses: dict[PageKey, int] = {}
         """How many sequences sampled well from a published key, where it is counted."""
-        self._evicted = evicted
+        self._stores = stores
         self._index = index
         self._policy = policy
         self._evictions = evictions
@@ -75,8 +76,7 @@ class _CachedPages:
     def evict(self) -> PageId:
         page_id = self._policy.victim()
         entry = self._index.entry(page_id)
-        if self._evicted is not None:
-            self._evicted.append(PageStore(page_id, entry.parent, entry.link, num_uses=0))
+        self._stores.evicted(PageStore(page_id, entry.parent, entry.link, num_uses=0))
         self.withdraw(page_id)
         self._evictions.add(entry.link.key, EvictionCause.ROOM)
         return page_id
@@ -84,6 +84,7 @@ class _CachedPages:
     def withdraw(self, page_id: PageId) -> None:
         """The page no longer holds what was published; its parent may be a leaf now."""
         parent, link = self._index.entry(page_id)
+        self._stores.withdrawn(page_id)
         self._index.withdraw(page_id)
         if not self._index.has_key(link.key):
             self.unproven.discard(link.key)
@@ -112,9 +113,8 @@ class CacheManager:
         self.counters = CacheCounters()
         self.evictions = EvictionLog()
         self.policy = LeastRecentlyUsed() if policy is None else policy
-        self.stores: list[PageStore] = []
-        evicted = self.stores if levels is not None and levels.wants_evicted else None
-        self._cached = _CachedPages(self.index, self.policy, self.evictions, evicted)
+        self._stores = StoreQueue(levels)
+        self._cached = _CachedPages(self.index, self.policy, self.evictions, self._stores)
         self.allocator = PageAllocator(num_pages, self._cached)
         self._levels = levels
         self._store_at_uses = () if levels is None else levels.store_at_uses
@@ -262,7 +262,7 @@ class CacheManager:
             num_uses += self._cached.num_uses.get(link.key, 0)
             self._cached.num_uses[link.key] = num_uses
         if num_uses in self._store_at_uses:
-            self.stores.append(PageStore(page_id, parent, link, num_uses))
+            self._stores.add(PageStore(page_id, parent, link, num_uses))
 
     def _publish(
         self, lease: PageLease, chain: PrefixChain, num_pages: int, *, is_proven: bool
@@ -281,14 +281,17 @@ class CacheManager:
                 self.discard(twin)
         self.index.publish(page_id, parent, link)
 
+    @property
+    def has_stores(self) -> bool:
+        """Pages wait to be copied down."""
+        return len(self._stores) > 0
+
     def take_stores(self) -> tuple[PageStore, ...]:
-        """Orders to copy pages down that came up since the last call.
+        """Orders to copy pages down, as many as one step should carry out.
 
         They must be carried out before anything else is written: some of the pages are taken again.
         """
-        stores = tuple(self.stores)
-        self.stores.clear()
-        return stores
+        return self._stores.take()
 
     def fork(self, lease: PageLease, num_tokens: int) -> tuple[PageLease, PageId | None]:
         """A lease over the same first `num_tokens` tokens: full pages shared, the tail's own.

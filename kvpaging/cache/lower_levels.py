@@ -82,6 +82,9 @@ class LowerLevels(Protocol):
     def wants_evicted(self) -> bool:
         """Some level takes pages that leave the device."""
 
+    def num_storable(self) -> int:
+        """How many pages one step may copy down now, besides those that leave the device."""
+
     def probe(self, links: Sequence[ChainLink]) -> tuple[Held, ...]:
         """Which of these pages are believed to be below, from the first on without a gap.
 

@@ -34,7 +34,7 @@ from kvpaging.scheduling.request import Request, SamplingParams
 from kvpaging.scheduling.scheduler import Scheduler
 
 LOAD_WAIT_S: Final = 0.005
-"""A step with nothing to compute waits so long for a load: new requests wait no longer."""
+"""A step with nothing to compute waits so long for moves: new requests wait no longer."""
 
 
 @dataclass(slots=True)
@@ -134,7 +134,7 @@ class Engine:
         self._step_s = ended - max(submitted_s, self._ended_s)
         self._ended_s = ended
         computes = plan.scheduled or any(held.plan.scheduled for held in self._held)
-        if self._scheduler.num_loading and not computes:
+        if not computes and (self._scheduler.num_loading or self._cache.has_stores):
             self._executor.wait(LOAD_WAIT_S)
         return outputs
 

@@ -33,6 +33,8 @@ _logger = logging.getLogger(__name__)
 BATCH_PAGES: Final = 32
 """Pages asked of a level at a time: what arrived before a miss or a deadline is kept."""
 STORE_DEADLINE_S: Final = 10.0
+STEP_BYTES: Final = 16 * 1024 * 1024
+"""Copied out of the pool in one step, of what does not leave it."""
 MAX_QUEUED_BYTES: Final = 512 * 1024 * 1024
 """Copied out of the pool and not yet written; pages beyond that are not kept."""
 
@@ -137,6 +139,13 @@ class PageMover:
     def wants_evicted(self) -> bool:
         """Some level takes what leaves the device."""
         return any(setting.min_uses == 0 for setting in self._settings)
+
+    def num_storable(self) -> int:
+        """Pages that are no burden to one step, as long as writing follows."""
+        num_bytes = MAX_QUEUED_BYTES - self.num_queued_bytes
+        if num_bytes >= self._page_bytes > STEP_BYTES:
+            return 1
+        return min(num_bytes, STEP_BYTES) // self._page_bytes
 
     def probe(self, links: Sequence[ChainLink]) -> tuple[Held, ...]:
         """Which of these pages are believed to be below, as `LowerLevels.probe` says."""

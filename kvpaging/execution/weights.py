@@ -75,10 +75,10 @@ class Checkpoint:
         return None if file is None else file.tensors[name].shape
 
     def copy(self, name: str, target: torch.Tensor) -> tuple[int, str]:
-        """Copy a tensor into `target` of the same shape, converting; returns its bytes and xxh3-128.
+        """Copy a tensor into `target` of the same shape, converting.
 
-        The file's pages are given back as it goes. Raises `ConfigError` when it holds no floating
-        point numbers.
+        Returns how many bytes it has in the file, and their xxh3-128. The file's pages are given
+        back as it goes. Raises `ConfigError` when it holds no floating point numbers.
         """
         file = self._file_of[name]
         info = file.tensors[name]

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Final
+from typing import IO, Final, TypeVar
 
 import msgspec
 
@@ -34,6 +34,8 @@ from kvpaging.scheduling.request import Request
 
 VERSION: Final = 2
 PAGE_NAME_BYTES: Final = 16
+
+_T = TypeVar("_T")
 
 
 class Header(msgspec.Struct, frozen=True):
@@ -114,6 +116,8 @@ class RecordedStep(msgspec.Struct, frozen=True, omit_defaults=True):
     events: tuple[RecordedEvent, ...] = ()
     probes: tuple[tuple[Held, ...], ...] = ()
     """What the levels answered, in the order in which they were asked."""
+    store_rooms: tuple[int, ...] = ()
+    """Pages that they would take, likewise."""
     pages: tuple[FilledPage, ...] = ()
     stops: tuple[EndedOutput, ...] = ()
     """By a stop token."""
@@ -143,6 +147,7 @@ class WatchedLevels:
     def __init__(self, levels: LowerLevels):
         self._levels = levels
         self.answers: list[tuple[Held, ...]] = []
+        self.rooms: list[int] = []
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -158,6 +163,11 @@ class WatchedLevels:
     def wants_evicted(self) -> bool:
         """As the levels say."""
         return self._levels.wants_evicted
+
+    def num_storable(self) -> int:
+        """As the levels say."""
+        self.rooms.append(self._levels.num_storable())
+        return self.rooms[-1]
 
     def probe(self, links: Sequence[ChainLink]) -> tuple[Held, ...]:
         """As the levels say."""
@@ -238,7 +248,8 @@ class Recorder:
             at_s=now_s - self._started_s,
             decisions=plan_digest(plan),
             num_held=num_held,
-            probes=self._answers(),
+            probes=_drained(self.levels.answers) if self.levels else (),
+            store_rooms=_drained(self.levels.rooms) if self.levels else (),
         )
         self._planned.append(_Planned(step, events))
 
@@ -269,13 +280,6 @@ class Recorder:
     def close(self) -> None:
         """Close the file. Idempotent."""
         self._file.close()
-
-    def _answers(self) -> tuple[tuple[Held, ...], ...]:
-        if self.levels is None:
-            return ()
-        answers = tuple(self.levels.answers)
-        self.levels.answers.clear()
-        return answers
 
     def _event(self, event: Event, refused: deque[Rejection]) -> RecordedEvent | None:
         match event:
@@ -362,6 +366,12 @@ class Recorder:
     def _write(self, line: Header | RecordedStep) -> None:
         self._file.write(msgspec.json.encode(line) + b"\n")
         self._file.flush()
+
+
+def _drained(answers: list[_T]) -> tuple[_T, ...]:
+    taken = tuple(answers)
+    answers.clear()
+    return taken
 
 
 def _name(link: ChainLink) -> str:

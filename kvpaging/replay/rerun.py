@@ -80,6 +80,11 @@ class _RecordedLevels:
         self.store_at_uses = header.store_at_uses or ()
         self.wants_evicted = header.wants_evicted
         self.answers: list[tuple[Held, ...]] = []
+        self.rooms: list[int] = []
+
+    def num_storable(self) -> int:
+        """The next recorded answer; nothing where the live run did not ask."""
+        return self.rooms.pop(0) if self.rooms else 0
 
     def probe(self, links: Sequence[ChainLink]) -> tuple[Held, ...]:
         """The next recorded answer; nothing where the live run did not ask."""
@@ -165,7 +170,7 @@ def rerun(path: Path, *, on_plan: Callable[[StepPlan], None] | None = None) -> R
             while len(held) > step.num_held:
                 apply_first()
             if levels is not None:
-                levels.answers = list(step.probes)
+                levels.answers, levels.rooms = list(step.probes), list(step.store_rooms)
             events = [_event(event, numbers, config.page_size) for event in step.events]
             num_requests += sum(isinstance(event, Arrival) for event in events)
             plan = scheduler.schedule(events, step.at_s)

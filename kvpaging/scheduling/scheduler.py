@@ -127,8 +127,14 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """A step would compute something, free rows, or tell somebody."""
-        return bool(self._sequences or self._removed or self._outputs or self._rejections)
+        """A step would compute something, free rows, copy pages down, or tell somebody."""
+        return bool(
+            self._sequences
+            or self._removed
+            or self._outputs
+            or self._rejections
+            or self.cache.has_stores
+        )
 
     @property
     def num_running(self) -> int:

@@ -190,6 +190,9 @@ class DigestLevels:
         self.num_missed = 0
         self._rng = rng
 
+    def num_storable(self) -> int:
+        return self._rng.choice([0, 0, 1, 2, 3])
+
     def probe(self, links: Sequence[ChainLink]) -> tuple[Held, ...]:
         found = 0
         for link in links:

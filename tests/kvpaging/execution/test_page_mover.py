@@ -180,6 +180,7 @@ def test_what_writing_can_not_follow_is_not_kept(
     mover.store(orders)
     until(lambda: level.contains([link(2).key])[0])
     assert mover.num_dropped_stores == 3
+    assert mover.num_storable() in (0, 1, 2)
     until(lambda: mover.num_queued_bytes == 0)
 
 

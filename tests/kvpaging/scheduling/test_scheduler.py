@@ -194,6 +194,9 @@ class Everything:
     store_at_uses = ()
     wants_evicted = False
 
+    def num_storable(self) -> int:
+        return 0
+
     def probe(self, links: Sized) -> tuple[Held, ...]:
         return (Held("all", len(links)),) if len(links) else ()
 
