@@ -12,7 +12,7 @@ from typing import NoReturn
 import torch
 
 from kernels.errors import ShapeError
-from kernels.ops import Linear, Ops
+from kernels.ops import QUANTISED, KVPages, Linear, Ops
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -24,6 +24,7 @@ class CheckedOps:
         self.inner = inner
         self.name = inner.name
         self.exact = inner.exact
+        self.page_dtypes = inner.page_dtypes
         self.device = torch.device(device)
         # Half the cost of looking at `tensor.device.type`, several times a call.
         self._is_here = operator.attrgetter("is_cuda" if self.device.type == "cuda" else "is_cpu")
@@ -78,8 +79,7 @@ class CheckedOps:
         qkv: torch.Tensor,
         positions: torch.Tensor,
         cos_sin: torch.Tensor,
-        key_pages: torch.Tensor,
-        value_pages: torch.Tensor,
+        pages: KVPages,
         slot_mapping: torch.Tensor,
         *,
         q_norm: torch.Tensor | None = None,
@@ -87,7 +87,7 @@ class CheckedOps:
         norm_eps: float = 0.0,
         norm_weight_offset: float = 0.0,
     ) -> torch.Tensor:
-        _, num_kv_heads, _, head_dim = self._pages(key_pages, value_pages, qkv.dtype)
+        _, num_kv_heads, _, head_dim = self._pages(pages, qkv.dtype)
         self._floats("qkv", qkv, 2)
         num_tokens, width = qkv.shape
         num_heads, rest = divmod(width, head_dim)
@@ -114,8 +114,7 @@ class CheckedOps:
             qkv,
             positions,
             cos_sin,
-            key_pages,
-            value_pages,
+            pages,
             slot_mapping,
             q_norm=q_norm,
             k_norm=k_norm,
@@ -126,8 +125,7 @@ class CheckedOps:
     def paged_attention(
         self,
         query: torch.Tensor,
-        key_pages: torch.Tensor,
-        value_pages: torch.Tensor,
+        pages: KVPages,
         page_tables: torch.Tensor,
         seq_lens: torch.Tensor,
         query_starts: torch.Tensor,
@@ -137,7 +135,7 @@ class CheckedOps:
         soft_cap: float | None = None,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        _, num_kv_heads, _, head_dim = self._pages(key_pages, value_pages, query.dtype)
+        _, num_kv_heads, _, head_dim = self._pages(pages, query.dtype)
         self._floats("query", query, 3)
         _, num_heads, width = query.shape
         if width != head_dim or num_heads % num_kv_heads or query.stride(1) != head_dim:
@@ -156,8 +154,7 @@ class CheckedOps:
             raise ShapeError(f"soft_cap is {soft_cap}, must be positive")
         return self.inner.paged_attention(
             query,
-            key_pages,
-            value_pages,
+            pages,
             page_tables,
             seq_lens,
             query_starts,
@@ -254,31 +251,52 @@ class CheckedOps:
         if logits.dtype != torch.float32 or logits.shape[1] == 0:
             _refuse("logits", logits, "float32 [R, V], V at least 1")
 
-    def _pages(
-        self, key_pages: torch.Tensor, value_pages: torch.Tensor, dtype: torch.dtype
-    ) -> torch.Size:
-        shape, stride = key_pages.shape, key_pages.stride()
+    def _pages(self, pages: KVPages, activations: torch.dtype) -> torch.Size:
+        """The shape of keys and values: `[num_pages, HKV, page_size, D]`."""
+        keys, values = pages.keys, pages.values
+        dtype, shape, stride = keys.dtype, keys.shape, keys.stride()
         if (
-            not self._is_here(key_pages)
-            or key_pages.dtype is not dtype
+            not self._is_here(keys)
+            or (dtype is not activations and dtype not in self.page_dtypes)
             or len(shape) != 4
             or stride[1:] != (shape[2] * shape[3], shape[3], 1)
             or shape[3] % 8
         ):
+            names = ", ".join(str(each) for each in (activations, *self.page_dtypes))
             _refuse(
-                "key_pages",
-                key_pages,
-                f"{dtype} [num_pages, HKV, page_size, D] on {self.device}, dense but for dim 0,"
+                "pages.keys",
+                keys,
+                f"[num_pages, HKV, page_size, D] of {names} on {self.device}, dense but for dim 0,"
                 " D a multiple of 8",
             )
         if (
-            not self._is_here(value_pages)
-            or value_pages.dtype is not dtype
-            or value_pages.shape != shape
-            or value_pages.stride()[1:] != stride[1:]
+            not self._is_here(values)
+            or values.dtype is not dtype
+            or values.shape != shape
+            or values.stride()[1:] != stride[1:]
         ):
-            _refuse("value_pages", value_pages, f"like key_pages, {_shown(key_pages)}")
+            _refuse("pages.values", values, f"like pages.keys, {_shown(keys)}")
+        self._scales("pages.key_scales", pages.key_scales, keys)
+        self._scales("pages.value_scales", pages.value_scales, keys)
         return shape
+
+    def _scales(self, name: str, scales: torch.Tensor | None, entries: torch.Tensor) -> None:
+        if scales is None:
+            if entries.dtype in QUANTISED:
+                raise ShapeError(f"{name} is missing: pages of {entries.dtype} have scales")
+            return
+        if entries.dtype not in QUANTISED:
+            _refuse(name, scales, f"none: pages of {entries.dtype} have no scales")
+        shape = entries.shape[:3]
+        if (
+            not self._is_here(scales)
+            or scales.dtype is not torch.float32
+            or scales.shape != shape
+            or scales.stride()[1:] != (shape[2], 1)
+        ):
+            _refuse(
+                name, scales, f"float32 {list(shape)} on {self.device}, dense but for dim 0"
+            )
 
 
 def _shown(tensor: torch.Tensor) -> str:

@@ -4,8 +4,7 @@
     T                    tokens of the step, all sequences behind each other
     B                    sequences of the step
     HQ, HKV, D           query heads, KV heads, head size
-    key_pages            [num_pages, HKV, page_size, D], any stride in dim 0, the rest contiguous:
-    value_pages          one layer's view of a page-major pool
+    pages                one layer's keys and values in a page-major pool: `KVPages`
     slot                 page_id * page_size + offset
 
 Every path promises the same meaning; only `exact` paths promise that a row's bits do not depend on
@@ -14,9 +13,37 @@ the other rows, on how its queries were chunked, on the pages' places, or on the
 
 from __future__ import annotations
 
-from typing import Protocol
+import dataclasses
+from typing import Final, Protocol
 
 import torch
+
+QUANTISED: Final = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+"""What quantised pages may hold, and the largest number of each."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class KVPages:
+    """One layer's keys and values: views of a pool, any stride in dim 0, the rest contiguous.
+
+    Pages hold the dtype of the activations; or a dtype of `QUANTISED`, then each token's key (and
+    value) of a head stands for `scale * entry`. With `amax` the largest magnitude of the vector in
+    float32 and `most` that of the dtype:
+
+        scale = amax / most; 0 if that is no normal number, NaN if the vector isn't finite
+        entry = x / scale, rounded to nearest even; 0 where the scale is 0 or NaN
+
+    So a slot's bits depend on its token alone, and a NaN or an infinity still spoils what sees it.
+    """
+
+    keys: torch.Tensor
+    """`[num_pages, HKV, page_size, D]`"""
+    values: torch.Tensor
+    """`[num_pages, HKV, page_size, D]`"""
+    key_scales: torch.Tensor | None = None
+    """`[num_pages, HKV, page_size]` float32, with quantised pages only."""
+    value_scales: torch.Tensor | None = None
+    """`[num_pages, HKV, page_size]` float32, with quantised pages only."""
 
 
 class Linear(Protocol):
@@ -41,6 +68,8 @@ class Ops(Protocol):
     name: str
     """For people: `native avx512_bf16`, `torch cpu`, `triton sm_90`, ..."""
     exact: bool
+    page_dtypes: tuple[torch.dtype, ...]
+    """The dtypes of `QUANTISED` that it can keep pages in."""
 
     def prepare_linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
         """Take a weight `[N, K]` (and bias `[N]`) over; the caller drops its reference.
@@ -84,8 +113,7 @@ class Ops(Protocol):
         qkv: torch.Tensor,
         positions: torch.Tensor,
         cos_sin: torch.Tensor,
-        key_pages: torch.Tensor,
-        value_pages: torch.Tensor,
+        pages: KVPages,
         slot_mapping: torch.Tensor,
         *,
         q_norm: torch.Tensor | None = None,
@@ -95,12 +123,12 @@ class Ops(Protocol):
     ) -> torch.Tensor:
         """Split, normalise (optional), rotate, store K and V; returns the rotated queries.
 
-        qkv:           [T, (HQ + 2 * HKV) * D], rows may be strided; HKV and D from `key_pages`
+        qkv:           [T, (HQ + 2 * HKV) * D], rows may be strided; HKV and D from `pages`
         positions:     [T] int32
         cos_sin:       [max_positions, rotary_dim] float32: cos of the rotary_dim / 2 frequencies,
                        then sin. rotary_dim <= D; the first rotary_dim of a head turn, as two
                        halves (the "neox" layout of all supported families), the rest stays.
-        key_pages, value_pages: changed in place at the slots
+        pages:         changed in place at the slots
         slot_mapping:  [T] int64; -1 skips the store of that token. Slots must be distinct.
         q_norm, k_norm: [D] per-head RMS norm before the rotation (Qwen3, Gemma 3)
         returns:       [T, HQ, D]
@@ -109,8 +137,7 @@ class Ops(Protocol):
     def paged_attention(
         self,
         query: torch.Tensor,
-        key_pages: torch.Tensor,
-        value_pages: torch.Tensor,
+        pages: KVPages,
         page_tables: torch.Tensor,
         seq_lens: torch.Tensor,
         query_starts: torch.Tensor,

@@ -81,7 +81,7 @@ def announcement(settings: Settings, config: EngineConfig, address: tuple[Any, .
         (
             "KV pages",
             f"{scheduler.num_pages} of {scheduler.page_size} tokens: {num_tokens} tokens in "
-            f"{config.kv_cache_bytes / 2**30:.2f} GiB",
+            f"{config.kv_cache_bytes / 2**30:.2f} GiB, {config.kv_cache_dtype}",
         ),
         *(("decided", decision) for decision in config.decisions),
         ("address", _url(address[0], address[1])),

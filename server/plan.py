@@ -11,7 +11,7 @@ import msgspec
 
 from kvpaging.base.config import EngineOptions
 from kvpaging.base.errors import ConfigError
-from kvpaging.base.kv_spec import DTYPE_BYTES, KVSpec
+from kvpaging.base.kv_spec import DTYPE_BYTES, QUANTISED_BYTES, KVSpec
 from kvpaging.cache.eviction.names import DEFAULT_POLICY, POLICIES
 from kvpaging.execution.checkpoint import resolve_checkpoint
 from kvpaging.execution.model_config import read_model_config
@@ -26,6 +26,7 @@ def add_bench_flags(parser: FlagParser) -> None:
     parser.add_argument("--model", metavar="DIR", help="default: the demo model")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:N")
     parser.add_argument("--dtype", metavar="NAME", help="default: the checkpoint's")
+    parser.add_argument("--kv-cache-dtype", metavar="NAME", help="default: the model's")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads that compute")
     parser.add_argument("--json", action="store_true", help="one JSON object")
 
@@ -39,6 +40,7 @@ def bench(options: Namespace) -> Iterator[str]:
             model=_model(options.model),
             device=options.device,
             dtype=options.dtype,
+            kv_cache_dtype=options.kv_cache_dtype,
             threads=options.threads,
             max_num_batched_tokens=512,
         )
@@ -60,6 +62,7 @@ def add_plan_flags(parser: FlagParser) -> None:
     parser.add_argument("--trace", required=True, type=Path, help="requests to expect")
     parser.add_argument("--model", metavar="DIR", help="default: the demo model")
     parser.add_argument("--dtype", metavar="NAME", help="default: the checkpoint's")
+    parser.add_argument("--kv-cache-dtype", metavar="NAME", help="default: the model's")
     parser.add_argument("--memory", metavar="SIZE", help="weights and KV pages together")
     parser.add_argument("--kv-cache-memory", metavar="SIZE", help="KV pages alone")
     parser.add_argument(
@@ -83,7 +86,7 @@ def add_plan_flags(parser: FlagParser) -> None:
 def plan(options: Namespace) -> Iterator[str]:
     """Say what to expect; gives the lines to print. Raises ConfigError."""
     _check(options)
-    size = _size(options.model, options.dtype)
+    size = _size(options.model, options.dtype, options.kv_cache_dtype)
     kv_bytes = _kv_bytes(options, size)
     times = _times(options, size)
     trace = open_trace(options.trace)
@@ -151,15 +154,19 @@ def _model(model: str | None) -> str:
     return Settings.model_validate({"model": model}).model_or_demo
 
 
-def _size(model: str | None, dtype: str | None) -> ModelSize:
+def _size(model: str | None, dtype: str | None, kv_cache_dtype: str | None) -> ModelSize:
     directory = resolve_checkpoint(_model(model))
     config = read_model_config(directory)
     stored = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
     used = dtype or config.dtype
     if used not in DTYPE_BYTES:
         raise ConfigError(f"--dtype must be {', '.join(DTYPE_BYTES)}, not {used!r}")
+    kept = kv_cache_dtype or used
+    if kept not in (used, *QUANTISED_BYTES):
+        names = ", ".join((used, *QUANTISED_BYTES))
+        raise ConfigError(f"--kv-cache-dtype must be {names}, not {kept!r}")
     num_parameters = stored // DTYPE_BYTES[config.dtype]
-    spec = KVSpec(config.num_layers, config.num_kv_heads, config.head_dim, 1, used)
+    spec = KVSpec(config.num_layers, config.num_kv_heads, config.head_dim, 1, kept)
     return ModelSize(
         weight_bytes=num_parameters * DTYPE_BYTES[used],
         num_parameters=num_parameters,

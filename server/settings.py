@@ -107,6 +107,13 @@ class Settings(BaseModel):
     dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, BeforeValidator(_auto)] = (
         Field(None, description="auto, float32, bfloat16 or float16")
     )
+    kv_cache_dtype: Annotated[
+        Literal["float32", "bfloat16", "float16", "int8", "fp8_e4m3"] | None, BeforeValidator(_auto)
+    ] = Field(
+        None,
+        description="what KV pages hold: auto (the model's dtype), int8, or fp8_e4m3 on a GPU that "
+        "has it",
+    )
     device: Annotated[
         Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] | None, BeforeValidator(_auto)
     ] = Field(None, description="auto, cpu, cuda or cuda:N")
@@ -253,6 +260,7 @@ class Settings(BaseModel):
             model=self.model_or_demo,
             device=self.device,
             dtype=self.dtype,
+            kv_cache_dtype=self.kv_cache_dtype,
             page_size=self.page_size,
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from kernels import Ops, describe, select
+from kernels.ops import KVPages
 
 Call = Callable[[], Any]
 
@@ -103,8 +104,7 @@ def attention(native: Ops, plain: Ops, dtype: torch.dtype) -> Iterator[Case]:
         query = torch.randn(num_seqs * queries, heads, size).to(dtype)
         arguments = (
             query,
-            pool[:, 0],
-            pool[:, 1],
+            KVPages(pool[:, 0], pool[:, 1]),
             tables,
             torch.full((num_seqs,), length, dtype=torch.int32),
             torch.arange(num_seqs + 1, dtype=torch.int32) * queries,
@@ -127,10 +127,10 @@ def _dense(pages: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
 
 
 def _gather_and_sdpa(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tables: torch.Tensor, *_: Any
+    query: torch.Tensor, pages: KVPages, tables: torch.Tensor, *_: Any
 ) -> torch.Tensor:
     return F.scaled_dot_product_attention(
-        query.unsqueeze(2), _dense(keys, tables), _dense(values, tables), enable_gqa=True
+        query.unsqueeze(2), _dense(pages.keys, tables), _dense(pages.values, tables), enable_gqa=True
     )
 
 

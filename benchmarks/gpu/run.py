@@ -32,6 +32,7 @@ import jit_cases
 from kernels.jit import TritonOps, attention, linear
 from kernels.jit.attention import Attention, AttentionTiles, Tiles
 from kernels.jit.launch import Launch, Schedule, current_target, runner_for
+from kernels.ops import KVPages
 
 TIME_LIMIT_S = 8 * 60 - 20
 Row = dict[str, Any]
@@ -166,8 +167,8 @@ class Batch:
         seen = self.num_queries * (self.seq_len - (self.num_queries - 1) / 2)
         return 4.0 * self.num_seqs * self.heads * self.head_dim * seen
 
-    def inputs(self, machine: Machine) -> tuple[torch.Tensor, ...]:
-        """query, key_pages, value_pages, page_tables, seq_lens, query_starts."""
+    def inputs(self, machine: Machine) -> tuple[Any, ...]:
+        """query, pages, page_tables, seq_lens, query_starts."""
         pages_each = -(-self.seq_len // self.page_size)
         count = self.num_seqs * pages_each
         shape = (count, self.num_layers, 2, self.kv_heads, self.page_size, self.head_dim)
@@ -177,8 +178,7 @@ class Batch:
         starts = torch.arange(self.num_seqs + 1, device=machine.device) * self.num_queries
         return (
             machine.random(self.num_seqs * self.num_queries, self.heads, self.head_dim),
-            pool[:, 0, 0],
-            pool[:, 0, 1],
+            KVPages(pool[:, 0, 0], pool[:, 0, 1]),
             tables.to(torch.int32),
             torch.full((self.num_seqs,), self.seq_len, device=machine.device, dtype=torch.int32),
             starts.to(torch.int32),
@@ -435,7 +435,7 @@ def attention_bits(machine: Machine, head_dim: int) -> Iterator[Row]:
     prompt, query = Batch(1, length, length, **heads), Batch(1, length, 1, **heads)
     shared = prompt.inputs(machine)
     last = (shared[0][-1:].contiguous(), *query.inputs(machine)[1:])
-    last = (last[0], *shared[1:4], last[4], last[5])
+    last = (last[0], *shared[1:3], *last[3:])
     exact, loose = default_tiles(query, exact=True), default_tiles(query, exact=False)
     small = dataclasses.replace(loose.decode, tile=exact.decode.tile)
     results = {}

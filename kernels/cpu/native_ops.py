@@ -16,7 +16,7 @@ import torch
 
 from kernels.cpu import library as native
 from kernels.errors import KernelUnavailableError, ShapeError
-from kernels.ops import Linear
+from kernels.ops import KVPages, Linear
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SILU, _GELU = 0, 1
@@ -42,6 +42,7 @@ class NativeOps:
     """`kernels.ops.Ops` on a CPU, in C++."""
 
     exact = True
+    page_dtypes: tuple[torch.dtype, ...] = ()
 
     def __init__(
         self,
@@ -163,8 +164,7 @@ class NativeOps:
         qkv: torch.Tensor,
         positions: torch.Tensor,
         cos_sin: torch.Tensor,
-        key_pages: torch.Tensor,
-        value_pages: torch.Tensor,
+        pages: KVPages,
         slot_mapping: torch.Tensor,
         *,
         q_norm: torch.Tensor | None = None,
@@ -172,7 +172,7 @@ class NativeOps:
         norm_eps: float = 0.0,
         norm_weight_offset: float = 0.0,
     ) -> torch.Tensor:
-        _, num_kv_heads, page_size, head_dim = key_pages.shape
+        _, num_kv_heads, page_size, head_dim = pages.keys.shape
         tokens, width = qkv.shape
         num_heads = width // head_dim - 2 * num_kv_heads
         out = torch.empty(tokens, num_heads, head_dim, dtype=qkv.dtype)
@@ -186,10 +186,10 @@ class NativeOps:
                 positions.data_ptr(),
                 cos_sin.data_ptr(),
                 cos_sin.shape[1],
-                key_pages.data_ptr(),
-                key_pages.stride(0),
-                value_pages.data_ptr(),
-                value_pages.stride(0),
+                pages.keys.data_ptr(),
+                pages.keys.stride(0),
+                pages.values.data_ptr(),
+                pages.values.stride(0),
                 page_size,
                 slot_mapping.data_ptr(),
                 None if q_norm is None else q_norm.data_ptr(),
@@ -209,8 +209,7 @@ class NativeOps:
     def paged_attention(
         self,
         query: torch.Tensor,
-        key_pages: torch.Tensor,
-        value_pages: torch.Tensor,
+        pages: KVPages,
         page_tables: torch.Tensor,
         seq_lens: torch.Tensor,
         query_starts: torch.Tensor,
@@ -220,7 +219,7 @@ class NativeOps:
         soft_cap: float | None = None,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        _, num_kv_heads, page_size, head_dim = key_pages.shape
+        _, num_kv_heads, page_size, head_dim = pages.keys.shape
         if head_dim > _MAX_HEAD_DIM:
             raise ShapeError(f"head size {head_dim}; native attention goes to {_MAX_HEAD_DIM}")
         tokens, num_heads, _ = query.shape
@@ -231,10 +230,10 @@ class NativeOps:
                 _CODES[query.dtype],
                 query.data_ptr(),
                 query.stride(0),
-                key_pages.data_ptr(),
-                key_pages.stride(0),
-                value_pages.data_ptr(),
-                value_pages.stride(0),
+                pages.keys.data_ptr(),
+                pages.keys.stride(0),
+                pages.values.data_ptr(),
+                pages.values.stride(0),
                 page_tables.data_ptr(),
                 page_tables.stride(0),
                 seq_lens.data_ptr(),

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 from kernels.jit.launch import Launch, Schedule, Target
+from kernels.ops import KVPages
 
 SPLIT = 256
 """Keys after which a row's sums start anew, at absolute positions. A part of the numerics."""
@@ -593,8 +594,7 @@ class Attention:
     """One call of `Ops.paged_attention`, with the memory that it may use."""
 
     query: torch.Tensor
-    key_pages: torch.Tensor
-    value_pages: torch.Tensor
+    pages: KVPages
     page_tables: torch.Tensor
     seq_lens: torch.Tensor
     query_starts: torch.Tensor
@@ -608,12 +608,12 @@ class Attention:
     @property
     def group(self) -> int:
         """Query heads that share a key-value head."""
-        return self.query.shape[1] // self.key_pages.shape[1]
+        return self.query.shape[1] // self.pages.keys.shape[1]
 
     @property
     def max_splits(self) -> int:
         """Splits of the longest sequence that the page tables can hold."""
-        return max(1, -(-self.page_tables.shape[1] * self.key_pages.shape[2] // SPLIT))
+        return max(1, -(-self.page_tables.shape[1] * self.pages.keys.shape[2] // SPLIT))
 
     @property
     def is_decode(self) -> bool:
@@ -650,7 +650,7 @@ class Attention:
     def _decode(
         self, out: torch.Tensor, part_acc: torch.Tensor, part_state: torch.Tensor, places: int
     ) -> list[Launch]:
-        tiles, grid = self.tiles.decode, (self.key_pages.shape[1], places)
+        tiles, grid = self.tiles.decode, (self.pages.keys.shape[1], places)
         parts = {
             "part_acc": part_acc,
             "part_state": part_state,
@@ -686,7 +686,7 @@ class Attention:
         num_blocks = self.query.shape[0] // (tiles.block_m // self.group) + num_seqs
         return Launch(
             extend_kernel,
-            (num_blocks, self.key_pages.shape[1]),
+            (num_blocks, self.pages.keys.shape[1]),
             {
                 **self._common(out),
                 **self._keys(),
@@ -718,16 +718,16 @@ class Attention:
     def _keys(self) -> dict[str, object]:
         return {
             "query": self.query,
-            "key_pages": self.key_pages,
-            "value_pages": self.value_pages,
+            "key_pages": self.pages.keys,
+            "value_pages": self.pages.values,
             "page_tables": self.page_tables,
             "query_stride": self.query.stride(0),
-            "key_page_stride": self.key_pages.stride(0),
-            "value_page_stride": self.value_pages.stride(0),
+            "key_page_stride": self.pages.keys.stride(0),
+            "value_page_stride": self.pages.values.stride(0),
             "page_table_stride": self.page_tables.stride(0),
             "scale_log2": self.scale * _LOG2_E,
             "soft_cap": (self.soft_cap or 0.0) * _LOG2_E,
-            "PAGE_SIZE": self.key_pages.shape[2],
+            "PAGE_SIZE": self.pages.keys.shape[2],
             "HAS_SOFT_CAP": self.soft_cap is not None,
         }
 

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from kernels.jit.launch import Launch, Schedule
+from kernels.ops import KVPages
 
 _BLOCK_H = 8
 """Heads of one program."""
@@ -115,8 +116,7 @@ def rope_store_launch(
     qkv: torch.Tensor,
     positions: torch.Tensor,
     cos_sin: torch.Tensor,
-    key_pages: torch.Tensor,
-    value_pages: torch.Tensor,
+    pages: KVPages,
     slot_mapping: torch.Tensor,
     q_norm: torch.Tensor | None,
     k_norm: torch.Tensor | None,
@@ -125,7 +125,7 @@ def rope_store_launch(
 ) -> Launch:
     """Fill `query_out [T, HQ, D]` and the pages' slots."""
     num_tokens, num_heads, head_dim = query_out.shape
-    _, num_kv_heads, page_size, _ = key_pages.shape
+    _, num_kv_heads, page_size, _ = pages.keys.shape
     return Launch(
         rope_store_kernel,
         (num_tokens, triton.cdiv(num_heads + 2 * num_kv_heads, _BLOCK_H)),
@@ -134,14 +134,14 @@ def rope_store_launch(
             "qkv": qkv,
             "positions": positions,
             "cos_sin": cos_sin,
-            "key_pages": key_pages,
-            "value_pages": value_pages,
+            "key_pages": pages.keys,
+            "value_pages": pages.values,
             "slot_mapping": slot_mapping,
             "q_norm": q_norm,
             "k_norm": k_norm,
             "qkv_stride": qkv.stride(0),
-            "key_page_stride": key_pages.stride(0),
-            "value_page_stride": value_pages.stride(0),
+            "key_page_stride": pages.keys.stride(0),
+            "value_page_stride": pages.values.stride(0),
             "norm_eps": norm_eps,
             "norm_weight_offset": norm_weight_offset,
             "HEADS": num_heads,

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812  (its usual name)
 import triton
 
-from kernels.jit import attention, linear, pages, rope, rows, sampling
+from kernels.jit import attention, linear, page_copies, rope, rows, sampling
 from kernels.jit.launch import Runner, Target, current_target, runner_for
-from kernels.ops import Linear
+from kernels.ops import KVPages, Linear
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -73,6 +73,7 @@ class TritonOps:
         self._run = runner or runner_for(self._target, torch.device(device))
         self._experts: dict[tuple[int, ...], _Experts] = {}
         self.exact = exact
+        self.page_dtypes: tuple[torch.dtype, ...] = ()
         # A part of the pages' identity: another compiler may give other bits.
         self.name = f"triton {triton.__version__} {self._target.arch}"
         if not exact:
@@ -188,8 +189,7 @@ class TritonOps:
         qkv: torch.Tensor,
         positions: torch.Tensor,
         cos_sin: torch.Tensor,
-        key_pages: torch.Tensor,
-        value_pages: torch.Tensor,
+        pages: KVPages,
         slot_mapping: torch.Tensor,
         *,
         q_norm: torch.Tensor | None = None,
@@ -197,7 +197,7 @@ class TritonOps:
         norm_eps: float = 0.0,
         norm_weight_offset: float = 0.0,
     ) -> torch.Tensor:
-        _, num_kv_heads, _, head_dim = key_pages.shape
+        _, num_kv_heads, _, head_dim = pages.keys.shape
         num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
         query = qkv.new_empty(qkv.shape[0], num_heads, head_dim)
         if query.numel():
@@ -207,8 +207,7 @@ class TritonOps:
                     qkv,
                     positions,
                     cos_sin,
-                    key_pages,
-                    value_pages,
+                    pages,
                     slot_mapping,
                     q_norm,
                     k_norm,
@@ -221,8 +220,7 @@ class TritonOps:
     def paged_attention(
         self,
         query: torch.Tensor,
-        key_pages: torch.Tensor,
-        value_pages: torch.Tensor,
+        pages: KVPages,
         page_tables: torch.Tensor,
         seq_lens: torch.Tensor,
         query_starts: torch.Tensor,
@@ -233,11 +231,10 @@ class TritonOps:
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         _, num_heads, head_dim = query.shape
-        group = num_heads // key_pages.shape[1]
+        group = num_heads // pages.keys.shape[1]
         call = attention.Attention(
             query,
-            key_pages,
-            value_pages,
+            pages,
             page_tables,
             seq_lens,
             query_starts,
@@ -292,7 +289,7 @@ class TritonOps:
 
     def copy_pages(self, pool: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor) -> None:
         if sources.numel():
-            self._run(pages.copy_pages_launch(pool, sources, targets))
+            self._run(page_copies.copy_pages_launch(pool, sources, targets))
 
 
 def _own(weight: Linear) -> TritonLinear:

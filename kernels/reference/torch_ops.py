@@ -12,7 +12,7 @@ import dataclasses
 import torch
 import torch.nn.functional as F  # noqa: N812  (its usual name)
 
-from kernels.ops import Linear
+from kernels.ops import QUANTISED, KVPages, Linear
 from kernels.reference.philox import uniform
 
 _FLOAT32_ROWS_AT_ONCE = 8192
@@ -42,6 +42,7 @@ class TorchOps:
     """`kernels.ops.Ops` in plain torch."""
 
     exact = False
+    page_dtypes = (torch.int8,)
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.name = f"torch {torch.device(device).type}"
@@ -92,8 +93,7 @@ class TorchOps:
         qkv: torch.Tensor,
         positions: torch.Tensor,
         cos_sin: torch.Tensor,
-        key_pages: torch.Tensor,
-        value_pages: torch.Tensor,
+        pages: KVPages,
         slot_mapping: torch.Tensor,
         *,
         q_norm: torch.Tensor | None = None,
@@ -101,7 +101,7 @@ class TorchOps:
         norm_eps: float = 0.0,
         norm_weight_offset: float = 0.0,
     ) -> torch.Tensor:
-        _, num_kv_heads, page_size, head_dim = key_pages.shape
+        _, num_kv_heads, page_size, head_dim = pages.keys.shape
         heads = qkv.reshape(qkv.shape[0], -1, head_dim).float()  # [T, HQ + 2 HKV, D]
         num_heads = heads.shape[1] - 2 * num_kv_heads
         query = heads[:, :num_heads]
@@ -115,16 +115,15 @@ class TorchOps:
 
         stored = slot_mapping >= 0
         slots = slot_mapping[stored]
-        pages, offsets = slots // page_size, slots % page_size
-        key_pages[pages, :, offsets] = _rotate(key, cos, sin)[stored].to(key_pages.dtype)
-        value_pages[pages, :, offsets] = value[stored].to(value_pages.dtype)
+        places = (slots // page_size, slice(None), slots % page_size)
+        _store(_rotate(key, cos, sin)[stored], places, pages.keys, pages.key_scales)
+        _store(value[stored], places, pages.values, pages.value_scales)
         return _rotate(query, cos, sin).to(qkv.dtype)
 
     def paged_attention(
         self,
         query: torch.Tensor,
-        key_pages: torch.Tensor,
-        value_pages: torch.Tensor,
+        pages: KVPages,
         page_tables: torch.Tensor,
         seq_lens: torch.Tensor,
         query_starts: torch.Tensor,
@@ -135,17 +134,17 @@ class TorchOps:
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
-        page_size = key_pages.shape[2]
+        page_size = pages.keys.shape[2]
         starts = query_starts.tolist()
         for b, seq_len in enumerate(seq_lens.tolist()):
             rows = slice(starts[b], starts[b + 1])
             if rows.start == rows.stop:
                 continue
-            pages = page_tables[b, : -(-seq_len // page_size)].long()
+            page_ids = page_tables[b, : -(-seq_len // page_size)].long()
             out[rows] = _attend(
                 query[rows].float(),
-                _gather(key_pages, pages, seq_len),
-                _gather(value_pages, pages, seq_len),
+                _gather(pages.keys, pages.key_scales, page_ids, seq_len),
+                _gather(pages.values, pages.value_scales, page_ids, seq_len),
                 scale=scale,
                 window=window,
                 soft_cap=soft_cap,
@@ -231,10 +230,39 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
 
 
-def _gather(pages: torch.Tensor, page_ids: torch.Tensor, num_tokens: int) -> torch.Tensor:
+def quantise(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Entries `[..., D]` of `dtype` and scales `[...]` float32, as `KVPages` defines them."""
+    x = x.float()
+    amax = x.abs().amax(dim=-1)
+    scale = amax / QUANTISED[dtype]
+    is_normal = (scale >= torch.finfo(torch.float32).tiny) & scale.isfinite()
+    entries = (x / scale.unsqueeze(-1)).where(is_normal.unsqueeze(-1), 0.0)
+    if dtype == torch.int8:
+        entries = entries.round()
+    return entries.to(dtype), scale.where(is_normal, 0.0).where(amax.isfinite(), torch.nan)
+
+
+def _store(
+    x: torch.Tensor,
+    places: tuple[torch.Tensor, slice, torch.Tensor],
+    pages: torch.Tensor,
+    scales: torch.Tensor | None,
+) -> None:
+    """Put `x [N, HKV, D]` to its places (page, every head, offset) of one layer's pages."""
+    if scales is None:
+        pages[places] = x.to(pages.dtype)
+    else:
+        pages[places], scales[places] = quantise(x, pages.dtype)
+
+
+def _gather(
+    pages: torch.Tensor, scales: torch.Tensor | None, page_ids: torch.Tensor, num_tokens: int
+) -> torch.Tensor:
     """The first `num_tokens` of a sequence, float32 `[HKV, num_tokens, D]`."""
-    taken = pages[page_ids]  # [P, HKV, page_size, D]
-    return taken.transpose(0, 1).flatten(1, 2)[:, :num_tokens].float()
+    taken = pages[page_ids].float()  # [P, HKV, page_size, D]
+    if scales is not None:
+        taken *= scales[page_ids].unsqueeze(-1)
+    return taken.transpose(0, 1).flatten(1, 2)[:, :num_tokens]
 
 
 def _attend(

@@ -34,6 +34,8 @@ class EngineOptions(msgspec.Struct, frozen=True):
     device: str | None = None
     """`cpu`, `cuda` or `cuda:N`."""
     dtype: str | None = None
+    kv_cache_dtype: str | None = None
+    """What KV pages hold: `int8` or `fp8_e4m3`; the model's dtype if not given."""
     page_size: int = 16
     max_num_seqs: int = 256
     max_num_batched_tokens: int | None = None
@@ -76,6 +78,7 @@ class EngineConfig(msgspec.Struct, frozen=True):
     architecture: str
     device: str
     dtype: str
+    kv_cache_dtype: str
     threads: int
     kernels: str
     """The kernel path in words, as `kvpaging doctor` prints it."""

@@ -1,23 +1,33 @@
 """Where keys and values lie: one tensor for all pages of all layers.
 
-`[num_pages + 1, num_layers, 2, num_kv_heads, page_size, head_dim]`: a page is one contiguous span,
-so that moving it between levels is one copy. Page 0 is the scratch page. Knows nothing of who owns
-a page.
+`[num_pages + 1, page_bytes]`: a page is one contiguous span of bytes, as `KVSpec` lays it out, so
+that moving it between levels is one copy. Page 0 is the scratch page. Knows nothing of who owns a
+page.
 """
 
 from __future__ import annotations
 
 import math
 import mmap
+from typing import Final
 
 import torch
 
+from kernels.ops import KVPages
 from kvpaging.base.ids import PageId
 from kvpaging.base.kv_spec import KVSpec
 
+TORCH_DTYPES: Final = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.int8,
+    "fp8_e4m3": torch.float8_e4m3fn,
+}
+
 
 class KVPool:
-    """The pool's tensor and a view of it for each layer.
+    """The pool's tensor and views of it for each layer.
 
     Owns the memory. On a CPU pages that were never written cost none.
     """
@@ -26,50 +36,60 @@ class KVPool:
         """Make room for `num_pages` pages and the scratch page. Contents are arbitrary."""
         self.spec = spec
         self.num_pages = num_pages
-        dtype = getattr(torch, spec.dtype)
-        shape = (num_pages + 1, *spec.page_shape)
+        shape = (num_pages + 1, spec.page_bytes)
         if device.type == "cpu":
-            self.pages = _untouched(shape, dtype)
+            self.pages = _untouched(shape)
         else:
-            self.pages = torch.empty(shape, dtype=dtype, device=device)
-        self._layers = [
-            (self.pages[:, layer, 0], self.pages[:, layer, 1]) for layer in range(spec.num_layers)
-        ]
+            self.pages = torch.empty(shape, dtype=torch.uint8, device=device)
+        self._layers = [self._views(layer) for layer in range(spec.num_layers)]
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the whole pool, the scratch page included."""
-        return self.pages.numel() * self.pages.element_size()
+        return self.pages.numel()
 
-    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Key and value pages of a layer: `[num_pages + 1, num_kv_heads, page_size, head_dim]`.
-
-        Views with the pool's page stride: writing to them writes to the pool.
-        """
+    def layer(self, index: int) -> KVPages:
+        """A layer's pages, scratch page included: writing to them writes to the pool."""
         return self._layers[index]
+
+    def _views(self, layer: int) -> KVPages:
+        spec = self.spec
+        at = layer * (spec.page_bytes // spec.num_layers)
+        heads = (spec.num_kv_heads, spec.page_size)
+        entries, dtype = (*heads, spec.head_dim), TORCH_DTYPES[spec.dtype]
+        keys = self._view(at, entries, dtype)
+        at += spec.entry_bytes
+        values = self._view(at, entries, dtype)
+        if not spec.is_quantised:
+            return KVPages(keys, values)
+        at += spec.entry_bytes
+        key_scales = self._view(at, heads, torch.float32)
+        at += spec.scale_bytes
+        return KVPages(keys, values, key_scales, self._view(at, heads, torch.float32))
+
+    def _view(self, begin: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """`[num_pages + 1, *shape]` of `dtype`, from byte `begin` of each page."""
+        num_bytes = math.prod(shape) * dtype.itemsize
+        part = self.pages[:, begin : begin + num_bytes]
+        return part.view(dtype).unflatten(1, shape)
 
     def read_page(self, page_id: PageId) -> bytes:
         """A copy of the page's span."""
-        return self._span(page_id).cpu().numpy().tobytes()
+        return self.pages[page_id].cpu().numpy().tobytes()
 
     def write_page(self, page_id: PageId, payload: bytes | memoryview) -> None:
         """Make `payload`, of `spec.page_bytes` bytes, the page's span; it is there on return."""
         with torch.inference_mode():
             # A bytearray: torch warns of memory that can't be written to.
-            self._span(page_id).copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
+            self.pages[page_id].copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
             if self.pages.is_cuda:
                 torch.cuda.current_stream().synchronize()
 
-    def _span(self, page_id: PageId) -> torch.Tensor:
-        """`[page_bytes]` uint8, a view."""
-        return self.pages[page_id].view(-1).view(torch.uint8)
 
-
-def _untouched(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+def _untouched(shape: tuple[int, int]) -> torch.Tensor:
     """Anonymous memory in huge pages where the system has them; it is committed by first use."""
-    count = math.prod(shape)
-    num_bytes = count * dtype.itemsize
+    num_bytes = math.prod(shape)
     memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype, count=count).view(shape)
+    return torch.frombuffer(memory, dtype=torch.uint8).view(shape)

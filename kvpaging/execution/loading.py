@@ -24,12 +24,12 @@ from kvpaging import execution
 from kvpaging.base.config import EngineConfig, EngineOptions, SchedulerConfig
 from kvpaging.base.errors import ConfigError
 from kvpaging.base.ids import PageKey
-from kvpaging.base.kv_spec import DTYPE_BYTES, KVSpec
+from kvpaging.base.kv_spec import DTYPE_BYTES, QUANTISED_BYTES, KVSpec
 from kvpaging.base.secret_file import read_secret
 from kvpaging.cache.eviction.names import POLICIES
 from kvpaging.cache.prefix_key import root_key
 from kvpaging.execution.checkpoint import resolve_checkpoint
-from kvpaging.execution.kv_pool import KVPool
+from kvpaging.execution.kv_pool import TORCH_DTYPES, KVPool
 from kvpaging.execution.local_executor import LocalExecutor
 from kvpaging.execution.memory import available_bytes
 from kvpaging.execution.model_config import ModelConfig, read_model_config
@@ -48,6 +48,7 @@ CPU_KV_LIMIT_BYTES: Final = 4 * GIB
 """... and at most this."""
 REMOTE_BATCH_S: Final = 0.4
 """For 32 pages of a load from a remote server, in exchanges of at most 0.2 s."""
+_FP8_DEVICES: Final = ". fp8_e4m3 needs an NVIDIA GPU of compute capability 8.9 or later"
 DEFAULT_BATCHED_TOKENS: Final = {"cpu": 512, "cuda": 8192}
 
 
@@ -75,7 +76,7 @@ def load_executor(
         num_kv_heads=model_config.num_kv_heads,
         head_dim=model_config.head_dim,
         page_size=_page_size(options),
-        dtype=dtype,
+        dtype=_kv_cache_dtype(options, dtype, device, ops),
     )
     max_num_batched_tokens = _max_num_batched_tokens(options, device, decisions)
     async_scheduling = _async_scheduling(options, device, decisions)
@@ -84,18 +85,19 @@ def load_executor(
     )
     num_pages, max_model_len = _lengths(options, model_config, spec, memory_bytes, decisions)
 
-    parameters = Parameters(checkpoint, ops, device, getattr(torch, dtype), on_progress)
+    parameters = Parameters(checkpoint, ops, device, TORCH_DTYPES[dtype], on_progress)
     with torch.inference_mode():
         model = family(model_config, parameters, max_model_len)
         fingerprint = parameters.finish(model.ignored_tensors())
         pool = KVPool(spec, num_pages, device)
-    identity = _numerics_identity(fingerprint, model_config, spec, ops, max_model_len)
-    levels = _levels(options, identity, DTYPE_BYTES[dtype], decisions)
+    identity = _numerics_identity(fingerprint, model_config, dtype, spec, ops, max_model_len)
+    levels = _levels(options, identity, spec.item_bytes, decisions)
     config = EngineConfig(
         model_dir=str(model_dir),
         architecture=model_config.architecture,
         device=str(device),
         dtype=dtype,
+        kv_cache_dtype=spec.dtype,
         threads=threads,
         kernels=ops.name,
         exact=ops.exact,
@@ -232,6 +234,29 @@ def _is_fast(dtype: str, ops: Ops) -> bool:
     return dtype == "bfloat16" and any(name in ops.name for name in ("bf16", "amx"))
 
 
+def _kv_cache_dtype(options: EngineOptions, dtype: str, device: torch.device, ops: Ops) -> str:
+    """What pages hold: the model's dtype, or a quantised one that the path computes with."""
+    wanted = options.kv_cache_dtype
+    if wanted is None or wanted == dtype:
+        return dtype
+    usable = [name for name in QUANTISED_BYTES if TORCH_DTYPES[name] in ops.page_dtypes]
+    if wanted in DTYPE_BYTES:
+        raise ConfigError(
+            f"kv_cache_dtype: {wanted}, and the model computes in {dtype}; pages hold what it "
+            f"computes in, or {' or '.join(QUANTISED_BYTES)}"
+        )
+    if wanted not in QUANTISED_BYTES:
+        names = ", ".join((*DTYPE_BYTES, *QUANTISED_BYTES))
+        raise ConfigError(f"kv_cache_dtype: {wanted!r} is none of {names}")
+    if wanted not in usable:
+        raise ConfigError(
+            f"kv_cache_dtype: {ops.name} on {device} does not compute with {wanted}; it does with "
+            f"{' and '.join((dtype, *usable))}"
+            + (_FP8_DEVICES if wanted == "fp8_e4m3" else "")
+        )
+    return wanted
+
+
 def _max_num_batched_tokens(
     options: EngineOptions, device: torch.device, decisions: list[str]
 ) -> int:
@@ -347,13 +372,18 @@ def _lengths(
 
 
 def _numerics_identity(
-    fingerprint: bytes, model: ModelConfig, spec: KVSpec, ops: Ops, max_model_len: int
+    fingerprint: bytes,
+    model: ModelConfig,
+    dtype: str,
+    spec: KVSpec,
+    ops: Ops,
+    max_model_len: int,
 ) -> bytes:
     """SHA-256 over what a page's bits depend on besides its tokens."""
     identity = hashlib.sha256(fingerprint + _code())
     if not ops.exact:
         identity.update(f"{torch.get_num_threads()} threads".encode())
-    identity.update(msgspec.json.encode((model, spec, ops.name)))
+    identity.update(msgspec.json.encode((model, dtype, spec, ops.name)))
     for rope in model.ropes:
         frequencies, factor = inverse_frequencies(rope, max_model_len)
         identity.update(frequencies.numpy().tobytes() + repr(factor).encode())

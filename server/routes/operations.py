@@ -37,6 +37,7 @@ class Version(TypedDict):
     architecture: str | None
     device: str | None
     dtype: str | None
+    kv_cache_dtype: str | None
     kernels: str | None
     exact: bool | None
     """Cached equals computed bit for bit on this path."""
@@ -107,6 +108,7 @@ def _version(service: Service) -> Version:
         "architecture": config.architecture if config else None,
         "device": config.device if config else None,
         "dtype": config.dtype if config else None,
+        "kv_cache_dtype": config.kv_cache_dtype if config else None,
         "kernels": config.kernels if config else None,
         "exact": config.exact if config else None,
         "max_model_len": limits.max_model_len if limits else None,

@@ -11,6 +11,7 @@ from kernels import KernelUnavailableError, Ops
 from kernels.checks import CheckedOps
 from kernels.cpu import library
 from kernels.cpu.native_ops import NativeOps
+from kernels.ops import QUANTISED
 from kernels.reference import TorchOps
 
 
@@ -56,6 +57,14 @@ def ops(request: pytest.FixtureRequest) -> Ops:
 @pytest.fixture(params=NATIVE or [pytest.param("", marks=pytest.mark.skip("no native library"))])
 def isa(request: pytest.FixtureRequest) -> str:
     """All instruction sets of the native path, which promises bits."""
+    return request.param
+
+
+@pytest.fixture(params=[None, *QUANTISED], ids=lambda kept: str(kept or "unquantised"))
+def page_dtype(request: pytest.FixtureRequest, ops: Ops) -> torch.dtype | None:
+    """What pages hold: the dtype of the activations (None), or each quantised one."""
+    if request.param is not None and request.param not in ops.page_dtypes:
+        pytest.skip(f"{ops.name} keeps no pages of {request.param}")
     return request.param
 
 

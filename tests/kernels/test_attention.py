@@ -1,6 +1,7 @@
 """Paged attention against float64 in poisoned pools, and its rows bit by bit."""
 
 import dataclasses
+import itertools
 import random
 
 import pytest
@@ -38,12 +39,12 @@ def shape_id(heads):
     )
 
 
-def mixed_chunks(heads, dtype, lengths=LENGTHS):
+def mixed_chunks(heads, dtype, lengths=LENGTHS, page_dtype=None):
     """Of each length: a decode step or a chunk of random size."""
     chunks = []
     for length in lengths:
         begin = random.choice([length - 1, random.randint(max(0, length - 40), length - 1)])
-        chunks.append(Chunk(random_sequence(heads, length, dtype), begin, length))
+        chunks.append(Chunk(random_sequence(heads, length, dtype, page_dtype), begin, length))
     random.shuffle(chunks)
     return chunks
 
@@ -55,19 +56,19 @@ def _random(seed):
 
 @pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("heads", SHAPES, ids=shape_id)
-def test_attention_over_poisoned_pages(ops, dtype, heads, sinks):
+def test_attention_over_poisoned_pages(ops, dtype, page_dtype, heads, sinks):
     if sinks:
         heads = dataclasses.replace(heads, sinks=torch.randn(heads.num_heads) * 2)
-    chunks = mixed_chunks(heads, dtype)
-    out = PagedBatch(heads, chunks, dtype).attend(ops)
+    chunks = mixed_chunks(heads, dtype, page_dtype=page_dtype)
+    out = PagedBatch(heads, chunks, dtype, page_dtype).attend(ops)
     expected = torch.cat([attention_oracle(heads, chunk) for chunk in chunks])
     assert_close(out, expected, dtype)
 
 
-def test_prefill_from_the_first_token(ops, dtype):
+def test_prefill_from_the_first_token(ops, dtype, page_dtype):
     heads = Heads(4, 2, 64)
-    chunk = Chunk(random_sequence(heads, 300, dtype), 0, 300)
-    out = PagedBatch(heads, [chunk], dtype).attend(ops)
+    chunk = Chunk(random_sequence(heads, 300, dtype, page_dtype), 0, 300)
+    out = PagedBatch(heads, [chunk], dtype, page_dtype).attend(ops)
     assert_close(out, attention_oracle(heads, chunk), dtype)
 
 
@@ -86,14 +87,14 @@ def test_strided_queries_and_a_sequence_without_any(ops):
     assert_close(batch.attend(ops), expected, torch.float32)
 
 
-def test_pages_before_the_window_may_hold_anything(ops, dtype):
+def test_pages_before_the_window_may_hold_anything(ops, dtype, page_dtype):
     """They may have been given to others."""
     heads = Heads(4, 2, 32, window=20)
-    chunk = Chunk(random_sequence(heads, 100, dtype), 90, 100)
-    batch = PagedBatch(heads, [chunk], dtype)
+    chunk = Chunk(random_sequence(heads, 100, dtype, page_dtype), 90, 100)
+    batch = PagedBatch(heads, [chunk], dtype, page_dtype)
     # The first query sees keys from 71 on: page 4 and later.
     for page in batch.page_tables[0, :4].tolist():
-        batch.pool[page] = torch.nan
+        batch.pool[page] = 255
     assert_close(batch.attend(ops), attention_oracle(heads, chunk), dtype)
 
 
@@ -152,3 +153,15 @@ def test_a_later_key_of_the_chunk_never_shows(exact_ops, dtype):
     sequence.value[30:] = torch.inf
     spoilt = PagedBatch(heads, [Chunk(sequence, 0, 60)], dtype).attend(exact_ops)
     assert torch.equal(spoilt[:30], clean[:30])
+
+
+def test_a_key_or_value_that_is_no_number_spoils_what_sees_it(ops, page_dtype):
+    """The engine finds such rows by their logits: nothing may hide them."""
+    heads = Heads(4, 2, 32)
+    for part, spoilt in itertools.product(("key", "value"), (torch.nan, torch.inf)):
+        sequence = random_sequence(heads, 60, torch.float32, page_dtype)
+        getattr(sequence, part)[30, 1, 5] = spoilt
+        sequence.query[:] = 0.0  # all weights are alike: none is rounded to nothing
+        sequence.query[..., 5] = 1.0
+        out = PagedBatch(heads, [Chunk(sequence, 0, 60)], torch.float32, page_dtype).attend(ops)
+        assert not out[30:, 2:].isfinite().all(dim=-1).any()

@@ -4,6 +4,9 @@ import pytest
 import torch
 
 from kernels import ShapeError
+from kernels.ops import KVPages
+
+PARTS = ("keys", "values", "key_scales", "value_scales")
 
 
 def linear(ops, **changed):
@@ -12,11 +15,12 @@ def linear(ops, **changed):
 
 
 def attention(ops, **changed):
-    pool = torch.zeros(4, 2, 2, 16, 8)
+    keys, values = torch.zeros(4, 2, 2, 16, 8).unbind(1)
+    kept = {"keys": keys, "values": values}
+    kept |= {name: changed.pop(name) for name in PARTS if name in changed}
     given = {
         "query": torch.zeros(1, 4, 8),
-        "key_pages": pool[:, 0],
-        "value_pages": pool[:, 1],
+        "pages": KVPages(**kept),
         "page_tables": torch.zeros(1, 4, dtype=torch.int32),
         "seq_lens": torch.ones(1, dtype=torch.int32),
         "query_starts": torch.tensor([0, 1], dtype=torch.int32),
@@ -26,13 +30,14 @@ def attention(ops, **changed):
 
 
 def rope_store(ops, **changed):
-    pool = torch.zeros(4, 2, 2, 16, 8)
+    keys, values = torch.zeros(4, 2, 2, 16, 8).unbind(1)
+    kept = {"keys": keys, "values": values}
+    kept |= {name: changed.pop(name) for name in PARTS if name in changed}
     given = {
         "qkv": torch.zeros(1, 64),
         "positions": torch.zeros(1, dtype=torch.int32),
         "cos_sin": torch.zeros(10, 8),
-        "key_pages": pool[:, 0],
-        "value_pages": pool[:, 1],
+        "pages": KVPages(**kept),
         "slot_mapping": torch.zeros(1, dtype=torch.int64),
     } | changed
     return ops.rope_store(**given)
@@ -87,9 +92,13 @@ WRONG = [
     (add_rms_norm, "residual", torch.zeros(2, 8, dtype=torch.bfloat16)),
     (attention, "query", torch.zeros(1, 3, 8)),
     (attention, "query", torch.zeros(1, 4, 16)),
-    (attention, "key_pages", torch.zeros(4, 2, 16, 8, dtype=torch.float16)),
-    (attention, "value_pages", torch.zeros(4, 2, 8, 8)),
-    (attention, "key_pages", torch.zeros(4, 16, 2, 8).transpose(1, 2)),
+    (attention, "keys", torch.zeros(4, 2, 16, 8, dtype=torch.float16)),
+    (attention, "keys", torch.zeros(4, 2, 16, 8, dtype=torch.float8_e4m3fn)),
+    (attention, "values", torch.zeros(4, 2, 8, 8)),
+    (attention, "values", torch.zeros(4, 2, 16, 8, dtype=torch.int8)),
+    (attention, "keys", torch.zeros(4, 16, 2, 8).transpose(1, 2)),
+    (attention, "key_scales", torch.zeros(4, 2, 16)),
+    (rope_store, "value_scales", torch.zeros(4, 2, 16)),
     (attention, "page_tables", torch.zeros(1, 4, dtype=torch.int64)),
     (attention, "seq_lens", torch.ones(2, dtype=torch.int32)),
     (attention, "query_starts", torch.zeros(1, dtype=torch.int32)),
@@ -121,6 +130,31 @@ def test_refused_with_the_name(ops, call, name, value):
     call(ops)  # fits as it is
     with pytest.raises(ShapeError, match=name):
         call(ops, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("key_scales", None),
+        ("value_scales", None),
+        ("value_scales", torch.zeros(4, 2, 8)),
+        ("key_scales", torch.zeros(4, 2, 16, dtype=torch.bfloat16)),
+        ("key_scales", torch.zeros(4, 16, 2).transpose(1, 2)),
+    ],
+)
+def test_quantised_pages_come_with_their_scales(ops, name, value):
+    if torch.int8 not in ops.page_dtypes:
+        pytest.skip(f"{ops.name} keeps no int8 pages")
+    fitting = {
+        "keys": torch.zeros(4, 2, 16, 8, dtype=torch.int8),
+        "values": torch.zeros(4, 2, 16, 8, dtype=torch.int8),
+        "key_scales": torch.zeros(4, 2, 16),
+        "value_scales": torch.zeros(4, 2, 16),
+    }
+    for call in (attention, rope_store):
+        call(ops, **fitting)
+        with pytest.raises(ShapeError, match=name):
+            call(ops, **fitting | {name: value})
 
 
 def test_a_tensor_on_another_device_is_refused(ops):

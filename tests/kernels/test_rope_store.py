@@ -3,6 +3,9 @@
 import pytest
 import torch
 from kernel_cases import assert_close
+from kv_pages import poisoned_pool, read_pages
+
+from kernels.ops import QUANTISED, KVPages
 
 
 def oracle(x, positions, cos_sin, weight, eps, offset):
@@ -38,7 +41,7 @@ def test_queries_turn_and_keys_and_values_are_stored(
     angle = torch.rand(50, rotary // 2) * 6.3
     cos_sin = torch.cat((angle.cos(), angle.sin()), dim=1)
     pool = torch.randn(num_pages, 2, 2, hkv, page_size, d).to(dtype)
-    key_pages, value_pages = pool[:, 1, 0], pool[:, 1, 1]
+    pages = KVPages(pool[:, 1, 0], pool[:, 1, 1])
     slots = torch.randperm(num_pages * page_size)[:tokens]
     if slots.shape[0] < tokens:
         slots = torch.cat((slots, torch.full((tokens - slots.shape[0],), -1)))
@@ -47,7 +50,7 @@ def test_queries_turn_and_keys_and_values_are_stored(
 
     expected_pool = pool.clone()
     out = ops.rope_store(
-        qkv, positions, cos_sin, key_pages, value_pages, slots,
+        qkv, positions, cos_sin, pages, slots,
         q_norm=norms[0], k_norm=norms[1], norm_eps=1e-5, norm_weight_offset=0.5,
     )  # fmt: skip
 
@@ -62,8 +65,8 @@ def test_queries_turn_and_keys_and_values_are_stored(
         stored.append((t, page, place))
         # Values are copied; keys are compared below, and taken over here for the last comparison.
         expected_pool[page, 1, 1, :, place] = heads[t, hq + hkv :]
-        expected_pool[page, 1, 0, :, place] = key_pages[page, :, place]
-    got = torch.stack([key_pages[page, :, place] for _, page, place in stored])
+        expected_pool[page, 1, 0, :, place] = pages.keys[page, :, place]
+    got = torch.stack([pages.keys[page, :, place] for _, page, place in stored])
     assert_close(got, keys[[t for t, _, _ in stored]], dtype)
     assert torch.equal(pool, expected_pool)
 
@@ -79,7 +82,7 @@ def test_a_token_is_turned_the_same_among_any_others(on_threads, dtype):
         pool = torch.zeros(tokens, 2, hkv, 1, d, dtype=dtype)
         slots = torch.arange(tokens)[rows]
         out = ops.rope_store(
-            qkv[rows], positions[rows], cos_sin, pool[:, 0], pool[:, 1], slots,
+            qkv[rows], positions[rows], cos_sin, KVPages(pool[:, 0], pool[:, 1]), slots,
             q_norm=norm, k_norm=norm, norm_eps=1e-6,
         )  # fmt: skip
         return out, pool[slots]
@@ -90,3 +93,59 @@ def test_a_token_is_turned_the_same_among_any_others(on_threads, dtype):
     for i in range(2):
         assert torch.equal(whole[i], again[i])
         assert torch.equal(whole[i][41:48], part[i])
+
+
+def stored(ops, kv, page_dtype, dtype=torch.float32):
+    """What slot 5 of quantised pages gets of `kv [2, HKV, D]`: keys and values, without rotation."""
+    _, num_kv_heads, head_dim = kv.shape
+    _, pages = poisoned_pool(2, num_kv_heads, 4, head_dim, page_dtype)
+    qkv = torch.cat((torch.zeros(num_kv_heads, head_dim), kv.flatten(0, 1))).view(1, -1).to(dtype)
+    ops.rope_store(
+        qkv,
+        torch.zeros(1, dtype=torch.int32),
+        torch.tensor([[1.0, 0.0]]),
+        pages,
+        torch.tensor([5]),
+    )
+    rest = pages.key_scales.clone()
+    rest[1, :, 1] = torch.nan
+    assert rest.isnan().all(), "another slot was written"
+    return pages
+
+
+@pytest.mark.parametrize("page_dtype", QUANTISED, ids=str)
+def test_quantised_entries_are_within_half_a_step(ops, dtype, page_dtype):
+    if page_dtype not in ops.page_dtypes:
+        pytest.skip(f"{ops.name} keeps no pages of {page_dtype}")
+    kv = torch.randn(2, 3, 72) * torch.logspace(-6, 4, 3)[:, None]
+    kv = kv.to(dtype).float()
+    pages = stored(ops, kv, page_dtype, dtype)
+    amax = kv.abs().amax(dim=-1)
+    got = torch.stack(read_pages(pages))[:, 1, :, 1]
+    scales = torch.stack((pages.key_scales, pages.value_scales))[:, 1, :, 1]
+    assert torch.allclose(scales, amax / QUANTISED[page_dtype], rtol=1e-6, atol=0)
+    step = scales if page_dtype == torch.int8 else kv.abs() / 8 + scales[..., None] * 2**-9
+    bound = 0.5001 * (step[..., None] if page_dtype == torch.int8 else step)
+    assert ((got - kv).abs() <= bound).all()
+    # The largest is as large as the dtype allows, and nothing is shared between heads.
+    entries = torch.stack((pages.keys, pages.values))[:, 1, :, 1].float()
+    assert torch.equal(entries.abs().amax(dim=-1), torch.full((2, 3), QUANTISED[page_dtype]))
+
+
+@pytest.mark.parametrize("page_dtype", QUANTISED, ids=str)
+def test_vectors_without_a_scale(ops, page_dtype):
+    if page_dtype not in ops.page_dtypes:
+        pytest.skip(f"{ops.name} keeps no pages of {page_dtype}")
+    kv = torch.ones(2, 5, 40)
+    kv[:, 0] = 0.0
+    kv[:, 1] = 1e-39
+    kv[:, 2, 17] = torch.nan
+    kv[:, 3, 39] = -torch.inf
+    pages = stored(ops, kv, page_dtype)
+    for scales, entries in ((pages.key_scales, pages.keys), (pages.value_scales, pages.values)):
+        own = scales[1, :, 1]
+        assert own[:2].tolist() == [0.0, 0.0]
+        assert own[2:4].isnan().all(), "what is no number must show"
+        assert own[4] > 0
+        assert not entries[1, :4, 1].float().any()
+        assert (entries[1, 4, 1].float() == QUANTISED[page_dtype]).all()

@@ -251,6 +251,7 @@ def digest_config(
         architecture="Digest",
         device="cpu",
         dtype="float32",
+        kv_cache_dtype="float32",
         threads=1,
         kernels="digest",
         exact=True,

@@ -48,6 +48,7 @@ def engine_config(
         architecture="FakeForCausalLM",
         device="cpu",
         dtype="float32",
+        kv_cache_dtype="float32",
         threads=1,
         kernels="none",
         exact=True,

@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 
 import torch
+from kv_pages import as_stored, fill_page, poisoned_pool
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 LENGTHS = (1, 15, 16, 17, 255, 256, 257, 513)
@@ -58,11 +59,15 @@ class Sequence:
         return self.key.shape[0]
 
 
-def random_sequence(heads: Heads, length: int, dtype: torch.dtype) -> Sequence:
+def random_sequence(
+    heads: Heads, length: int, dtype: torch.dtype, page_dtype: torch.dtype | None = None
+) -> Sequence:
+    """Keys and values that pages of `page_dtype` (`dtype`, if not given) hold as they are."""
+    kept = page_dtype or dtype
     return Sequence(
         torch.randn(length, heads.num_heads, heads.head_dim).to(dtype),
-        torch.randn(length, heads.num_kv_heads, heads.head_dim).to(dtype),
-        torch.randn(length, heads.num_kv_heads, heads.head_dim).to(dtype),
+        as_stored(torch.randn(length, heads.num_kv_heads, heads.head_dim), kept),
+        as_stored(torch.randn(length, heads.num_kv_heads, heads.head_dim), kept),
     )
 
 
@@ -78,13 +83,19 @@ class Chunk:
 class PagedBatch:
     """Chunks in a page-major pool: shuffled pages, NaN in every slot that no sequence owns."""
 
-    def __init__(self, heads: Heads, chunks: list[Chunk], dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        heads: Heads,
+        chunks: list[Chunk],
+        dtype: torch.dtype,
+        page_dtype: torch.dtype | None = None,
+    ) -> None:
         size = heads.page_size
         counts = [-(-chunk.end // size) for chunk in chunks]
         num_pages = sum(counts) + 3
-        shape = (num_pages, 3, 2, heads.num_kv_heads, size, heads.head_dim)
-        self.pool = torch.full(shape, torch.nan, dtype=dtype)
-        self.key_pages, self.value_pages = self.pool[:, 1, 0], self.pool[:, 1, 1]
+        self.pool, self.pages = poisoned_pool(
+            num_pages, heads.num_kv_heads, size, heads.head_dim, page_dtype or dtype
+        )
         free = iter(torch.randperm(num_pages).tolist())
         poison = next(free)
         self.page_tables = torch.full((len(chunks), max(counts) + 2), poison, dtype=torch.int32)
@@ -94,10 +105,8 @@ class PagedBatch:
             for position in range(0, chunk.end, size):
                 end = min(position + size, chunk.end)
                 page = pages[position // size]
-                keys = chunk.sequence.key[position:end].transpose(0, 1)
-                values = chunk.sequence.value[position:end].transpose(0, 1)
-                self.key_pages[page, :, : end - position] = keys
-                self.value_pages[page, :, : end - position] = values
+                own = slice(position, end)
+                fill_page(self.pages, page, chunk.sequence.key[own], chunk.sequence.value[own])
         self.heads = heads
         self.query = torch.cat([c.sequence.query[c.begin : c.end] for c in chunks])
         self.seq_lens = torch.tensor([c.end for c in chunks], dtype=torch.int32)
@@ -107,11 +116,10 @@ class PagedBatch:
     def attend(self, ops) -> torch.Tensor:  # type: ignore[no-untyped-def]
         """`[T, HQ, D]` by `ops`; nothing in the pool may change."""
         heads = self.heads
-        before = self.pool.view(torch.uint8).clone()
+        before = self.pool.clone()
         out = ops.paged_attention(
             self.query,
-            self.key_pages,
-            self.value_pages,
+            self.pages,
             self.page_tables,
             self.seq_lens,
             self.query_starts,
@@ -120,7 +128,7 @@ class PagedBatch:
             soft_cap=heads.soft_cap,
             sinks=heads.sinks,
         )
-        assert torch.equal(before, self.pool.view(torch.uint8))
+        assert torch.equal(before, self.pool)
         return out
 
 

@@ -82,13 +82,12 @@ class Attention:
     def __call__(self, x: torch.Tensor, batch: DeviceBatch, kv: KVPool) -> torch.Tensor:
         """`[T, H] -> [T, H]`; writes the tokens' keys and values to their slots in `kv`."""
         ops = self._ops
-        key_pages, value_pages = kv.layer(self._index)
+        pages = kv.layer(self._index)
         query = ops.rope_store(
             ops.linear(x, self._qkv),  # [T, (HQ + 2 HKV) * D]
             batch.positions,
             self._cos_sin,
-            key_pages,
-            value_pages,
+            pages,
             batch.slot_mapping,
             q_norm=self._q_norm,
             k_norm=self._k_norm,
@@ -97,8 +96,7 @@ class Attention:
         )
         attended = ops.paged_attention(
             query,
-            key_pages,
-            value_pages,
+            pages,
             batch.page_tables,
             batch.seq_lens,
             batch.query_starts,

@@ -17,6 +17,7 @@ from jit_compile import Compiled, compile_launch  # noqa: E402
 
 from kernels.jit import TritonOps  # noqa: E402
 from kernels.jit.launch import Launch, Target  # noqa: E402
+from kernels.ops import KVPages  # noqa: E402
 
 TARGETS = {
     "sm_80": Target("cuda", "sm_80"),
@@ -39,8 +40,7 @@ def attention(
         pool = empty(512, 2, 2, kv_heads, 16, head_dim)
         return ops.paged_attention(
             empty(2000, heads, head_dim),
-            pool[:, 0, 0],
-            pool[:, 0, 1],
+            KVPages(pool[:, 0, 0], pool[:, 0, 1]),
             empty(4, 256, dtype=torch.int32),
             empty(4, dtype=torch.int32),
             empty(5, dtype=torch.int32),
@@ -71,8 +71,7 @@ def rope_store(ops: TritonOps) -> torch.Tensor:
         empty(64, 48 * 128),
         empty(64, dtype=torch.int32),
         empty(4096, 128, dtype=torch.float32),
-        pool[:, 0, 0],
-        pool[:, 0, 1],
+        KVPages(pool[:, 0, 0], pool[:, 0, 1]),
         empty(64, dtype=torch.int64),
         q_norm=norm,
         k_norm=norm,

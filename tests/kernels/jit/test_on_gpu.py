@@ -7,7 +7,7 @@ import pytest
 import torch
 from jit_cases import AttentionCase
 
-from kernels.ops import Ops
+from kernels.ops import KVPages, Ops
 
 pytestmark = [
     pytest.mark.gpu,
@@ -121,7 +121,7 @@ def test_decode_steps_replay_in_a_graph(ops: Ops) -> None:
     starts = torch.arange(num_seqs + 1, device="cuda", dtype=torch.int32)
 
     def step() -> torch.Tensor:
-        arguments = (query, pages[:, 0, 0], pages[:, 0, 1], tables, seq_lens, starts)
+        arguments = (query, KVPages(pages[:, 0, 0], pages[:, 0, 1]), tables, seq_lens, starts)
         return ops.paged_attention(*arguments, scale=0.125)
 
     step()

@@ -38,6 +38,7 @@ CONFIG = EngineConfig(
     architecture="a",
     device="cpu",
     dtype="float32",
+    kv_cache_dtype="float32",
     threads=1,
     kernels="none",
     exact=True,

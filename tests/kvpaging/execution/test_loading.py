@@ -116,6 +116,12 @@ def test_the_length_is_cut_to_what_the_pool_holds(checkpoint: Path) -> None:
         ({"kv_cache_memory_bytes": 100}, ["KV memory", "100"]),
         ({"kv_cache_memory_bytes": 20_000, "max_model_len": 128}, ["max_model_len", "128", "pool"]),
         ({"model": "/no/such/dir"}, ["/no/such/dir"]),
+        ({"kv_cache_dtype": "int4"}, ["kv_cache_dtype", "int4", "int8"]),
+        (
+            {"kv_cache_dtype": "float16", "dtype": "float32"},
+            ["kv_cache_dtype", "float16", "float32"],
+        ),
+        ({"kv_cache_dtype": "fp8_e4m3"}, ["kv_cache_dtype", "cpu", "fp8_e4m3", "GPU"]),
     ],
 )
 def test_what_can_not_be_is_refused(
@@ -150,8 +156,31 @@ def test_the_numerics_identity_changes_with_what_changes_bits(
     assert resolved(checkpoint, dtype="float32").numerics_identity == before
     assert resolved(checkpoint, dtype="bfloat16").numerics_identity != before
     assert resolved(checkpoint, dtype="float32", page_size=4).numerics_identity != before
+    wide, narrow = (
+        resolved(checkpoint, dtype=dtype, kv_cache_dtype="int8", kernels="torch").numerics_identity
+        for dtype in ("float32", "bfloat16")
+    )
+    plain = resolved(checkpoint, dtype="float32", kernels="torch").numerics_identity
+    assert len({wide, narrow, plain}) == 3
     make(case("llama-gqa"), tmp_path, dtype=torch.bfloat16, seed=1)
     assert resolved(tmp_path, dtype="float32").numerics_identity != before
+
+
+def test_the_pool_holds_what_it_was_told_to(checkpoint: Path) -> None:
+    plain = resolved(checkpoint, dtype="float32", kernels="torch")
+    assert plain.kv_cache_dtype == "float32"
+    same = resolved(checkpoint, dtype="float32", kv_cache_dtype="float32", kernels="torch")
+    assert same.numerics_identity == plain.numerics_identity
+    config = resolved(
+        checkpoint,
+        dtype="float32",
+        kv_cache_dtype="int8",
+        kernels="torch",
+        kv_cache_memory_bytes=50 * 2 * 2 * 2 * 16 * (16 + 4),
+    )
+    assert (config.dtype, config.kv_cache_dtype) == ("float32", "int8")
+    # 16 entries of a byte, and a scale of four, for each key and value.
+    assert config.scheduler.num_pages == 49
 
 
 def test_a_container_s_limit_counts(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def pool_of(model: CausalLM, page_size: int, num_pages: int) -> KVPool:
     config = model.config
     spec = KVSpec(config.num_layers, config.num_kv_heads, config.head_dim, page_size, "float32")
     pool = KVPool(spec, num_pages, CPU)
-    pool.pages.fill_(torch.nan)  # what nobody wrote must never show
+    pool.pages.fill_(255)  # NaN: what nobody wrote must never show
     return pool
 
 

@@ -42,7 +42,7 @@ class BadLevel(HostLevel):
 @pytest.fixture
 def pool() -> KVPool:
     pool = KVPool(SPEC, 64, torch.device("cpu"))
-    pool.pages.copy_(torch.randn(pool.pages.shape))
+    pool.pages.random_(256)
     return pool
 
 

@@ -182,6 +182,7 @@ def make_engine(options: EngineOptions, on_progress: process.OnProgress) -> Fake
             architecture="FakeModel",
             device="cpu",
             dtype="float32",
+            kv_cache_dtype="float32",
             threads=1,
             kernels="none",
             exact=True,

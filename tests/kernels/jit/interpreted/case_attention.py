@@ -6,6 +6,8 @@ import pytest
 import torch
 from jit_cases import AttentionCase, check_attention, check_bits, make_ops
 
+from kernels.ops import KVPages
+
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
 
@@ -57,8 +59,7 @@ def test_no_queries() -> None:
     case = AttentionCase((5,), (0,))
     check_attention_is_empty = make_ops("cpu").paged_attention(
         torch.empty(0, 4, 64, dtype=BF16),
-        torch.empty(1, 2, 16, 64, dtype=BF16),
-        torch.empty(1, 2, 16, 64, dtype=BF16),
+        KVPages(torch.empty(1, 2, 16, 64, dtype=BF16), torch.empty(1, 2, 16, 64, dtype=BF16)),
         torch.zeros(1, 1, dtype=torch.int32),
         torch.tensor([case.lengths[0]], dtype=torch.int32),
         torch.zeros(2, dtype=torch.int32),
