@@ -294,9 +294,7 @@ class CheckedOps:
             or scales.shape != shape
             or scales.stride()[1:] != (shape[2], 1)
         ):
-            _refuse(
-                name, scales, f"float32 {list(shape)} on {self.device}, dense but for dim 0"
-            )
+            _refuse(name, scales, f"float32 {list(shape)} on {self.device}, dense but for dim 0")
 
 
 def _shown(tensor: torch.Tensor) -> str:

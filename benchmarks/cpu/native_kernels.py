@@ -130,7 +130,10 @@ def _gather_and_sdpa(
     query: torch.Tensor, pages: KVPages, tables: torch.Tensor, *_: Any
 ) -> torch.Tensor:
     return F.scaled_dot_product_attention(
-        query.unsqueeze(2), _dense(pages.keys, tables), _dense(pages.values, tables), enable_gqa=True
+        query.unsqueeze(2),
+        _dense(pages.keys, tables),
+        _dense(pages.values, tables),
+        enable_gqa=True,
     )
 
 

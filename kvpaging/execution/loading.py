@@ -251,8 +251,7 @@ def _kv_cache_dtype(options: EngineOptions, dtype: str, device: torch.device, op
     if wanted not in usable:
         raise ConfigError(
             f"kv_cache_dtype: {ops.name} on {device} does not compute with {wanted}; it does with "
-            f"{' and '.join((dtype, *usable))}"
-            + (_FP8_DEVICES if wanted == "fp8_e4m3" else "")
+            f"{' and '.join((dtype, *usable))}" + (_FP8_DEVICES if wanted == "fp8_e4m3" else "")
         )
     return wanted
 

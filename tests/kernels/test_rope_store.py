@@ -96,7 +96,7 @@ def test_a_token_is_turned_the_same_among_any_others(on_threads, dtype):
 
 
 def stored(ops, kv, page_dtype, dtype=torch.float32):
-    """What slot 5 of quantised pages gets of `kv [2, HKV, D]`: keys and values, without rotation."""
+    """Pages whose slot 5 alone was given `kv [2, HKV, D]`: keys and values, without rotation."""
     _, num_kv_heads, head_dim = kv.shape
     _, pages = poisoned_pool(2, num_kv_heads, 4, head_dim, page_dtype)
     qkv = torch.cat((torch.zeros(num_kv_heads, head_dim), kv.flatten(0, 1))).view(1, -1).to(dtype)

@@ -66,6 +66,7 @@ def test_given_choices_are_kept(checkpoint: Path) -> None:
         max_model_len=50,
         max_num_waiting=9,
         prefix_cache=False,
+        async_scheduling=False,
     )
     assert config.decisions == ()
     assert config.dtype == "float32"
