@@ -42,7 +42,7 @@ class TorchOps:
     """`kernels.ops.Ops` in plain torch."""
 
     exact = False
-    page_dtypes = (torch.int8,)
+    page_dtypes: tuple[torch.dtype, ...] = (torch.int8,)
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.name = f"torch {torch.device(device).type}"

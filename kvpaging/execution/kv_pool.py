@@ -71,7 +71,7 @@ class KVPool:
         """`[num_pages + 1, *shape]` of `dtype`, from byte `begin` of each page."""
         num_bytes = math.prod(shape) * dtype.itemsize
         part = self.pages[:, begin : begin + num_bytes]
-        return part.view(dtype).unflatten(1, shape)
+        return part.view(dtype).view(-1, *shape)
 
     def read_page(self, page_id: PageId) -> bytes:
         """A copy of the page's span."""
