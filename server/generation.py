@@ -17,7 +17,8 @@ from typing import TypeVar, cast
 
 from kvpaging.base.errors import BadRequest, EngineDied, KvPagingError, Overloaded
 from kvpaging.base.ids import RequestId
-from kvpaging.scheduling.outputs import Finished, FinishReason, SequenceOutput
+from kvpaging.cache.explanation import CacheExplanation
+from kvpaging.scheduling.outputs import Finished, FinishReason, Recomputed, SequenceOutput
 from kvpaging.scheduling.plan import Sample
 from kvpaging.scheduling.request import Request, SamplingParams
 from server.client import EngineClient
@@ -43,6 +44,7 @@ class Order:
     n: int = 1
     priority: int = 0
     owner: Owner = field(default_factory=Owner)
+    explain: bool = False
     is_score: bool = False
     """Only the prompt is of interest: the outputs are empty. (The engine samples a token anyway.)
     """
@@ -58,6 +60,7 @@ class Order:
             self.owner.namespace,
             self.owner.shared,
             self.owner.tenant,
+            explain=self.explain,
         )
 
 
@@ -124,11 +127,22 @@ class CallTimings:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptExplanation:
+    """What was found of one prompt, and what preemptions cost each of its outputs."""
+
+    found: CacheExplanation
+    recomputed: tuple[tuple[int, Recomputed], ...]
+    """(output of this prompt, what it computed again)."""
+
+
+@dataclass(frozen=True, slots=True)
 class Done:
     """The last thing of a call: each output has ended."""
 
     usage: Usage
     timings: CallTimings
+    explanations: tuple[PromptExplanation, ...] = ()
+    """One for each order that asked for it, in their order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +204,7 @@ async def generate(
         async with aclosing(merge([run.deltas() for run in runs])) as deltas:
             async for delta in deltas:
                 yield delta
-        done = Done(_usage(runs), _timings(runs, record))
+        done = Done(_usage(runs), _timings(runs, record), _explanations(runs))
         metrics.e2e_latency.observe(time.monotonic() - record.started)
         record.queue_ms = done.timings.queue_ms
         yield done
@@ -416,6 +430,17 @@ def _usage(runs: Sequence[_Run]) -> Usage:
         sum(output.num_tokens for run in runs for output in run.outputs),
         sum(run.num_cached_tokens for run in runs),
     )
+
+
+def _explanations(runs: Sequence[_Run]) -> tuple[PromptExplanation, ...]:
+    found = []
+    for run in runs:
+        ends = [output.engine_end for output in run.outputs]
+        told = next((end.explanation for end in ends if end and end.explanation), None)
+        if told is not None:
+            recomputed = [(k, one) for k, end in enumerate(ends) if end for one in end.recomputed]
+            found.append(PromptExplanation(told, tuple(recomputed)))
+    return tuple(found)
 
 
 def _timings(runs: Sequence[_Run], record: RequestRecord) -> CallTimings:

@@ -19,6 +19,7 @@ from server.generation import Done, TextDelta
 from server.observe.record import RequestRecord
 from server.schemas.body import JsonObject, read_json_object
 from server.schemas.errors import ErrorResponse
+from server.schemas.explanation import Explanation, explanation_of
 from server.service import Service
 from server.sse import DONE, EventStream, error_event
 
@@ -90,6 +91,12 @@ async def _frames(
         yield error_event(answer.body_in(record.dialect))
     else:
         yield end
+
+
+def explanations_of(done: Done, service: Service) -> list[Explanation]:
+    """Give each prompt's explanation, where the call asked for them."""
+    policy = service.engine_config().scheduler.eviction_policy
+    return [explanation_of(one.found, one.recomputed, policy) for one in done.explanations]
 
 
 def finite_logprob(logprob: float | None) -> float:

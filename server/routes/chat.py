@@ -13,6 +13,7 @@ from server.generation import Completed, Done, Finish, Piece, TextDelta, collect
 from server.observe.record import record_of
 from server.routes.answers import (
     GENERATION_ERRORS,
+    explanations_of,
     finite_logprob,
     json_response,
     read_body,
@@ -30,7 +31,7 @@ from server.schemas.openai import (
     ChatDelta,
     ChatLogprobs,
 )
-from server.service import ServiceDep
+from server.service import Service, ServiceDep
 from server.sse import data_event, until_gone
 from server.text import Tokenizer
 
@@ -69,7 +70,7 @@ async def complete(request: Request, service: ServiceDep) -> Response:
     order = order_for(
         asked, token_ids, max_new_tokens, service, request, call.id, num_shared_tokens
     )
-    writer = _Writer(asked, call, tokenizer)
+    writer = _Writer(asked, call, tokenizer, service)
     news = service.generate([order], record, CHAT_FIELD_NAMES)
     if asked.stream:
         return stream_response(news, writer.frame, service, record)
@@ -80,15 +81,18 @@ async def complete(request: Request, service: ServiceDep) -> Response:
 class _Writer:
     """One call's choices, whole or as events; knows which outputs have begun."""
 
-    def __init__(self, asked: ChatCompletionRequest, call: Call, tokenizer: Tokenizer):
+    def __init__(
+        self, asked: ChatCompletionRequest, call: Call, tokenizer: Tokenizer, service: Service
+    ):
         self._asked = asked
         self._call = call
         self._tokenizer = tokenizer
+        self._service = service
         self._begun: set[int] = set()
 
     def response(self, outputs: Sequence[Completed], done: Done) -> ChatCompletionResponse:
         """Give the whole answer."""
-        return {
+        answer: ChatCompletionResponse = {
             "id": self._call.id,
             "object": "chat.completion",
             "created": self._call.created,
@@ -96,14 +100,19 @@ class _Writer:
             "choices": [self._choice(output) for output in outputs],
             "usage": usage_of(done.usage),
         }
+        if self._asked.explain:
+            answer["explanations"] = explanations_of(done, self._service)
+        return answer
 
     def frame(self, item: TextDelta | Done) -> bytes:
         """Give the events for what is new: the role first, the end in one of its own."""
         if isinstance(item, Done):
-            if not self._asked.includes_usage:
+            if not self._asked.wants_end:
                 return b""
             end = self._chunk([])
             end["usage"] = usage_of(item.usage)
+            if self._asked.explain:
+                end["explanations"] = explanations_of(item, self._service)
             return data_event(end)
         events = []
         if item.index not in self._begun:

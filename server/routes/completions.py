@@ -15,6 +15,7 @@ from server.generation import Completed, Done, Order, TextDelta, collect
 from server.observe.record import record_of
 from server.routes.answers import (
     GENERATION_ERRORS,
+    explanations_of,
     finite_logprob,
     json_response,
     read_body,
@@ -60,14 +61,13 @@ async def complete(request: Request, service: ServiceDep) -> Response:
     call = begin(asked, service, record, "cmpl")
     text = await service.text()
     orders = await _orders(asked, call, service, request)
-    writer = _Writer(asked, call, text, orders)
+    writer = _Writer(asked, call, text, orders, service)
     news = service.generate(orders, record, FIELD_NAMES)
     if asked.stream:
         return stream_response(news, writer.frame, service, record)
     outputs, done = await until_gone(request.receive, collect(news))
     answer = writer.response([writer.choice(output) for output in outputs])
-    answer["usage"] = usage_of(done.usage)
-    return json_response(answer)
+    return json_response(writer.ended(answer, done))
 
 
 async def _orders(
@@ -104,11 +104,19 @@ class _Token:
 class _Writer:
     """One call's choices, whole or as events; knows how long each one's text is so far."""
 
-    def __init__(self, asked: CompletionRequest, call: Call, text: Text, orders: Sequence[Order]):
+    def __init__(
+        self,
+        asked: CompletionRequest,
+        call: Call,
+        text: Text,
+        orders: Sequence[Order],
+        service: Service,
+    ):
         self._asked = asked
         self._call = call
         self._text = text
         self._orders = orders
+        self._service = service
         self._lengths: dict[int, int] = {}
         """Of the texts that were given, by choice."""
 
@@ -121,6 +129,13 @@ class _Writer:
             "model": self._call.model,
             "choices": choices,
         }
+
+    def ended(self, answer: CompletionResponse, done: Done) -> CompletionResponse:
+        """Give the answer with what is known at the end."""
+        answer["usage"] = usage_of(done.usage)
+        if self._asked.explain:
+            answer["explanations"] = explanations_of(done, self._service)
+        return answer
 
     def choice(self, item: Completed | TextDelta) -> CompletionChoice:
         """Give an output, or what is new of it."""
@@ -146,11 +161,9 @@ class _Writer:
     def frame(self, item: TextDelta | Done) -> bytes:
         """Give the event for what is new; nothing where there is nothing to tell."""
         if isinstance(item, Done):
-            if not self._asked.includes_usage:
+            if not self._asked.wants_end:
                 return b""
-            event = self.response([])
-            event["usage"] = usage_of(item.usage)
-            return data_event(event)
+            return data_event(self.ended(self.response([]), item))
         choice = self.choice(item)
         if not (choice["text"] or choice["logprobs"] or choice["finish_reason"]):
             return b""

@@ -16,6 +16,7 @@ from server.observe.record import RequestRecord, record_of
 from server.routes import tgi
 from server.routes.answers import (
     GENERATION_ERRORS,
+    explanations_of,
     finite_logprob,
     json_response,
     read_body,
@@ -75,7 +76,7 @@ async def _respond(
     record.generation_id, record.stream = order.request_id, asked.stream
     news = service.generate([order], record)
     if asked.stream:
-        return stream_response(news, lambda item: _frame(order, item), service, record)
+        return stream_response(news, lambda item: _frame(order, item, service), service, record)
     outputs, done = await until_gone(request.receive, collect(news))
     answer: GenerateResponse = {
         "id": order.request_id,
@@ -84,6 +85,8 @@ async def _respond(
         "usage": _usage(done),
         "timings": _timings(done),
     }
+    if asked.explain:
+        answer["explanations"] = explanations_of(done, service)
     return json_response(answer)
 
 
@@ -102,6 +105,7 @@ async def _order(asked: GenerateRequest, service: Service, request: Request) -> 
         n=asked.n,
         priority=asked.priority,
         owner=service.owner_of(request, asked, len(token_ids)),
+        explain=asked.explain,
     )
 
 
@@ -116,13 +120,15 @@ def _output(order: Order, output: Completed) -> GenerateOutput:
     }
 
 
-def _frame(order: Order, item: TextDelta | Done) -> bytes:
+def _frame(order: Order, item: TextDelta | Done, service: Service) -> bytes:
     if isinstance(item, Done):
         end: GenerateEnd = {
             "id": order.request_id,
             "usage": _usage(item),
             "timings": _timings(item),
         }
+        if order.explain:
+            end["explanations"] = explanations_of(item, service)
         return data_event(end)
     event: GenerateEvent = {
         "id": order.request_id,

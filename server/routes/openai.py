@@ -76,6 +76,7 @@ def order_for(
         n=asked.num_outputs,
         priority=asked.priority or 0,
         owner=service.owner_of(request, asked, num_shared_tokens),
+        explain=bool(asked.explain),
     )
 
 

@@ -25,6 +25,7 @@ from server.generation import Completed, Done, Finish, Order, Piece, TextDelta, 
 from server.observe.record import record_of
 from server.routes.answers import (
     GENERATION_ERRORS,
+    explanations_of,
     finite_logprob,
     json_response,
     read_body,
@@ -38,6 +39,7 @@ from server.schemas.tgi import (
     TgiPrefillToken,
     TgiRequest,
     TgiResponse,
+    TgiStreamDetails,
     TgiStreamEvent,
     TgiToken,
 )
@@ -100,13 +102,15 @@ async def respond(
     news = service.generate([order], record, FIELD_NAMES)
     prefix = asked.inputs if parameters.return_full_text else ""
     if is_stream:
-        frame = _framer(order, parameters, tokenizer, prefix)
+        frame = _framer(order, parameters, tokenizer, prefix, service)
         return stream_response(news, frame, service, record, end=b"")
-    (output,), _ = await until_gone(request.receive, collect(news))
+    (output,), done = await until_gone(request.receive, collect(news))
     answer: TgiResponse = {"generated_text": prefix + output.text}
     reason = _finish_reason(output.finish)
     if parameters.details:
-        answer["details"] = _details(order, parameters, tokenizer, output, reason)
+        answer["details"] = _details(order, parameters, tokenizer, output, done, reason)
+        if parameters.explain:
+            answer["details"]["explanations"] = explanations_of(done, service)
     return json_response(answer)
 
 
@@ -138,20 +142,32 @@ async def _order(
         stop=tuple(parameters.stop or ()),
         include_stop=True,
         owner=service.owner_of(request, parameters, len(token_ids)),
+        explain=bool(parameters.explain),
     )
 
 
 def _framer(
-    order: Order, parameters: TgiParameters, tokenizer: Tokenizer, prefix: str
+    order: Order, parameters: TgiParameters, tokenizer: Tokenizer, prefix: str, service: Service
 ) -> Callable[[TextDelta | Done], bytes]:
-    """Give what turns the deltas of one stream into events, one a token."""
+    """Give what turns the deltas of one stream into events, one a token.
+
+    With `details` the last one waits for what is known when the call has ended.
+    """
     texts = [prefix]
     num_tokens = 0
+    last: list[tuple[TgiStreamEvent, TgiStreamDetails]] = []
+
+    def ended(event: TgiStreamEvent, details: TgiStreamDetails, done: Done) -> bytes:
+        details["cached_tokens"] = done.usage.cached_tokens
+        if parameters.explain:
+            details["explanations"] = explanations_of(done, service)
+        event["details"] = details
+        return data_event(event)
 
     def frame(item: TextDelta | Done) -> bytes:
         nonlocal num_tokens
         if isinstance(item, Done):
-            return b""
+            return b"".join(ended(event, details, item) for event, details in last)
         texts.append(item.text)
         reason = _finish_reason(item.finish) if item.finish else None
         frames = []
@@ -169,12 +185,15 @@ def _framer(
             if reason is not None and position == len(item.pieces):
                 event["generated_text"] = "".join(texts)
                 if parameters.details:
-                    event["details"] = {
+                    details: TgiStreamDetails = {
                         "finish_reason": reason,
                         "generated_tokens": num_tokens,
                         "input_length": len(order.prompt_token_ids),
+                        "cached_tokens": 0,
                         "seed": _seed(order, parameters),
                     }
+                    last.append((event, details))
+                    continue
             frames.append(data_event(event))
         return b"".join(frames)
 
@@ -186,11 +205,13 @@ def _details(
     parameters: TgiParameters,
     tokenizer: Tokenizer,
     output: Completed,
+    done: Done,
     reason: str,
 ) -> TgiDetails:
     details: TgiDetails = {
         "finish_reason": reason,
         "generated_tokens": len(output.pieces),
+        "cached_tokens": done.usage.cached_tokens,
         "seed": _seed(order, parameters),
         "prefill": _prefill(order, parameters, tokenizer, output),
         "tokens": _tokens(tokenizer, output.pieces, output.text),

@@ -9,6 +9,7 @@ from typing_extensions import TypedDict
 
 from kvpaging.scheduling.request import MAX_LOGPROBS, MAX_PRIORITY, SamplingParams
 from server.schemas.body import StrictModel
+from server.schemas.explanation import EXPLAIN, Explanation
 from server.schemas.fields import (
     CACHE_SALT_WORDS,
     CACHE_SCOPE_WORDS,
@@ -74,6 +75,7 @@ class GenerateRequest(StrictModel):
     priority: int = Field(0, ge=-MAX_PRIORITY, le=MAX_PRIORITY, description="Higher runs first.")
     cache_scope: CacheScope = Field("tenant", description=CACHE_SCOPE_WORDS)
     cache_salt: CacheSalt = Field("", description=CACHE_SALT_WORDS)
+    explain: bool = Field(False, description=EXPLAIN)
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:
@@ -155,6 +157,8 @@ class GenerateResponse(TypedDict):
     outputs: list[GenerateOutput]
     usage: GenerateUsage
     timings: GenerateTimings
+    explanations: NotRequired[list[Explanation]]
+    """With `explain`: one, for the prompt."""
 
 
 class GenerateEvent(TypedDict):
@@ -176,3 +180,4 @@ class GenerateEnd(TypedDict):
     id: str
     usage: GenerateUsage
     timings: GenerateTimings
+    explanations: NotRequired[list[Explanation]]

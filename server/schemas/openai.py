@@ -3,7 +3,8 @@
 Unknown fields are ignored, as its clients expect; known ones that this server can't honour are
 refused when they are set to something. Beyond OpenAI's own fields the usual extensions of open
 servers are taken: `top_k`, `min_p`, `repetition_penalty`, `min_tokens`, `stop_token_ids`,
-`ignore_eos`, `priority`, `cache_scope`, `cache_salt`, `chat_template_kwargs`.
+`ignore_eos`, `priority`, `chat_template_kwargs`; and this server's own `cache_scope`, `cache_salt`
+and `explain`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing_extensions import TypedDict
 
 from kvpaging.scheduling.request import MAX_LOGPROBS, MAX_PRIORITY, SamplingParams
 from server.schemas.body import LenientModel
+from server.schemas.explanation import EXPLAIN, Explanation
 from server.schemas.fields import (
     CACHE_SALT_WORDS,
     CACHE_SCOPE_WORDS,
@@ -70,6 +72,7 @@ class _Sampling(LenientModel):
     priority: int | None = Field(default=None, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
     cache_scope: CacheScope | None = Field(default=None, description=CACHE_SCOPE_WORDS)
     cache_salt: CacheSalt | None = Field(default=None, description=CACHE_SALT_WORDS)
+    explain: bool | None = Field(default=None, description=EXPLAIN)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -82,6 +85,11 @@ class _Sampling(LenientModel):
     def includes_usage(self) -> bool:
         """Whether a stream ends with an event for `usage`."""
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def wants_end(self) -> bool:
+        """Whether a stream has one more event, for what is known at the end."""
+        return self.includes_usage or bool(self.explain)
 
     def _sampling_params(
         self,
@@ -315,6 +323,8 @@ class CompletionResponse(TypedDict):
     model: str
     choices: list[CompletionChoice]
     usage: NotRequired[OpenAIUsage | None]
+    explanations: NotRequired[list[Explanation]]
+    """With `explain`: one for each prompt; in a stream with the last event."""
 
 
 class ChatTopLogprob(TypedDict):
@@ -366,6 +376,8 @@ class ChatCompletionResponse(TypedDict):
     model: str
     choices: list[ChatChoice]
     usage: OpenAIUsage
+    explanations: NotRequired[list[Explanation]]
+    """With `explain`: one, for the conversation."""
 
 
 class ChatDelta(TypedDict):
@@ -394,6 +406,8 @@ class ChatCompletionChunk(TypedDict):
     model: str
     choices: list[ChatChunkChoice]
     usage: NotRequired[OpenAIUsage | None]
+    explanations: NotRequired[list[Explanation]]
+    """With `explain`, with the last event."""
 
 
 class Model(TypedDict):

@@ -13,6 +13,7 @@ from typing_extensions import TypedDict
 
 from kvpaging.scheduling.request import MAX_LOGPROBS, SamplingParams
 from server.schemas.body import LenientModel
+from server.schemas.explanation import EXPLAIN, Explanation
 from server.schemas.fields import (
     CACHE_SALT_WORDS,
     CACHE_SCOPE_WORDS,
@@ -59,9 +60,12 @@ class TgiParameters(LenientModel):
 
     cache_scope: CacheScope | None = Field(None, description=CACHE_SCOPE_WORDS)
     cache_salt: CacheSalt | None = Field(None, description=CACHE_SALT_WORDS)
+    explain: bool | None = Field(None, description=f"With `details`: {EXPLAIN}")
 
     @model_validator(mode="after")
     def _refuse_what_we_cannot(self) -> Self:
+        if self.explain and not self.details:
+            raise ValueError("explain needs details to be true: the answer has no other place")
         for name in NOT_SUPPORTED:
             value = getattr(self, name)
             if value and not (name == "typical_p" and value == 1.0):
@@ -133,10 +137,13 @@ class TgiDetails(TypedDict):
 
     finish_reason: str
     generated_tokens: int
+    cached_tokens: int
+    """Tokens of the prompt that were found in the cache."""
     seed: int | None
     prefill: list[TgiPrefillToken]
     tokens: list[TgiToken]
     top_tokens: NotRequired[list[list[TgiToken]]]
+    explanations: NotRequired[list[Explanation]]
 
 
 class TgiResponse(TypedDict):
@@ -152,7 +159,9 @@ class TgiStreamDetails(TypedDict):
     finish_reason: str
     generated_tokens: int
     input_length: int
+    cached_tokens: int
     seed: int | None
+    explanations: NotRequired[list[Explanation]]
 
 
 class TgiStreamEvent(TypedDict):

@@ -236,3 +236,25 @@ def test_clients_that_leave_at_any_moment_give_every_page_back(
     answered = metrics(http)
     assert answered['kvpaging_requests_total{finish_reason="abort"}'] > 0
     assert answered['kvpaging_requests_total{finish_reason="error"}'] == 0
+
+
+def test_an_explanation_is_the_engines(http: httpx.Client) -> None:
+    prompt = [300 + i % 100 for i in range(70)]
+    body = {"prompt": prompt, "max_new_tokens": 1, "explain": True}
+    first = http.post("/generate", json=body).json()
+    (told,) = first["explanations"]
+    assert (told["prompt_tokens"], told["page_size"]) == (70, 16)
+    assert told["levels"] == [
+        {
+            "level": "device",
+            "pages": 0,
+            "pages_left": 0,
+            "first_mismatch": {"page": 0, "token": 0},
+        }
+    ]
+    reasons = [(run["reason"], run["tokens"]) for run in told["missed"]]
+    assert reasons == [("never_seen", 64), ("below_page", 6)]
+    again = http.post("/generate", json={**body, "stream": True}).text
+    (told,) = json.loads(again.split("\n\n")[-3].removeprefix("data: "))["explanations"]
+    assert told["cached_tokens"] == 64
+    assert told["first_mismatch"] is None

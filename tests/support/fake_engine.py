@@ -7,14 +7,31 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import cycle
 
+from msgspec.structs import replace
+
 from kvpaging.base.config import EngineConfig, SchedulerConfig
 from kvpaging.base.errors import EngineDied, Overloaded
 from kvpaging.base.ids import RequestId
+from kvpaging.cache.evictions import EvictionCause
+from kvpaging.cache.explanation import (
+    CacheExplanation,
+    LevelMatch,
+    LoadNote,
+    MissedRun,
+    MissReason,
+)
+from kvpaging.cache.load_costs import LevelCost, LoadChoices
 from kvpaging.engine.connection import encode_frame
 from kvpaging.engine.messages import EngineStats, PagePicture
 from kvpaging.scheduling import admission
 from kvpaging.scheduling.events import Arrival
-from kvpaging.scheduling.outputs import Finished, FinishReason, SequenceOutput, Timings
+from kvpaging.scheduling.outputs import (
+    Finished,
+    FinishReason,
+    Recomputed,
+    SequenceOutput,
+    Timings,
+)
 from kvpaging.scheduling.plan import Sample
 from kvpaging.scheduling.request import Request
 from server.client import EngineState, EngineStatus
@@ -137,6 +154,22 @@ class FakeEngineClient:
         self.state = EngineState.DEAD
 
 
+def explanation(num_tokens: int) -> CacheExplanation:
+    """Made up: the first token was found, the second was evicted, the others are new."""
+    choices = LoadChoices(0.001, (LevelCost("disk", 0.002, 0.5, 0.1),), 1, 0)
+    return CacheExplanation(
+        1,
+        num_tokens,
+        1,
+        (LevelMatch("device", 0, 0, 0), LevelMatch("disk", 1, 0, 1)),
+        (
+            MissedRun(MissReason.EVICTED, 1, 1, EvictionCause.ROOM, 2.5),
+            MissedRun(MissReason.NEVER_SEEN, 2, num_tokens - 2),
+        ),
+        LoadNote(1, 1, 1, 0.004, choices),
+    )
+
+
 def _prompt_samples(request: Request) -> tuple[tuple[Sample, ...], ...]:
     """In two parts, as of a prompt that took two steps: position p has -p and -p - k."""
     num_top = request.sampling.prompt_logprobs
@@ -207,6 +240,10 @@ class _Output:
             message = "its logits were not finite" if reason is FinishReason.ERROR else None
             timings = Timings(0.001, 0.002, 0.003)
             finished = Finished(reason, stop_token_id, timings, 0, 0, message)
+            if self._request.explain:
+                explained = explanation(len(self._request.prompt_token_ids))
+                again = (Recomputed(0, 2),) if self._index else ()
+                finished = replace(finished, explanation=explained, recomputed=again)
         return SequenceOutput(
             self._request.request_id,
             self._index,
