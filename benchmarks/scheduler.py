@@ -87,7 +87,7 @@ def measure(num_seqs: int, num_pages: int, steps: int) -> Row:
         built = time.perf_counter()
         result = results(plan)
         rows = [builder.row_of(entry.seq_id) for entry in plan.scheduled if entry.sample_for]
-        builder.append(np.array(rows), np.full(len(rows), plan.step_id % VOCAB, dtype=np.int32))
+        builder.append(np.array(rows), torch.full((len(rows),), plan.step_id % VOCAB))
         before = time.perf_counter()
         scheduler.apply(plan, result, before)
         after = time.perf_counter()

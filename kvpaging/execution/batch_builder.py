@@ -1,7 +1,9 @@
 """From a plan to tensors: one row of tokens and pages for each sequence, kept from step to step.
 
 A plan carries changes only; the rows hold the rest. Building a step's tensors gathers from them in
-a few numpy calls, with no Python per token. Knows nothing of models and sampling.
+a few numpy calls, with no Python per token. What a row came with lies on the host; the token that
+was sampled for it last lies on the device, where the next step takes it from: the host may not have
+seen it yet. Knows nothing of models and sampling.
 """
 
 from __future__ import annotations
@@ -15,12 +17,14 @@ import torch
 from kvpaging.base.ids import SeqId
 from kvpaging.execution.batch import DeviceBatch
 from kvpaging.execution.growing import GrowingTable
+from kvpaging.execution.transfer import to_device
 from kvpaging.scheduling.plan import AddedSequence, ScheduledSequence
 
 
 class BatchBuilder:
     """The rows of all sequences that the runner knows. One row is one small whole number.
 
+    A row computes the tokens that it came with, in pieces, and after them one sampled token a step.
     Tokens and page tables take 4 bytes an entry and grow as the sequences do.
     """
 
@@ -29,6 +33,8 @@ class BatchBuilder:
         self._device = device
         self._tokens = GrowingTable(num_columns=256)
         self._pages = GrowingTable(num_columns=32)
+        self._sampled = torch.zeros(16, dtype=torch.int64, device=device)
+        """The token that each row sampled last."""
         self._row_of: dict[SeqId, int] = {}
         self._free_rows: list[int] = []
 
@@ -40,6 +46,8 @@ class BatchBuilder:
         """Give a sequence a row with its tokens and pages; returns the row."""
         row = self._free_rows.pop() if self._free_rows else len(self._row_of)
         self._row_of[sequence.seq_id] = row
+        if row >= len(self._sampled):
+            self._sampled = torch.cat([self._sampled, torch.zeros_like(self._sampled)])
         self._tokens.replace(row, sequence.token_ids)
         self._pages.replace(row, sequence.page_ids)
         return row
@@ -50,12 +58,12 @@ class BatchBuilder:
         self._free_rows.append(row)
         return row
 
-    def append(self, rows: npt.NDArray[np.int64], token_ids: npt.NDArray[np.int32]) -> None:
-        """Append one sampled token to each of several distinct rows."""
-        self._tokens.append_each(rows, token_ids)
+    def append(self, rows: npt.NDArray[np.int64], token_ids: torch.Tensor) -> None:
+        """Append one sampled token to each of several distinct rows: `[R]` int64 on the device."""
+        self._sampled.index_copy_(0, self._send(rows), token_ids)
 
     def tokens(self, seq_id: SeqId, start: int, end: int) -> npt.NDArray[np.int64]:
-        """A copy of the sequence's tokens at the positions from `start` to before `end`."""
+        """A copy of the tokens from `start` to before `end`, of those that it came with."""
         return self._tokens.cells[self._row_of[seq_id], start:end].astype(np.int64)
 
     def build(self, scheduled: Sequence[ScheduledSequence]) -> DeviceBatch:
@@ -81,7 +89,7 @@ class BatchBuilder:
         num_pages = -(-int(seq_lens.max()) // self._page_size)
         sampled = np.fromiter((bool(entry.sample_for) for entry in scheduled), np.bool_, count)
         return DeviceBatch(
-            token_ids=self._send(self._tokens.cells[row_of_token, positions].astype(np.int64)),
+            token_ids=self._token_ids(row_of_token, positions),
             positions=self._send(positions.astype(np.int32)),
             slot_mapping=self._send(pages * self._page_size + offsets),
             page_tables=self._send(self._pages.cells[rows, :num_pages]),
@@ -90,12 +98,24 @@ class BatchBuilder:
             logit_rows=self._send((ends - 1)[sampled]),
         )
 
+    def _token_ids(
+        self, rows: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]
+    ) -> torch.Tensor:
+        """The tokens `[T]` of these rows at these positions."""
+        is_sampled = positions >= self._tokens.lengths[rows]
+        if is_sampled.all():
+            return self._sampled.index_select(0, self._send(rows))
+        cells = self._tokens.cells[rows, np.where(is_sampled, 0, positions)]
+        token_ids = self._send(cells.astype(np.int64))
+        if is_sampled.any():
+            which = np.flatnonzero(is_sampled)
+            sampled = self._sampled.index_select(0, self._send(rows[which]))
+            token_ids.index_copy_(0, self._send(which), sampled)
+        return token_ids
+
     def _rows(self, scheduled: Sequence[ScheduledSequence]) -> npt.NDArray[np.int64]:
         row_of = self._row_of
         return np.fromiter((row_of[entry.seq_id] for entry in scheduled), np.int64, len(scheduled))
 
     def _send(self, array: npt.NDArray[np.generic]) -> torch.Tensor:
-        tensor = torch.from_numpy(array)
-        if self._device.type == "cpu":
-            return tensor
-        return tensor.pin_memory().to(self._device, non_blocking=True)
+        return to_device(array, self._device)

@@ -32,15 +32,6 @@ class GrowingTable:
         self.cells[row, start:stop] = added
         self.lengths[row] = stop
 
-    def append_each(self, rows: npt.NDArray[np.int64], values: npt.NDArray[np.int32]) -> None:
-        """Append one value to each of several distinct rows."""
-        if not len(rows):
-            return
-        at = self.lengths[rows]
-        self._reserve(0, int(at.max()) + 1)
-        self.cells[rows, at] = values
-        self.lengths[rows] = at + 1
-
     def row(self, row: int) -> npt.NDArray[np.int32]:
         """The row's contents: a view, good until the table changes."""
         return self.cells[row, : self.lengths[row]]

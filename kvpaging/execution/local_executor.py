@@ -3,20 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
 
 from kernels.ops import Ops
 from kvpaging.base.clock import monotonic
 from kvpaging.base.errors import LawBroken
+from kvpaging.base.ids import StepId
 from kvpaging.cache.lower_levels import LowerLevels, PagesLoaded
 from kvpaging.execution.executor import RunningStep
 from kvpaging.execution.kv_pool import KVPool
-from kvpaging.execution.model_runner import ModelRunner
+from kvpaging.execution.model_runner import ModelRunner, RunningSamples
 from kvpaging.execution.models.layers import CausalLM
 from kvpaging.execution.page_mover import PageMover
 from kvpaging.scheduling.plan import PageCopy, StepPlan, StepResult
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    """An `executor.RunningStep` whose work was ordered."""
+
+    step_id: StepId
+    samples: RunningSamples | None
+    """`None` where nothing is computed."""
+    started_s: float
+    executor: LocalExecutor
+
+    def result(self) -> StepResult:
+        """See `executor.RunningStep.result`."""
+        if self.samples is None:
+            return StepResult(self.step_id, ())
+        found = self.samples.wait()
+        # The device took it up when the step before was done.
+        started = max(self.started_s, self.executor.last_ended_s)
+        self.executor.last_ended_s = monotonic()
+        return StepResult(
+            self.step_id,
+            found.samples,
+            found.failed,
+            self.executor.last_ended_s - started,
+            found.prompt_logprobs,
+        )
 
 
 class LocalExecutor:
@@ -44,6 +73,8 @@ class LocalExecutor:
         if async_scheduling and pool.pages.device.type == "cpu":
             self._worker = ThreadPoolExecutor(1, thread_name_prefix="steps")
         self._mover = mover
+        self.last_ended_s = 0.0
+        """When the last step that computed was seen to be done."""
         self._pool: KVPool | None = pool
         self._runner: ModelRunner | None = ModelRunner(model, pool, ops, eos_token_ids)
 
@@ -64,12 +95,11 @@ class LocalExecutor:
     def submit(self, plan: StepPlan) -> RunningStep:
         """Do the plan's work; see `executor.Executor.submit`."""
         if self._worker is not None:
-            return self._worker.submit(self._run, plan)
-        done: Future[StepResult] = Future()
-        done.set_result(self._run(plan))
-        return done
+            return self._worker.submit(lambda: self._start(plan).result())
+        return self._start(plan)
 
-    def _run(self, plan: StepPlan) -> StepResult:
+    def _start(self, plan: StepPlan) -> _Running:
+        """Order the plan's work of the device; on a CPU it is done on return."""
         runner, pool = self._runner, self._pool
         if runner is None or pool is None:
             raise LawBroken("a plan for an executor that is closed")
@@ -82,16 +112,8 @@ class LocalExecutor:
             self._move(plan)
             if plan.copies:
                 self._copy(pool, plan.copies)
-            if not plan.scheduled:
-                return StepResult(plan.step_id, ())
-            found = runner.run(plan.scheduled)
-        return StepResult(
-            plan.step_id,
-            found.samples,
-            found.failed,
-            monotonic() - started,
-            found.prompt_logprobs,
-        )
+            samples = runner.run(plan.scheduled) if plan.scheduled else None
+        return _Running(plan.step_id, samples, started, self)
 
     def close(self) -> None:
         """Let go of weights and pool, when no plan is under way. Idempotent."""

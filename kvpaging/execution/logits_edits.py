@@ -20,8 +20,8 @@ class LogitsEdit(Protocol):
     def apply(self, logits: torch.Tensor) -> None:
         """Change the row `[V]` float32 in place."""
 
-    def append(self, token_id: int) -> None:
-        """A token of the output was decided."""
+    def append(self, token_id: torch.Tensor) -> None:
+        """A token of the output was decided: `[1]` int64 on the device, unseen by the host."""
 
 
 def edits_for(
@@ -63,7 +63,7 @@ class LogitBias:
         """Add the constants; those of a token that is named twice add up."""
         logits.index_add_(0, self._ids, self._values)
 
-    def append(self, token_id: int) -> None:
+    def append(self, token_id: torch.Tensor) -> None:
         """Changes nothing."""
 
 
@@ -90,6 +90,7 @@ class Penalties:
         seen = counts > 0
         seen[torch.tensor(prompt, dtype=torch.int64)] = True
         self._counts = counts.to(device)
+        self._one = torch.ones(1, dtype=torch.int32, device=device)
         self._seen = seen.to(device)
 
     def apply(self, logits: torch.Tensor) -> None:
@@ -99,10 +100,10 @@ class Penalties:
             logits.copy_(torch.where(self._seen, lowered, logits))
         logits -= self._frequency * self._counts + self._presence * (self._counts > 0)
 
-    def append(self, token_id: int) -> None:
+    def append(self, token_id: torch.Tensor) -> None:
         """Count the token."""
-        self._counts[token_id] += 1
-        self._seen[token_id] = True
+        self._counts.index_add_(0, token_id, self._one)
+        self._seen.index_fill_(0, token_id, True)
 
 
 class MinLength:
@@ -117,6 +118,6 @@ class MinLength:
         if self._num_left > 0:
             logits[self._ids] = -torch.inf
 
-    def append(self, token_id: int) -> None:
+    def append(self, token_id: torch.Tensor) -> None:
         """One less is owed."""
         self._num_left -= 1

@@ -1,12 +1,14 @@
 """Runs the model for one step: rows to tensors, hidden states, logits, samples.
 
-Keeps a row for each sequence between steps and appends to it what it samples. Never sees a queue;
-which sequence runs was decided by the plan.
+Keeps a row for each sequence between steps and appends to it what it samples, on the device: the
+next step can begin before the host has seen it. Never sees a queue; which sequence runs was decided
+by the plan.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -17,7 +19,8 @@ from kvpaging.base.ids import SeqId
 from kvpaging.execution.batch_builder import BatchBuilder
 from kvpaging.execution.kv_pool import KVPool
 from kvpaging.execution.models.layers import CausalLM
-from kvpaging.execution.sampler import Draws, Sampler
+from kvpaging.execution.sampler import Drawn, Draws, Sampler, Scores
+from kvpaging.execution.transfer import HostCopy, to_device
 from kvpaging.scheduling.plan import AddedSequence, Sample, ScheduledSequence
 
 Samples = tuple[tuple[Sample, ...], ...]
@@ -32,6 +35,62 @@ class StepSamples(NamedTuple):
     samples: Samples
     failed: tuple[SeqId, ...] = ()
     prompt_logprobs: Samples = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _ScoredChunk:
+    """The prompt tokens of one entry that follow its new ones, some rows at a time."""
+
+    index: int
+    """Which of the scheduled."""
+    parts: tuple[Scores, ...]
+
+
+class RunningSamples:
+    """A step on the device, and the host's copy of what it samples under way."""
+
+    def __init__(
+        self,
+        scheduled: Sequence[ScheduledSequence],
+        drawn: Drawn | None,
+        scored: Sequence[_ScoredChunk],
+    ) -> None:
+        self._scheduled = scheduled
+        self._drawn = drawn
+        self._scored = scored
+        tensors = [] if drawn is None else list(drawn.tensors)
+        tensors += [t for chunk in scored for part in chunk.parts for t in part.tensors]
+        self._copy = HostCopy(tensors)
+
+    def wait(self) -> StepSamples:
+        """What was sampled, when it is there."""
+        host = iter(self._copy.wait())
+        failed: list[SeqId] = []
+        samples: list[tuple[Sample, ...]] = [()] * len(self._scheduled)
+        if self._drawn is not None:
+            drawn = iter(self._drawn.samples([next(host) for _ in self._drawn.tensors]))
+            for i, entry in enumerate(self._scheduled):
+                samples[i] = _whole(entry, [next(drawn) for _ in entry.sample_for], failed)
+        if all(entry.prompt_logprobs is None for entry in self._scheduled):
+            return StepSamples(tuple(samples), tuple(failed))
+        scores: list[tuple[Sample, ...]] = [()] * len(self._scheduled)
+        for chunk in self._scored:
+            found: list[Sample | None] = []
+            for part in chunk.parts:
+                found += part.samples([next(host) for _ in part.tensors])
+            scores[chunk.index] = _whole(self._scheduled[chunk.index], found, failed)
+        return StepSamples(tuple(samples), tuple(dict.fromkeys(failed)), tuple(scores))
+
+
+def _whole(
+    entry: ScheduledSequence, samples: Sequence[Sample | None], failed: list[SeqId]
+) -> tuple[Sample, ...]:
+    """All of the samples; none of them, and the sequence named, where one isn't finite."""
+    whole = tuple(sample for sample in samples if sample is not None)
+    if len(whole) == len(samples):
+        return whole
+    failed.append(entry.seq_id)
+    return ()
 
 
 class ModelRunner:
@@ -60,70 +119,47 @@ class ModelRunner:
         self._sampler.remove(self._builder.remove(seq_id))
         del self._output_index[seq_id], self._num_prompt_tokens[seq_id]
 
-    def run(self, scheduled: Sequence[ScheduledSequence]) -> StepSamples:
+    def run(self, scheduled: Sequence[ScheduledSequence]) -> RunningSamples:
         """Compute the step's tokens and sample where the plan says so.
 
         Writes keys and values to the pool, and appends to each sampled row the token drawn for its
-        own output index. A sequence whose logits aren't finite gets no samples and is named; which
-        logits are looked at is the plan's choice.
+        own output index. A sequence whose logits aren't finite gets no samples and is named, and
+        its row goes on with token 0: the next plan may name it already. Which logits are looked at
+        is the plan's choice. Waits for nothing on the device.
         """
         batch = self._builder.build(scheduled)
         hidden = self._model.forward(batch, self._pool)
-        samples, failed = self._sample(scheduled, batch.logit_rows, hidden)
-        if all(entry.prompt_logprobs is None for entry in scheduled):
-            return StepSamples(samples, failed)
-        prompt_logprobs, not_finite = self._score(scheduled, hidden)
-        failed = tuple(dict.fromkeys(failed + not_finite))
-        return StepSamples(samples, failed, prompt_logprobs)
-
-    def _sample(
-        self,
-        scheduled: Sequence[ScheduledSequence],
-        logit_rows: torch.Tensor,
-        hidden: torch.Tensor,
-    ) -> tuple[Samples, tuple[SeqId, ...]]:
+        drawn = None
         sampling = [entry for entry in scheduled if entry.sample_for]
-        if not sampling:
-            return ((),) * len(scheduled), ()
-        logits = self._model.logits(hidden.index_select(0, logit_rows))
-        drawn = iter(self._sampler.draw(logits, self._draws(sampling)))
-
-        failed: list[SeqId] = []
-        samples_of: dict[SeqId, tuple[Sample, ...]] = {}
-        for entry in sampling:
-            samples = [next(drawn) for _ in entry.sample_for]
-            whole = tuple(sample for sample in samples if sample is not None)
-            if len(whole) < len(samples):
-                failed.append(entry.seq_id)
-                continue
-            samples_of[entry.seq_id] = whole
-        self._append(sampling, samples_of)
-        return tuple(samples_of.get(entry.seq_id, ()) for entry in scheduled), tuple(failed)
+        if sampling:
+            rows = hidden
+            if len(sampling) != len(hidden):
+                rows = hidden.index_select(0, batch.logit_rows)
+            draws = self._draws(sampling)
+            drawn = self._sampler.draw(self._model.logits(rows), draws)
+            self._append(sampling, draws, drawn.tokens)
+        return RunningSamples(scheduled, drawn, self._score(scheduled, hidden))
 
     def _score(
         self, scheduled: Sequence[ScheduledSequence], hidden: torch.Tensor
-    ) -> tuple[Samples, tuple[SeqId, ...]]:
+    ) -> list[_ScoredChunk]:
         """Log-probabilities of the prompt tokens that follow new ones, where they are wanted."""
-        failed: list[SeqId] = []
-        scored: list[tuple[Sample, ...]] = []
+        scored: list[_ScoredChunk] = []
         end_row = 0
-        for entry in scheduled:
+        for index, entry in enumerate(scheduled):
             first_row, end_row = end_row, end_row + entry.num_new_tokens
             end = min(entry.start + entry.num_new_tokens, self._num_prompt_tokens[entry.seq_id] - 1)
             if entry.prompt_logprobs is None or end <= entry.start:
-                scored.append(())
                 continue
             next_ids = self._builder.tokens(entry.seq_id, entry.start + 1, end + 1)
-            samples: list[Sample | None] = []
+            parts = []
             for first in range(0, len(next_ids), SCORED_ROWS):
                 ids = next_ids[first : first + SCORED_ROWS]
                 rows = hidden[first_row + first : first_row + first + len(ids)]
-                samples += self._sampler.score(self._model.logits(rows), ids, entry.prompt_logprobs)
-            whole = tuple(sample for sample in samples if sample is not None)
-            if len(whole) < len(samples):
-                failed.append(entry.seq_id)
-            scored.append(whole if len(whole) == len(samples) else ())
-        return tuple(scored), tuple(failed)
+                logits = self._model.logits(rows)
+                parts.append(self._sampler.score(logits, ids, entry.prompt_logprobs))
+            scored.append(_ScoredChunk(index, tuple(parts)))
+        return scored
 
     def _draws(self, sampling: Sequence[ScheduledSequence]) -> Draws:
         row_of = self._builder.row_of
@@ -142,18 +178,16 @@ class ModelRunner:
         )
 
     def _append(
-        self,
-        sampling: Sequence[ScheduledSequence],
-        samples_of: dict[SeqId, tuple[Sample, ...]],
+        self, sampling: Sequence[ScheduledSequence], draws: Draws, tokens: torch.Tensor
     ) -> None:
-        rows, token_ids = [], []
-        for entry in sampling:
-            samples = samples_of.get(entry.seq_id)
-            own = entry.sample_for.index(self._output_index[entry.seq_id])
-            # A failed row goes on with any token: the next plan may name it already.
-            token_id = 0 if samples is None else samples[own].token_id
-            row = self._builder.row_of(entry.seq_id)
-            rows.append(row)
-            token_ids.append(token_id)
-            self._sampler.append(row, token_id)
-        self._builder.append(np.array(rows, dtype=np.int64), np.array(token_ids, dtype=np.int32))
+        """Each row goes on with what was drawn for its own output index."""
+        rows = draws.rows
+        if len(rows) != len(sampling):
+            own, first = [], 0
+            for entry in sampling:
+                own.append(first + entry.sample_for.index(self._output_index[entry.seq_id]))
+                first += len(entry.sample_for)
+            which = np.array(own, dtype=np.int64)
+            rows, tokens = rows[which], tokens.index_select(0, to_device(which, tokens.device))
+        self._builder.append(rows, tokens)
+        self._sampler.append(rows, tokens)

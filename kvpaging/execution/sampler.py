@@ -1,12 +1,15 @@
 """From logits to samples: the edits of each sequence, the draw, and log-probabilities.
 
+What is drawn stays on the device, where the next step reads it; `Drawn` and `Scored` say which
+tensors the host wants and make samples of them when they are there, so nothing here waits.
+
 Log-probabilities are of the raw logits, before bias, penalties and temperature. A row's result
 depends on its own inputs alone. Knows rows, not sequences; drawing itself is `kernels.ops.sample`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -16,6 +19,7 @@ import torch
 
 from kernels.ops import Ops
 from kvpaging.execution.logits_edits import LogitsEdit, edits_for
+from kvpaging.execution.transfer import to_device
 from kvpaging.scheduling.plan import AddedSequence, Sample
 
 _PARAMETERS: Final = np.dtype(
@@ -44,6 +48,94 @@ class Draws:
     """[R]"""
     positions: npt.NDArray[np.int32]
     """[R], absolute positions of the tokens to draw."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """The log-probabilities of S tokens, and the largest of their rows, on the device.
+
+    A row's own count of largest ones may be less than K.
+    """
+
+    chosen: torch.Tensor  # [S] float32
+    values: torch.Tensor  # [S, K] float32, largest first
+    ids: torch.Tensor  # [S, K] int64; which of equal values are taken, and their order, is open
+    num_at_least: torch.Tensor  # [S] how many of the row are not below the last that it wants
+    logprobs: torch.Tensor  # [S, V] float32, for rows where more are equal than are wanted
+    counts: npt.NDArray[np.int32]
+    """[S], how many of the largest each row wants."""
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """What the host wants to see."""
+        return self.chosen, self.values, self.ids, self.num_at_least
+
+    def samples(self, token_ids: Sequence[int], host: Sequence[torch.Tensor]) -> list[Sample]:
+        """Samples of these tokens, with `tensors` as they came to the host."""
+        chosen, values, ids, num_at_least = (tensor.tolist() for tensor in host)
+        samples = []
+        for i, count in enumerate(self.counts.tolist()):
+            if num_at_least[i] > count:
+                top = _top(self.logprobs[i], count)
+            else:
+                pairs = zip(ids[i][:count], values[i][:count], strict=True)
+                top = tuple(sorted(pairs, key=lambda pair: (-pair[1], pair[0])))
+            samples.append(Sample(token_ids[i], chosen[i], top))
+        return samples
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """R tokens that were drawn, on the device."""
+
+    tokens: torch.Tensor
+    """[R] int64; 0 where the row's logits aren't all finite."""
+    finite: torch.Tensor
+    """[R] bool."""
+    scored: Scored | None
+    """Log-probabilities of those that want them, ..."""
+    scored_draws: npt.NDArray[np.intp]
+    """... which are these."""
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """What the host wants to see."""
+        return self.tokens, self.finite, *(() if self.scored is None else self.scored.tensors)
+
+    def samples(self, host: Sequence[torch.Tensor]) -> list[Sample | None]:
+        """One for each draw, with `tensors` as they came to the host; `None` if not finite."""
+        token_ids, finite = host[0].tolist(), host[1].tolist()
+        samples: list[Sample | None] = [Sample(token_id) for token_id in token_ids]
+        if self.scored is not None:
+            which = self.scored_draws.tolist()
+            scored = self.scored.samples([token_ids[draw] for draw in which], host[2:])
+            for draw, sample in zip(which, scored, strict=True):
+                samples[draw] = sample
+        return [
+            sample if is_finite else None for sample, is_finite in zip(samples, finite, strict=True)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Log-probabilities of S given tokens, on the device."""
+
+    token_ids: npt.NDArray[np.int64]
+    scored: Scored
+    finite: torch.Tensor  # [S] bool
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """What the host wants to see."""
+        return self.finite, *self.scored.tensors
+
+    def samples(self, host: Sequence[torch.Tensor]) -> list[Sample | None]:
+        """One for each token, with `tensors` as they came to the host; `None` if not finite."""
+        samples = self.scored.samples(self.token_ids.tolist(), host[1:])
+        return [
+            sample if is_finite else None
+            for sample, is_finite in zip(samples, host[0].tolist(), strict=True)
+        ]
 
 
 class Sampler:
@@ -90,16 +182,14 @@ class Sampler:
         """Forget the row."""
         self._edits.pop(row, None)
 
-    def append(self, row: int, token_id: int) -> None:
-        """The token that `row` goes on with was decided."""
-        for edit in self._edits.get(row, ()):
-            edit.append(token_id)
+    def append(self, rows: npt.NDArray[np.int64], token_ids: torch.Tensor) -> None:
+        """`rows[i]` goes on with `token_ids[i]`, int64 on the device."""
+        for i in np.flatnonzero(self._parameters["is_edited"][rows]).tolist():
+            for edit in self._edits[int(rows[i])]:
+                edit.append(token_ids[i : i + 1])
 
-    def draw(self, logits: torch.Tensor, draws: Draws) -> list[Sample | None]:
-        """One sample for each of `draws`; `None` where the row's logits aren't all finite.
-
-        `logits` is `[S, V]` float32 and is used up.
-        """
+    def draw(self, logits: torch.Tensor, draws: Draws) -> Drawn:
+        """One token for each of `draws`. `logits` is `[S, V]` float32 and is used up."""
         parameters = self._parameters[draws.rows]
         # One pass over the logits: a sum is finite only if all of its terms are.
         finite = torch.isfinite(logits.sum(dim=1))
@@ -125,47 +215,44 @@ class Sampler:
             self._send(draws.output_indices),
             self._send(draws.positions),
         )
-        token_ids, are_finite = torch.stack((tokens, finite.long())).tolist()  # one transfer
-        samples: list[Sample | None] = [
-            Sample(token_id) if is_finite else None
-            for token_id, is_finite in zip(token_ids, are_finite, strict=True)
-        ]
+        tokens = torch.where(finite, tokens, 0)
+        scored = None
         if logprobs is not None:
-            counts = parameters["logprobs"][wants_logprobs].tolist()
-            for draw, count, row in zip(wants_logprobs.tolist(), counts, logprobs, strict=True):
-                if samples[draw] is not None:
-                    samples[draw] = _with_logprobs(token_ids[draw], row, count)
-        return samples
+            chosen = tokens.index_select(0, self._send(wants_logprobs))
+            scored = _scored(logprobs, chosen, parameters["logprobs"][wants_logprobs])
+        return Drawn(tokens, finite, scored, wants_logprobs)
 
-    def score(
-        self,
-        logits: torch.Tensor,
-        token_ids: npt.NDArray[np.int64],
-        num_top: int,
-    ) -> list[Sample | None]:
+    def score(self, logits: torch.Tensor, token_ids: npt.NDArray[np.int64], num_top: int) -> Scores:
         """The log-probability of row i's `token_ids[i]`, and the `num_top` largest of each row.
 
-        `logits` is `[S, V]` float32, and stays. `None` where the row's logits aren't all finite.
+        `logits` is `[S, V]` float32, and stays.
         """
+        counts = np.full(len(token_ids), num_top, dtype=np.int32)
         logprobs = self._ops.log_softmax(logits)
-        chosen = logprobs.gather(1, self._send(token_ids)[:, None]).squeeze(1).tolist()
-        finite = torch.isfinite(logits.sum(dim=1)).tolist()
-        rows = zip(token_ids.tolist(), chosen, logprobs, finite, strict=True)
-        return [
-            Sample(token_id, logprob, _top(row, num_top)) if is_finite else None
-            for token_id, logprob, row, is_finite in rows
-        ]
+        scored = _scored(logprobs, self._send(token_ids), counts)
+        return Scores(token_ids, scored, torch.isfinite(logits.sum(dim=1)))
 
     def _column(self, parameters: npt.NDArray[np.void], name: str) -> torch.Tensor:
         return self._send(parameters[name].copy())
 
     def _send(self, array: npt.NDArray[np.generic]) -> torch.Tensor:
-        return torch.from_numpy(array).to(self._device)
+        return to_device(array, self._device)
 
 
-def _with_logprobs(token_id: int, logprobs: torch.Tensor, count: int) -> Sample:
-    """The sample with its own log-probability and the `count` largest, of the row `[V]`."""
-    return Sample(token_id, float(logprobs[token_id]), _top(logprobs, count))
+def _scored(
+    logprobs: torch.Tensor, token_ids: torch.Tensor, counts: npt.NDArray[np.int32]
+) -> Scored:
+    """Of `logprobs [S, V]` those of `token_ids [S]`, and the `counts [S]` largest of each row."""
+    counts = np.minimum(counts, logprobs.shape[1])
+    chosen = logprobs.gather(1, token_ids[:, None]).squeeze(1)
+    most = int(counts.max())
+    if not most:
+        empty = logprobs[:, :0]
+        return Scored(chosen, empty, empty, torch.zeros_like(chosen), logprobs, counts)
+    values, ids = logprobs.topk(most)
+    last = to_device(np.maximum(counts - 1, 0).astype(np.int64)[:, None], logprobs.device)
+    num_at_least = (logprobs >= values.gather(1, last)).sum(dim=1)
+    return Scored(chosen, values, ids, num_at_least, logprobs, counts)
 
 
 def _top(logprobs: torch.Tensor, count: int) -> tuple[tuple[int, float], ...]:

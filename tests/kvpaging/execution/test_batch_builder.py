@@ -66,7 +66,7 @@ def test_tensors_are_what_the_rows_say(seed: int, page_size: int) -> None:
         new_tokens = [choose.randrange(1000) for _ in sampled]
         builder.append(
             np.array([builder.row_of(seq_id) for seq_id, _ in sampled], dtype=np.int64),
-            np.array(new_tokens, dtype=np.int32),
+            torch.tensor(new_tokens, dtype=torch.int64),
         )
         for (_, row), token_id in zip(sampled, new_tokens, strict=True):
             row.tokens.append(token_id)
@@ -111,10 +111,6 @@ def test_a_table_grows_both_ways_and_keeps_its_contents() -> None:
     assert table.row(0).tolist() == [5, 6, 7]
     assert table.row(1).tolist() == []
     assert table.row(3).tolist() == list(range(9))
-    for step in range(20):
-        table.append_each(np.array([0, 3]), np.array([step, -step], dtype=np.int32))
-    assert table.row(0).tolist() == [5, 6, 7, *range(20)]
-    assert table.row(3).tolist() == [*range(9), *(-step for step in range(20))]
     table.replace(3, [1])
     assert table.row(3).tolist() == [1]
 

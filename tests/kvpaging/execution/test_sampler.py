@@ -48,9 +48,21 @@ def draws(rows: list[int], position: int = 3, logit_rows: list[int] | None = Non
     )
 
 
+def drawn(sampler: Sampler, logits: torch.Tensor, order: Draws) -> list[Sample | None]:
+    found = sampler.draw(logits, order)
+    return found.samples(found.tensors)
+
+
+def scored(
+    sampler: Sampler, logits: torch.Tensor, token_ids: np.ndarray, num_top: int
+) -> list[Sample | None]:
+    found = sampler.score(logits, token_ids, num_top)
+    return found.samples(found.tensors)
+
+
 def one(sampler: Sampler, logits: torch.Tensor, added: AddedSequence, position: int = 3) -> Sample:
     sampler.add(0, added)
-    (sample,) = sampler.draw(logits.clone().unsqueeze(0), draws([0], position))
+    (sample,) = drawn(sampler, logits.clone().unsqueeze(0), draws([0], position))
     assert sample is not None
     return sample
 
@@ -104,10 +116,10 @@ def test_what_was_said_since_counts_too(sampler: Sampler) -> None:
     sampler.add(0, sequence((1,), 1, frequency_penalty=1.0))
     seen = []
     for _ in range(6):
-        (sample,) = sampler.draw(logits.clone().unsqueeze(0), draws([0]))
+        (sample,) = drawn(sampler, logits.clone().unsqueeze(0), draws([0]))
         assert sample is not None
         seen.append(sample.token_id)
-        sampler.append(0, sample.token_id)
+        sampler.append(np.array([0]), torch.tensor([sample.token_id]))
     assert seen == [2, 20, 30, 2, 20, 30]
 
 
@@ -117,10 +129,10 @@ def test_a_repetition_of_what_was_said_since_counts(sampler: Sampler) -> None:
     sampler.add(0, sequence((1,), 1, repetition_penalty=2.0))
     seen = []
     for _ in range(2):
-        (sample,) = sampler.draw(logits.clone().unsqueeze(0), draws([0]))
+        (sample,) = drawn(sampler, logits.clone().unsqueeze(0), draws([0]))
         assert sample is not None
         seen.append(sample.token_id)
-        sampler.append(0, sample.token_id)
+        sampler.append(np.array([0]), torch.tensor([sample.token_id]))
     assert seen == [20, 30]
 
 
@@ -130,10 +142,10 @@ def test_ends_are_forbidden_until_the_output_is_long_enough(sampler: Sampler) ->
     sampler.add(0, sequence(min_new_tokens=2, stop_token_ids=(11,)))
     seen = []
     for _ in range(3):
-        (sample,) = sampler.draw(logits.clone().unsqueeze(0), draws([0]))
+        (sample,) = drawn(sampler, logits.clone().unsqueeze(0), draws([0]))
         assert sample is not None
         seen.append(sample.token_id)
-        sampler.append(0, sample.token_id)
+        sampler.append(np.array([0]), torch.tensor([sample.token_id]))
     assert seen == [12, 12, EOS]
     # Two tokens of output are known already: nothing is owed.
     assert one(sampler, logits, sequence((1, 5, 6), 1, min_new_tokens=2)).token_id == EOS
@@ -164,14 +176,31 @@ def test_logprobs_zero_gives_the_chosen_one_alone(sampler: Sampler) -> None:
     assert one(sampler, random_logits(), sequence()).logprob is None
 
 
+def test_rows_that_want_more_and_less_are_looked_at_together(sampler: Sampler) -> None:
+    """Equal values at the end of what a row wants, and all of its values, too."""
+    logits = random_logits(4, rows=5).round()
+    counts = [3, 0, 2, VOCAB, None]
+    for row, count in enumerate(counts):
+        sampler.add(row, sequence(logprobs=count))
+    found = drawn(sampler, logits.clone(), draws([0, 1, 2, 3, 4]))
+    num_cut = 0
+    for row, (sample, count) in enumerate(zip(found, counts, strict=True)):
+        assert sample is not None
+        order = sorted(range(VOCAB), key=lambda i, row=row: (-logits[row, i].item(), i))
+        assert [token_id for token_id, _ in sample.top] == order[: count or 0]
+        if count in (2, 3):
+            num_cut += bool(logits[row, order[count - 1]] == logits[row, order[count]])
+    assert num_cut > 0, "no equal values were cut"
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_row_that_is_no_number_fails_alone(sampler: Sampler, bad: float) -> None:
     logits = random_logits(rows=3)
     for row in range(3):
         sampler.add(row, sequence(temperature=1.0, seed=row, logprobs=2))
-    whole = sampler.draw(logits.clone(), draws([0, 1, 2]))
+    whole = drawn(sampler, logits.clone(), draws([0, 1, 2]))
     logits[1, 17] = bad
-    broken = sampler.draw(logits.clone(), draws([0, 1, 2]))
+    broken = drawn(sampler, logits.clone(), draws([0, 1, 2]))
     assert broken[1] is None
     assert (broken[0], broken[2]) == (whole[0], whole[2])
 
@@ -188,9 +217,9 @@ def test_a_row_depends_on_nothing_but_itself(sampler: Sampler) -> None:
     ]
     for row, kind in enumerate(kinds):
         sampler.add(row, sequence(**kind))
-    together = sampler.draw(logits.clone(), draws([0, 1, 2, 3, 4, 5]))
-    backwards = sampler.draw(logits.flip(0).clone(), draws([5, 4, 3, 2, 1, 0]))
-    alone = [sampler.draw(logits[[row]].clone(), draws([row]))[0] for row in range(6)]
+    together = drawn(sampler, logits.clone(), draws([0, 1, 2, 3, 4, 5]))
+    backwards = drawn(sampler, logits.flip(0).clone(), draws([5, 4, 3, 2, 1, 0]))
+    alone = [drawn(sampler, logits[[row]].clone(), draws([row]))[0] for row in range(6)]
     assert together == alone == backwards[::-1]
 
 
@@ -205,7 +234,7 @@ def test_seed_output_index_and_position_decide(sampler: Sampler) -> None:
     }
     assert len(set(taken.values())) > 20
     sampler.add(0, sequence(temperature=1.0, seed=3))
-    forked = sampler.draw(logits.clone().unsqueeze(0), draws([0] * 8, logit_rows=[0] * 8))
+    forked = drawn(sampler, logits.clone().unsqueeze(0), draws([0] * 8, logit_rows=[0] * 8))
     assert len({sample.token_id for sample in forked if sample}) > 3
     assert forked[0] == Sample(taken[3, 3])
 
@@ -214,11 +243,11 @@ def test_rows_grow_and_are_reused(sampler: Sampler) -> None:
     logits = torch.zeros(VOCAB)
     logits[4] = 1.0
     sampler.add(40, sequence(logit_bias=((9, 5.0),)))
-    (sample,) = sampler.draw(logits.clone().unsqueeze(0), draws([40]))
+    (sample,) = drawn(sampler, logits.clone().unsqueeze(0), draws([40]))
     assert sample == Sample(9)
     sampler.remove(40)
     sampler.add(40, sequence())
-    (sample,) = sampler.draw(logits.clone().unsqueeze(0), draws([40]))
+    (sample,) = drawn(sampler, logits.clone().unsqueeze(0), draws([40]))
     assert sample == Sample(4)
 
 
@@ -228,7 +257,7 @@ def test_scores_are_what_a_draw_says_and_a_row_that_is_no_number_has_none(
     logits = random_logits(rows=5)
     logits[3, 8] = math.inf
     next_ids = np.array([4, 0, VOCAB - 1, 8, 4])
-    scores = sampler.score(logits, next_ids, 2)
+    scores = scored(sampler, logits, next_ids, 2)
     assert scores[3] is None
     for row in (0, 1, 2, 4):
         found, expected = scores[row], logits[row].double().log_softmax(0)
@@ -237,4 +266,4 @@ def test_scores_are_what_a_draw_says_and_a_row_that_is_no_number_has_none(
         assert found.token_id == next_ids[row]
         assert found.logprob == pytest.approx(float(expected[next_ids[row]]), abs=1e-5)
         assert found.top == drawn.top
-    assert scores[0] == sampler.score(logits[:1], next_ids[:1], 2)[0]
+    assert scores[0] == scored(sampler, logits[:1], next_ids[:1], 2)[0]
