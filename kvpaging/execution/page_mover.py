@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -223,13 +224,13 @@ class PageMover:
         while (order := self._stores.get()) is not None:
             pages, takers = order
             for setting in takers:
-                _guarded(partial(setting.level.store, pages, STORE_DEADLINE_S))
+                self._guarded(partial(setting.level.store, pages, STORE_DEADLINE_S))
             with self._queued_lock:
                 self.num_queued_bytes -= self._page_bytes * len(pages)
 
     def _run_loads(self) -> None:
         while (fetch := self._loads.get()) is not None:
-            _guarded(partial(self._fetch, fetch))
+            self._guarded(partial(self._fetch, fetch))
             with fetch.lock:
                 fetch.ended_s = self._clock()
                 fetch.note(0, fetch.ended_s)
@@ -303,6 +304,15 @@ class PageMover:
             and len(page.payload) == self._page_bytes
         )
 
+    def _guarded(self, work: Callable[[], object]) -> None:
+        """A level's bug must not end its thread: it means misses, and a line that says so."""
+        try:
+            work()
+        except Exception as error:  # noqa: BLE001 - whatever it was, it is a miss
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            detail = f"{type(error).__name__}: {error} ({where.filename}:{where.lineno})"
+            self._complaints.warn("a level failed", detail)
+
     def _has_room(self) -> bool:
         with self._queued_lock:
             if self.num_queued_bytes + self._page_bytes > MAX_QUEUED_BYTES:
@@ -318,11 +328,3 @@ def _takes(setting: LevelSetting, num_uses: int) -> bool:
     if setting.min_uses is None or not num_uses:
         return setting.min_uses == num_uses
     return 0 < setting.min_uses <= num_uses
-
-
-def _guarded(work: Callable[[], object]) -> None:
-    """A level's bug must not end its thread: it means misses, and a line that says so."""
-    try:
-        work()
-    except Exception:  # whatever it was, it is a miss, and never a stuck request
-        _logger.exception("a level failed")
