@@ -24,6 +24,8 @@ class SchedulerConfig(msgspec.Struct, frozen=True):
     prefix_cache: bool = True
     eviction_policy: str = "lru"
     """Which cached page goes first; a name of `kvpaging.cache.eviction.names`."""
+    max_pinned_pages: int = 0
+    """Pages that pins may hold together. The longest request must fit beside them."""
 
 
 class EngineOptions(msgspec.Struct, frozen=True):
@@ -67,6 +69,8 @@ class EngineOptions(msgspec.Struct, frozen=True):
     cache_secret_file: str | None = None
     """What seals pages on the remote server; the same for all engines that share them."""
     eviction_policy: str = "lru"
+    max_pinned_ratio: float = 0.25
+    """Share of the pool that pins may hold, where the longest request fits beside them."""
     record: str | None = None
     """A file to write what each step was given to, for `kvpaging replay`."""
 

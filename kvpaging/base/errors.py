@@ -6,6 +6,8 @@
     + BadRequest               the client can mend it; HTTP 400
     |  + PromptTooLong         prompt and output exceed the model's length
     |  + NeverFits             prompt and output exceed the whole pool
+    |  + OverBudget            prompt and output exceed what the tenant may have
+    |  + TooManyPinned         a pin exceeds what pins may hold
     + Overloaded               the bounded queue is full; HTTP 429
     + EngineDied               the engine process ended under the request; HTTP 503
     + LawBroken                one of DESIGN's laws does not hold: our bug
@@ -60,6 +62,30 @@ class NeverFits(BadRequest):
         )
         self.needs = needs
         self.has = has
+
+
+class OverBudget(BadRequest):
+    """The sequence needs more pages than its tenant may have."""
+
+    def __init__(self, needs: int, has: int):
+        super().__init__(
+            f"prompt and output need {needs} KV pages and this tenant may have {has}; "
+            "shorten them or give the tenant a larger budget",
+            param="prompt",
+            code="tenant_budget_exceeded",
+        )
+
+
+class TooManyPinned(BadRequest):
+    """A pin would hold more pages than pins may."""
+
+    def __init__(self, needs: int, pinned: int, limit: int, whose: str):
+        super().__init__(
+            f"the pin needs {needs} more KV pages, and {pinned} of the {limit} that {whose} may "
+            "pin are pinned; give up other pins, shorten the prompt or raise the limit",
+            param="cache",
+            code="pin_limit_exceeded",
+        )
 
 
 class Overloaded(KvPagingError):

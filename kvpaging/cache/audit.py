@@ -1,7 +1,7 @@
 """The laws over pages, checked in production, a slice at a time.
 
 1. free + cached + held + quarantined = all pages.
-2. A page that a lease names is held; with no lease alive, none is.
+2. A page that a lease names is held; with no lease alive, only pinned ones are.
 6. No cached page is unreachable: its parent's key has a page, or is the root.
 
 A leaked page (held by nobody's lease) is quarantined, an unreachable one forgotten, and the rest
@@ -90,6 +90,8 @@ class Audit:
     def _check_idle_page(self, page_id: PageId) -> None:
         cache = self._cache
         state = cache.allocator.state(page_id)
+        if state == "held" and cache.pins.owns(page_id):
+            return
         if state == "held":
             cache.quarantine(page_id)
             self._report(f"page {page_id} was held by no lease; quarantined")

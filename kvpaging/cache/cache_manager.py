@@ -6,21 +6,30 @@ them. Knows sequences only as chains of tokens and as leases; knows no queue and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from kvpaging.base.errors import LawBroken
 from kvpaging.base.ids import PageId, PageKey
 from kvpaging.cache.allocator import OutOfPages, PageAllocator
+from kvpaging.cache.budgets import Budget, Budgets
+from kvpaging.cache.eviction.by_priority import ByPriority
 from kvpaging.cache.eviction.lru import LeastRecentlyUsed
 from kvpaging.cache.eviction.policy import EvictionPolicy
 from kvpaging.cache.evictions import EvictionCause, EvictionLog
 from kvpaging.cache.explanation import CacheExplanation, Found, Lookup, explain
 from kvpaging.cache.lower_levels import Held, LowerLevels, PageStore
 from kvpaging.cache.page_lease import PageLease
+from kvpaging.cache.pins import Pins
 from kvpaging.cache.prefix_index import PrefixIndex
 from kvpaging.cache.prefix_key import ChainLink, PrefixChain, SharedPrefix, root_key
+from kvpaging.cache.retained import RetainedKeys
+from kvpaging.cache.retention import AS_IT_IS, Retention
 from kvpaging.cache.store_queue import StoreQueue
+
+MAX_OVER: Final = 1024
+"""Pages whose time is over that are looked at in one step."""
 
 
 @dataclass(slots=True)
@@ -44,11 +53,17 @@ class _CachedPages:
         policy: EvictionPolicy,
         evictions: EvictionLog,
         stores: StoreQueue,
+        retained: RetainedKeys,
+        budgets: Budgets,
     ):
         self.unproven: set[PageKey] = set()
         """Published keys that no finite logits were sampled from yet. Their pages have owners."""
         self.num_uses: dict[PageKey, int] = {}
         """How many sequences sampled well from a published key, where it is counted."""
+        self.exposed: list[PageId] = []
+        """Cached pages whose time is over and that became leaves: to be given up."""
+        self._retained = retained
+        self._budgets = budgets
         self._stores = stores
         self._index = index
         self._policy = policy
@@ -61,25 +76,43 @@ class _CachedPages:
         return page_id in self._policy
 
     def keep(self, page_id: PageId) -> bool:
-        if page_id not in self._index:
-            return False
+        is_kept = page_id in self._index and self._keep_published(page_id)
+        if self._budgets and not is_kept:
+            self._budgets.clear(page_id)
+        return is_kept
+
+    def _keep_published(self, page_id: PageId) -> bool:
         key = self._index.entry(page_id).link.key
-        if key in self.unproven or len(self._index.pages_of(key)) > 1:
+        is_leaf = not self._index.has_children(key)
+        is_over = is_leaf and self._retained.is_over(key)
+        if is_over or key in self.unproven or len(self._index.pages_of(key)) > 1:
             self.withdraw(page_id)
             return False
-        self._policy.add(page_id, key, is_leaf=not self._index.has_children(key))
+        self._policy.add(page_id, key, is_leaf=is_leaf)
+        if self._budgets:
+            self._budgets.keep(page_id, self._retained.priority(key), is_leaf=is_leaf)
         return True
 
     def revive(self, page_id: PageId) -> None:
         self._policy.remove(page_id)
+        if self._budgets:
+            self._budgets.revive(page_id)
 
     def evict(self) -> PageId:
         page_id = self._policy.victim()
-        entry = self._index.entry(page_id)
-        self._stores.evicted(PageStore(page_id, entry.parent, entry.link, num_uses=0))
-        self.withdraw(page_id)
-        self._evictions.add(entry.link.key, EvictionCause.ROOM)
+        if self._budgets:
+            self._budgets.revive(page_id)
+            self._budgets.clear(page_id)
+        self.lose(page_id, EvictionCause.ROOM)
         return page_id
+
+    def lose(self, page_id: PageId, cause: EvictionCause) -> None:
+        """What this page holds leaves the device, to another level where one wants it."""
+        parent, link = self._index.entry(page_id)
+        if not self._retained.has_end(link.key):
+            self._stores.evicted(PageStore(page_id, parent, link, num_uses=0))
+        self.withdraw(page_id)
+        self._evictions.add(link.key, cause)
 
     def withdraw(self, page_id: PageId) -> None:
         """The page no longer holds what was published; its parent may be a leaf now."""
@@ -89,10 +122,19 @@ class _CachedPages:
         if not self._index.has_key(link.key):
             self.unproven.discard(link.key)
             self.num_uses.pop(link.key, None)
+            if self._retained:
+                self._retained.forget(link.key)
         if not self._index.has_children(parent):
             for parent_id in self._index.pages_of(parent):
                 if parent_id in self._policy:
-                    self._policy.expose(parent_id)
+                    self._expose(parent_id, parent)
+
+    def _expose(self, page_id: PageId, key: PageKey) -> None:
+        self._policy.expose(page_id)
+        if self._budgets:
+            self._budgets.expose(page_id)
+        if self._retained.is_over(key):
+            self.exposed.append(page_id)
 
 
 class CacheManager:
@@ -105,16 +147,22 @@ class CacheManager:
         *,
         numerics_identity: bytes = b"",
         prefix_cache: bool = True,
-        policy: EvictionPolicy | None = None,
+        policy: Callable[[], EvictionPolicy] = LeastRecentlyUsed,
         levels: LowerLevels | None = None,
+        max_pinned_pages: int = 0,
     ):
         self.page_size = page_size
         self.index = PrefixIndex()
         self.counters = CacheCounters()
         self.evictions = EvictionLog()
-        self.policy = LeastRecentlyUsed() if policy is None else policy
+        self.retained = RetainedKeys()
+        self.budgets = Budgets()
+        self.pins = Pins(max_pinned_pages)
+        self.policy = ByPriority(policy, self.retained.priority)
         self._stores = StoreQueue(levels)
-        self._cached = _CachedPages(self.index, self.policy, self.evictions, self._stores)
+        self._cached = _CachedPages(
+            self.index, self.policy, self.evictions, self._stores, self.retained, self.budgets
+        )
         self.allocator = PageAllocator(num_pages, self._cached)
         self._levels = levels
         self._store_at_uses = () if levels is None else levels.store_at_uses
@@ -122,6 +170,30 @@ class CacheManager:
         self.leases: dict[int, PageLease] = {}
         self.root: PageKey = root_key(numerics_identity)
         self._prefix_cache = prefix_cache
+
+    def advance(self, now_s: float) -> None:
+        """The time is so now: pins and pages whose time is over go, leaves first.
+
+        Never more than `MAX_OVER` pages a call; the others go with the next ones.
+        """
+        self.retained.now_s = self.evictions.now_s = now_s
+        while (name := self.pins.next_over(now_s)) is not None:
+            self.drop_pin(name)
+        for _ in range(MAX_OVER if self.retained else 0):
+            key = self.retained.next_over()
+            if key is None:
+                break
+            self._cached.exposed.extend(self.index.pages_of(key))
+        while self._cached.exposed:
+            self._give_up_over(self._cached.exposed.pop())
+
+    def _give_up_over(self, page_id: PageId) -> None:
+        """Give the page up if it is a cached leaf whose time is over; that may expose another."""
+        if page_id in self._cached:
+            key = self.index.entry(page_id).link.key
+            if self.retained.is_over(key) and not self.index.has_children(key):
+                self.discard(page_id)
+                self.evictions.add(key, EvictionCause.EXPIRED)
 
     @property
     def num_available(self) -> int:
@@ -190,7 +262,13 @@ class CacheManager:
         )
         return explain(found, self.evictions)
 
-    def reserve(self, matched: list[PageId], num_tokens: int) -> PageLease:
+    def reserve(
+        self,
+        matched: list[PageId],
+        num_tokens: int,
+        retention: Retention = AS_IT_IS,
+        budget: Budget | None = None,
+    ) -> PageLease:
         """A lease over `matched` (from `match`, just now) and new pages up to `num_tokens` tokens.
 
         Raises OutOfPages having changed nothing.
@@ -199,8 +277,33 @@ class CacheManager:
         if needed > self.num_available:
             raise OutOfPages(needed, self.num_available)
         self.allocator.share(matched)
-        taken = self.allocator.take(self.pages_for(num_tokens) - len(matched))
-        return self._lease([*matched, *taken], len(matched))
+        taken = self._take(self.pages_for(num_tokens) - len(matched), budget)
+        if self.retained or retention is not AS_IT_IS:
+            self._ask(matched, retention)
+        return self._lease([*matched, *taken], len(matched), retention, budget)
+
+    def _take(self, num_pages: int, budget: Budget | None) -> list[PageId]:
+        """New pages. Who pays for more than it may gives its own cached ones up first."""
+        if budget is None or num_pages > self.num_available:
+            return self.allocator.take(num_pages)
+        for _ in range(budget.num_over(num_pages)):
+            if not budget.cached.has_leaf:
+                break
+            page_id = budget.cached.first()
+            self._cached.lose(page_id, EvictionCause.BUDGET)
+            self._free(page_id)
+        taken = self.allocator.take(num_pages)
+        self.budgets.charge(taken, budget)
+        return taken
+
+    def _ask(self, pages: Sequence[PageId], retention: Retention) -> None:
+        """A request uses published pages and says for how long.
+
+        One that stores nothing says nothing.
+        """
+        for page_id in pages if retention.store else ():
+            if page_id in self.index:
+                self.retained.ask(self.index.entry(page_id).link.key, retention, is_new=False)
 
     def grow(self, lease: PageLease, num_tokens: int) -> tuple[PageId, ...]:
         """Make room for `num_tokens` tokens in all; returns the pages appended to the lease.
@@ -210,7 +313,7 @@ class CacheManager:
         missing = self.pages_for(num_tokens) - len(lease.pages)
         if missing <= 0:
             return ()
-        taken = self.allocator.take(missing)
+        taken = self._take(missing, lease.budget)
         lease.pages.extend(taken)
         return tuple(taken)
 
@@ -220,7 +323,7 @@ class CacheManager:
         Others may share them at once, but they outlive their owners, and go down to other levels,
         only once they are proven.
         """
-        if not self._prefix_cache:
+        if not self._prefix_cache or not lease.retention.store:
             return
         self._publish(lease, chain, num_computed_tokens // self.page_size, is_proven=False)
 
@@ -247,7 +350,7 @@ class CacheManager:
             page_id, parent, link = lease.pages[i], chain.parent_of(i), chain.links[i]
             is_new = page_id not in self.index
             if is_new:  # another reader failed, and withdrew it
-                self._publish_page(page_id, parent, link)
+                self._publish_page(lease, page_id, parent, link)
             elif link.key in self._cached.unproven:
                 self._cached.unproven.discard(link.key)
                 is_new = True
@@ -261,7 +364,7 @@ class CacheManager:
         if self._counts_uses:
             num_uses += self._cached.num_uses.get(link.key, 0)
             self._cached.num_uses[link.key] = num_uses
-        if num_uses in self._store_at_uses:
+        if num_uses in self._store_at_uses and not self.retained.has_end(link.key):
             self._stores.add(PageStore(page_id, parent, link, num_uses))
 
     def _publish(
@@ -272,14 +375,22 @@ class CacheManager:
             link = chain.links[i]
             if not is_proven and not self.index.has_key(link.key):
                 self._cached.unproven.add(link.key)
-            self._publish_page(lease.pages[i], chain.parent_of(i), link)
+            self._publish_page(lease, lease.pages[i], chain.parent_of(i), link)
             lease.num_published = i + 1
 
-    def _publish_page(self, page_id: PageId, parent: PageKey, link: ChainLink) -> None:
-        for twin in self.index.pages_of(link.key):
+    def _publish_page(
+        self, lease: PageLease, page_id: PageId, parent: PageKey, link: ChainLink
+    ) -> None:
+        twins = self.index.pages_of(link.key)
+        self.index.publish(page_id, parent, link)
+        for twin in twins:
             if twin in self._cached:
                 self.discard(twin)
-        self.index.publish(page_id, parent, link)
+        if self.retained or lease.retention is not AS_IT_IS:
+            if lease.retention.store:
+                self.retained.ask(link.key, lease.retention, is_new=not twins)
+            elif not twins:  # it came from below: nobody says how long it shall stay here
+                self.retained.inherit(link.key, parent)
 
     @property
     def has_stores(self) -> bool:
@@ -301,9 +412,9 @@ class CacheManager:
         `unpin` it afterwards. Raises OutOfPages having changed nothing.
         """
         full, tail = divmod(num_tokens, self.page_size)
-        taken = self.allocator.take(1 if tail else 0)
+        taken = self._take(1 if tail else 0, lease.budget)
         self.allocator.share(lease.pages[: full + len(taken)])
-        twin = self._lease([*lease.pages[:full], *taken], 0)
+        twin = self._lease([*lease.pages[:full], *taken], 0, lease.retention, lease.budget)
         twin.num_published = min(lease.num_published, full)
         twin.num_proven = min(lease.num_proven, full)
         return twin, lease.pages[full] if tail else None
@@ -318,7 +429,28 @@ class CacheManager:
             raise LawBroken(f"lease released twice: {lease!r}")
         lease.is_live = False
         del self.leases[id(lease)]
+        if lease.retention.ttl_s is not None:
+            self._ask(lease.pages[: lease.num_published], lease.retention)
         self.allocator.release(lease.pages[::-1])
+
+    def promise_pin(
+        self,
+        name: str,
+        tenant: str,
+        tenant_pages: int | None,
+        chain: PrefixChain,
+        ttl_s: float | None,
+    ) -> None:
+        """Count the chain's pages as pinned, by `name`. Raises PinsFull having changed nothing."""
+        self.pins.promise(name, tenant, tenant_pages, chain, len(chain.links), ttl_s)
+
+    def keep_pin(self, name: str, lease: PageLease, chain: PrefixChain) -> None:
+        """The promised pages are computed and proven: they are not evicted from now on."""
+        self.allocator.share(self.pins.keep(name, chain, lease.pages, self.retained.now_s))
+
+    def drop_pin(self, name: str) -> None:
+        """The pin ends, kept or not: its pages are cached like any others."""
+        self.allocator.release(self.pins.drop(name))
 
     def distrust(self, lease: PageLease) -> None:
         """Its logits were no numbers: withdraw every page of it that nobody sampled well from."""
@@ -332,17 +464,33 @@ class CacheManager:
     def discard(self, page_id: PageId) -> None:
         """Forget what this cached page holds."""
         self._cached.withdraw(page_id)
+        self._free(page_id)
+
+    def _free(self, page_id: PageId) -> None:
+        """A cached page holds nothing any more."""
         self.allocator.discard(page_id)
+        self.budgets.clear(page_id)
 
     def quarantine(self, page_id: PageId) -> None:
         """Take a leaked page (held, named by no lease) out of service with what it holds."""
         if page_id in self.index:
             self._cached.withdraw(page_id)
         self.allocator.quarantine(page_id)
+        self.budgets.clear(page_id)
 
-    def _lease(self, pages: list[PageId], num_matched: int) -> PageLease:
+    def _lease(
+        self,
+        pages: list[PageId],
+        num_matched: int,
+        retention: Retention = AS_IT_IS,
+        budget: Budget | None = None,
+    ) -> PageLease:
         lease = PageLease(
-            pages, num_cached_tokens=num_matched * self.page_size, num_published=num_matched
+            pages,
+            num_cached_tokens=num_matched * self.page_size,
+            num_published=num_matched,
+            retention=retention,
+            budget=budget,
         )
         self.leases[id(lease)] = lease
         return lease

@@ -22,6 +22,10 @@ class EvictionCause(StrEnum):
     """Another page was needed, and the policy chose this one."""
     FLUSH = "flush"
     """The operator emptied the cache."""
+    EXPIRED = "expired"
+    """Its time was over."""
+    BUDGET = "budget"
+    """Its tenant needed another, and may have no more."""
 
 
 class Eviction(NamedTuple):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvpaging.base.ids import PageId
+from kvpaging.cache.budgets import Budget
+from kvpaging.cache.retention import AS_IT_IS, Retention
 
 
 @dataclass(slots=True, eq=False)
@@ -23,3 +25,6 @@ class PageLease:
     num_proven: int = 0
     """How many of the first pages some sequence read and sampled finite logits from."""
     is_live: bool = True
+    retention: Retention = AS_IT_IS
+    budget: Budget | None = None
+    """Who pays for the pages that are taken for it; `None`: a tenant without a bound."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+MAX_TTL_S = 366 * 86_400.0
+
 MAX_RETENTION_PRIORITY = 100
 """Retention priorities run from `-MAX_RETENTION_PRIORITY` to `MAX_RETENTION_PRIORITY`."""
 
@@ -26,3 +28,4 @@ class Retention(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
 
 
 AS_IT_IS = Retention()
+NOT_AT_ALL = Retention(store=False)

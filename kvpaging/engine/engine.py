@@ -14,6 +14,7 @@ import secrets
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Final, NamedTuple, Self
 
@@ -79,15 +80,17 @@ class Engine:
     ):
         self.config = config
         self._executor = executor
-        self._clock = clock
+        started_s = clock()
+        self._clock: Clock = lambda: clock() - started_s  # so that a rerun has the very same times
         self._recorder = recorder
         self._cache = CacheManager(
             config.scheduler.num_pages,
             config.scheduler.page_size,
             numerics_identity=config.numerics_identity,
             prefix_cache=config.scheduler.prefix_cache,
-            policy=POLICIES[config.scheduler.eviction_policy](config.scheduler.num_pages),
+            policy=partial(POLICIES[config.scheduler.eviction_policy], config.scheduler.num_pages),
             levels=executor.lower_levels if recorder is None else recorder.levels,
+            max_pinned_pages=config.scheduler.max_pinned_pages,
         )
         self._scheduler = Scheduler(
             config.scheduler,

@@ -113,6 +113,9 @@ def load_executor(
             max_num_waiting=options.max_num_waiting,
             prefix_cache=options.prefix_cache,
             eviction_policy=options.eviction_policy,
+            max_pinned_pages=_max_pinned_pages(
+                options, num_pages, spec.pages_for(max_model_len), decisions
+            ),
         ),
         async_scheduling=async_scheduling,
         numerics_identity=identity,
@@ -134,6 +137,8 @@ def _check(options: EngineOptions) -> None:
     """What can be refused before anything is loaded. Raises ConfigError."""
     if options.max_num_seqs < 1:
         raise ConfigError(f"max_num_seqs: must be at least 1, is {options.max_num_seqs}")
+    if not 0 <= options.max_pinned_ratio <= 1:
+        raise ConfigError(f"max_pinned_ratio: must be in 0..1, is {options.max_pinned_ratio}")
     if options.max_num_waiting < 1:
         raise ConfigError(f"max_num_waiting: must be at least 1, is {options.max_num_waiting}")
     if not 0 < options.gpu_memory_utilization <= 1:
@@ -368,6 +373,19 @@ def _lengths(
             "need no more"
         )
     return num_pages, max_model_len
+
+
+def _max_pinned_pages(
+    options: EngineOptions, num_pages: int, longest: int, decisions: list[str]
+) -> int:
+    """What pins may hold: an accepted request is answered, so the longest fits beside them."""
+    asked, free = int(options.max_pinned_ratio * num_pages), num_pages - longest
+    if asked > free:
+        decisions.append(
+            f"pins may hold {free} KV pages, not {asked}: one request of the model's length "
+            f"takes {longest} of {num_pages}; a smaller max_model_len leaves more"
+        )
+    return min(asked, free)
 
 
 def _numerics_identity(

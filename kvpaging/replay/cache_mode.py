@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from functools import partial
 
 from kvpaging.base.ids import PageId, PageKey
 from kvpaging.cache.cache_manager import CacheManager
@@ -54,7 +55,7 @@ def replay_cache(
     started = time.perf_counter()
     size = page_size or trace.block_size
     num_pages = capacity_pages or sum(count_pages(trace, size))
-    cache = CacheManager(num_pages, size, policy=POLICIES[policy](num_pages))
+    cache = CacheManager(num_pages, size, policy=partial(POLICIES[policy], num_pages))
     num_requests = queried = hits = tokens = hit_tokens = 0
     for request in trace:
         prompt = prompt_pages(request, trace.block_size, size)

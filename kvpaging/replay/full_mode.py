@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import count
 from typing import NamedTuple
 
@@ -148,7 +149,7 @@ class Simulation:
         num_unique, num_pages, longest, self._first_free_id = _measure(trace, self._size)
         self._capacity = capacity_pages or num_unique + num_pages
         self.cache = CacheManager(
-            self._capacity, self._size, policy=POLICIES[policy](self._capacity)
+            self._capacity, self._size, policy=partial(POLICIES[policy], self._capacity)
         )
         self._policy = policy
         self.scheduler = Scheduler(

@@ -27,7 +27,7 @@ from kvpaging.cache.lower_levels import Held, LowerLevels, PagesLoaded
 from kvpaging.cache.prefix_key import ChainLink, PrefixChain, root_key
 from kvpaging.cache.retention import AS_IT_IS, Retention
 from kvpaging.replay.trace import TraceRequest
-from kvpaging.scheduling.events import Abort, Arrival, Event, Finish
+from kvpaging.scheduling.events import Abort, Arrival, Event, Finish, Unpin
 from kvpaging.scheduling.outputs import FinishReason, Rejection, SequenceOutput, StepOutputs
 from kvpaging.scheduling.plan import StepPlan, StepResult
 from kvpaging.scheduling.request import Request
@@ -62,13 +62,19 @@ class RecordedArrival(msgspec.Struct, frozen=True, tag="arrival", omit_defaults=
     prompt_logprobs: int | None = None
     retention: Retention = AS_IT_IS
     tenant: int = 0
-    """Tenants are numbered as they come; 0 for one without a bound on its pages."""
+    """Tenants are numbered as they come; 0 where neither a bound nor a pin asks whose it is."""
     tenant_pages: int | None = None
     is_idle: bool = False
 
 
 class RecordedAbort(msgspec.Struct, frozen=True, tag="abort"):
     """Its client went away."""
+
+    request: int
+
+
+class RecordedUnpin(msgspec.Struct, frozen=True, tag="unpin"):
+    """The pin that it made was given up."""
 
     request: int
 
@@ -98,7 +104,7 @@ class EndedOutput(msgspec.Struct, frozen=True, array_like=True):
     num_tokens: int
 
 
-RecordedEvent = RecordedArrival | RecordedAbort | RecordedFinish | PagesLoaded
+RecordedEvent = RecordedArrival | RecordedAbort | RecordedUnpin | RecordedFinish | PagesLoaded
 
 
 class RecordedStep(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -106,7 +112,7 @@ class RecordedStep(msgspec.Struct, frozen=True, omit_defaults=True):
 
     step_id: int
     at_s: float
-    """Since the recording began."""
+    """Since the engine began, on its clock."""
     decisions: str
     """`plan_digest` of the plan."""
     elapsed_s: float = 0.0
@@ -227,7 +233,8 @@ class Recorder:
         self._planned: deque[_Planned] = deque()
         self._num_requests = 0
         self._tenants: dict[str, int] = {}
-        self._started_s: float | None = None
+        self._pins: dict[RequestId, int] = {}
+        """Requests that asked for a pin which nobody gave up."""
         self.levels = None if levels is None else WatchedLevels(levels)
         """To be asked in place of `levels`."""
         self._write(
@@ -241,11 +248,9 @@ class Recorder:
 
     def planned(self, now_s: float, events: Sequence[Event], plan: StepPlan, num_held: int) -> None:
         """Note what a step was given, and what was decided while `num_held` others were held."""
-        if self._started_s is None:
-            self._started_s = now_s
         step = RecordedStep(
             step_id=plan.step_id,
-            at_s=now_s - self._started_s,
+            at_s=now_s,
             decisions=plan_digest(plan),
             num_held=num_held,
             probes=_drained(self.levels.answers) if self.levels else (),
@@ -290,6 +295,9 @@ class Recorder:
             case Abort(request_id):
                 known = self._open.get(request_id)
                 return None if known is None else RecordedAbort(known.number)
+            case Unpin(request_id):
+                number = self._pins.pop(request_id, None)
+                return None if number is None else RecordedUnpin(number)
             case Finish(request_id, output_index, num_tokens):
                 known = self._open.get(request_id)
                 if known is None:
@@ -310,6 +318,8 @@ class Recorder:
         chain = PrefixChain(self._root, request.namespace, self._page_size, request.shared)
         chain.extend(request.prompt_token_ids)
         self._num_requests += 1
+        if request.retention.pin:
+            self._pins[request.request_id] = self._num_requests
         self._open[request.request_id] = _Open(self._num_requests, request, chain, request.n)
         return RecordedArrival(
             self._num_requests,
@@ -326,7 +336,7 @@ class Recorder:
         )
 
     def _tenant(self, request: Request) -> int:
-        if request.tenant_pages is None:
+        if request.tenant_pages is None and not request.retention.pin:
             return 0
         return self._tenants.setdefault(request.tenant, len(self._tenants) + 1)
 

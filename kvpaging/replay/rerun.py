@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -28,12 +29,13 @@ from kvpaging.replay.recording import (
     RecordedEvent,
     RecordedFinish,
     RecordedStep,
+    RecordedUnpin,
     plan_digest,
     read_header,
     read_steps,
 )
 from kvpaging.replay.trace import open_binary
-from kvpaging.scheduling.events import Abort, Arrival, Event, Finish
+from kvpaging.scheduling.events import Abort, Arrival, Event, Finish, Unpin
 from kvpaging.scheduling.plan import Sample, StepPlan, StepResult
 from kvpaging.scheduling.request import Request, SamplingParams
 from kvpaging.scheduling.scheduler import Scheduler
@@ -152,8 +154,9 @@ def rerun(path: Path, *, on_plan: Callable[[StepPlan], None] | None = None) -> R
             config.num_pages,
             config.page_size,
             prefix_cache=config.prefix_cache,
-            policy=POLICIES[config.eviction_policy](config.num_pages),
+            policy=partial(POLICIES[config.eviction_policy], config.num_pages),
             levels=levels,
+            max_pinned_pages=config.max_pinned_pages,
         )
         scheduler = Scheduler(config, cache, vocab_size=VOCAB_SIZE)
         numbers = PageNumbers()
@@ -222,6 +225,8 @@ def _event(event: RecordedEvent, numbers: PageNumbers, page_size: int) -> Event:
             )
         case RecordedAbort(request):
             return Abort(_id(request))
+        case RecordedUnpin(request):
+            return Unpin(_id(request))
         case RecordedFinish(request, output_index, num_tokens):
             return Finish(_id(request), output_index, num_tokens)
         case PagesLoaded():

@@ -7,7 +7,13 @@ scheduler's business.
 from __future__ import annotations
 
 from kvpaging.base.config import SchedulerConfig
-from kvpaging.base.errors import BadRequest, NeverFits, PromptTooLong
+from kvpaging.base.errors import BadRequest, NeverFits, OverBudget, PromptTooLong
+from kvpaging.cache.retention import (
+    AS_IT_IS,
+    MAX_RETENTION_PRIORITY,
+    MAX_TTL_S,
+    NOT_AT_ALL,
+)
 from kvpaging.scheduling.request import MAX_LOGPROBS, MAX_PRIORITY, Request
 
 
@@ -26,7 +32,32 @@ def check(request: Request, config: SchedulerConfig, vocab_size: int) -> None:
     if not 1 <= request.n <= config.max_num_seqs:
         raise BadRequest(f"n must be in 1..{config.max_num_seqs}, not {request.n}", param="n")
     _check_sampling(request, vocab_size)
+    _check_retention(request, config)
     _check_length(request, config)
+
+
+def _check_retention(request: Request, config: SchedulerConfig) -> None:
+    retention = request.retention
+    if retention is AS_IT_IS:
+        return
+    if abs(retention.priority) > MAX_RETENTION_PRIORITY:
+        raise BadRequest(
+            f"cache.priority must be in {-MAX_RETENTION_PRIORITY}..{MAX_RETENTION_PRIORITY}, "
+            f"not {retention.priority}",
+            param="cache",
+        )
+    if retention.ttl_s is not None and not 0 < retention.ttl_s <= MAX_TTL_S:
+        raise BadRequest(
+            f"cache.ttl_s must be above 0 and at most {MAX_TTL_S:g}, not {retention.ttl_s:g}",
+            param="cache",
+        )
+    if not retention.store and retention != NOT_AT_ALL:
+        raise BadRequest(
+            "cache.store false keeps no page: pin, ttl_s and priority say nothing then",
+            param="cache",
+        )
+    if retention.pin and not config.prefix_cache:
+        raise BadRequest("cache.pin needs the prefix cache, which is off here", param="cache")
 
 
 def _check_prompt(request: Request, vocab_size: int) -> None:
@@ -93,3 +124,5 @@ def _check_length(request: Request, config: SchedulerConfig) -> None:
     needs = -(-(num_prompt + num_new - 1) // config.page_size)
     if needs > config.num_pages:
         raise NeverFits(needs, config.num_pages)
+    if request.tenant_pages is not None and needs > request.tenant_pages:
+        raise OverBudget(needs, request.tenant_pages)

@@ -32,4 +32,10 @@ class Finish(msgspec.Struct, frozen=True, tag=True):
     num_tokens: int
 
 
-Event = Arrival | Abort | Finish | PagesLoaded
+class Unpin(msgspec.Struct, frozen=True, tag=True):
+    """The pin that this request made ends, or is never made. Unknown ids are ignored."""
+
+    request_id: RequestId
+
+
+Event = Arrival | Abort | Finish | Unpin | PagesLoaded

@@ -17,15 +17,18 @@ from itertools import islice
 from typing import Final, assert_never
 
 from kvpaging.base.config import SchedulerConfig
-from kvpaging.base.errors import BadRequest, ConfigError, LawBroken
+from kvpaging.base.errors import BadRequest, ConfigError, LawBroken, TooManyPinned
 from kvpaging.base.ids import PageId, RequestId, SeqId, StepId
 from kvpaging.cache.allocator import OutOfPages
 from kvpaging.cache.cache_manager import CacheManager
 from kvpaging.cache.explanation import Lookup
 from kvpaging.cache.load_costs import LoadChoices, LoadCosts
 from kvpaging.cache.lower_levels import PageLoad, PagesLoaded
+from kvpaging.cache.page_lease import PageLease
+from kvpaging.cache.pins import PinsFull
+from kvpaging.cache.prefix_key import PrefixChain
 from kvpaging.scheduling import admission
-from kvpaging.scheduling.events import Abort, Arrival, Event, Finish
+from kvpaging.scheduling.events import Abort, Arrival, Event, Finish, Unpin
 from kvpaging.scheduling.outputs import (
     Finished,
     FinishReason,
@@ -43,7 +46,7 @@ from kvpaging.scheduling.plan import (
     StepResult,
 )
 from kvpaging.scheduling.request import Request
-from kvpaging.scheduling.sequence import SeqState, Sequence
+from kvpaging.scheduling.sequence import Order, SeqState, Sequence
 from kvpaging.scheduling.waiting_queue import WaitingQueue
 
 MAX_LOADS: Final = 8
@@ -173,9 +176,10 @@ class Scheduler:
 
     def schedule(self, events: Items[Event], now: float) -> StepPlan:
         """Take the events in, in order, and plan the next step; reserves pages for it."""
-        self.cache.evictions.now_s = now
+        self.cache.advance(now)
         for event in events:
             self._take_in(event, now)
+        self._stop_idle()
         draft = _Draft(self.config.max_num_batched_tokens, self.config.max_num_seqs)
         step_id = StepId(self._next_step)
         self._next_step += 1
@@ -206,6 +210,9 @@ class Scheduler:
                 for sequence in tuple(self._requests.get(request_id, ())):
                     if sequence.is_forked and sequence.output_index == output_index:
                         self._end(sequence, FinishReason.STOP, ())
+            case Unpin(request_id):
+                if request_id in self.cache.pins:
+                    self.cache.drop_pin(request_id)
             case PagesLoaded():
                 self._take_loaded(event)
             case _:
@@ -216,16 +223,22 @@ class Scheduler:
         if rejection is not None:
             self._rejections.append(rejection)
             return
+        chain = self.cache.chain(request.namespace, request.shared)
+        self.cache.extend(chain, request.prompt_token_ids)
+        try:
+            self._promise_pin(request, chain)
+        except BadRequest as error:
+            self._rejections.append(_rejection(request, error))
+            return
         self._num_arrivals += 1
         sequence = Sequence(
             self._new_seq_id(),
             request,
             0,
-            self.cache.chain(request.namespace, request.shared),
+            chain,
             arrival_index=self._num_arrivals,
             arrival_s=now,
         )
-        self.cache.extend(sequence.chain, sequence.token_ids)
         self._sequences[sequence.seq_id] = sequence
         self._requests[request.request_id] = [sequence]
         self._num_unplaced += 1
@@ -241,7 +254,7 @@ class Scheduler:
         try:
             admission.check(request, self.config, self._vocab_size)
         except BadRequest as error:
-            return Rejection(request.request_id, error.message, error.code, error.param)
+            return _rejection(request, error)
         if self._num_unplaced >= self.config.max_num_waiting:
             return Rejection(
                 request.request_id,
@@ -249,6 +262,32 @@ class Scheduler:
                 code="overloaded",
             )
         return None
+
+    def _promise_pin(self, request: Request, chain: PrefixChain) -> None:
+        """Count the pages that the request wants pinned. Raises BadRequest, nothing changed."""
+        if not request.retention.pin:
+            return
+        name = request.request_id
+        if name in self.cache.pins:
+            raise BadRequest(f"a pin with the id {name!r} is here", code="duplicate_pin")
+        try:
+            self.cache.promise_pin(
+                name, request.tenant, request.tenant_pages, chain, request.retention.ttl_s
+            )
+        except PinsFull as full:
+            whose = "this tenant" if full.is_tenants else "all requests together"
+            raise TooManyPinned(full.needed, full.pinned, full.limit, whose) from None
+
+    def _stop_idle(self) -> None:
+        """Idle work gives way to a request that waits: pages and place, at once."""
+        first = self._waiting.first()
+        if first is None or first.request.is_idle:
+            return
+        for sequence in reversed(self._running):
+            if not sequence.request.is_idle:
+                return
+            if not sequence.num_in_flight:
+                self._preempt(sequence)
 
     def _plan_copies(self, draft: _Draft, step_id: StepId) -> None:
         sources = []
@@ -267,7 +306,7 @@ class Scheduler:
         That starves nobody: `max_num_batched_tokens` is at least `max_num_seqs`.
         """
         prompts = []
-        for sequence in tuple(self._running):
+        for sequence in self._plannable():
             num_to_go = self._num_to_go(sequence)
             if num_to_go == 1:
                 self._plan_one(sequence, 1, draft)
@@ -276,6 +315,16 @@ class Scheduler:
         for sequence in prompts:
             if draft.budget and sequence.state is SeqState.RUNNING:
                 self._plan_one(sequence, min(self._num_to_go(sequence), draft.budget), draft)
+
+    def _plannable(self) -> tuple[Sequence, ...]:
+        """Running sequences that may be planned: idle ones only if there is no other work."""
+        running = tuple(self._running)
+        if running and running[-1].request.is_idle:
+            first = self._waiting.first()
+            is_other = first is not None and not first.request.is_idle
+            if is_other or not running[0].request.is_idle:
+                return tuple(s for s in running if not s.request.is_idle)
+        return running
 
     def _num_to_go(self, sequence: Sequence) -> int:
         """Tokens that could be planned now: known ones, and one that a plan in flight samples."""
@@ -401,7 +450,13 @@ class Scheduler:
             sequence = self._waiting.first()
             if sequence is None:
                 return
-            if sequence is self._blocked and self.cache.num_available <= self._blocked_at:
+            if sequence.request.is_idle and (self._running or self._loading):
+                return
+            if (
+                sequence is self._blocked
+                and self.cache.num_available <= self._blocked_at
+                and self._will_give_back
+            ):
                 return  # nothing came back since it was found not to fit
             num_tokens = sequence.num_tokens
             self.cache.extend(sequence.chain, sequence.token_ids)
@@ -414,9 +469,9 @@ class Scheduler:
                 sequence.has_loaded = not num_pages
             needed = self.cache.num_new_pages(matched, num_tokens)
             if needed + self._reserve(promised) > self.cache.num_available:
-                if self.cache.allocator.num_held:
+                if self._will_give_back:
                     self._blocked, self._blocked_at = sequence, self.cache.num_available
-                    return  # pages will come back
+                    return
                 self._fail_for_pages(sequence)
                 continue
             num_cached = len(matched) * self.cache.page_size
@@ -425,10 +480,25 @@ class Scheduler:
             if not chunk:
                 return
             self._waiting.pop()
-            sequence.lease = self.cache.reserve(matched, num_cached + chunk)
+            sequence.lease = self._lease(sequence, matched, num_cached + chunk)
             self._admit(sequence, num_cached, now)
             self._put(sequence, chunk, (), draft)
             promised += self.cache.pages_for(num_tokens) - len(sequence.lease.pages)
+
+    def _lease(self, sequence: Sequence, matched: list[PageId], num_tokens: int) -> PageLease:
+        request = sequence.request
+        budget = self.cache.budgets.of(request.tenant, request.tenant_pages)
+        return self.cache.reserve(matched, num_tokens, request.retention, budget)
+
+    @property
+    def _will_give_back(self) -> bool:
+        """Some sequence owns pages, and will end or lose them."""
+        return bool(
+            self._running
+            or self._loading
+            or self._copied
+            or any(sequence.lease is not None for sequence in self._sequences.values())
+        )
 
     def _reserve(self, promised: int) -> int:
         """Pages to leave when one more is let in.
@@ -444,6 +514,8 @@ class Scheduler:
         spoken_for = self._num_promised_pages() + len(self._running)
         spoken_for += sum(map(self._num_missing_pages, self._loading.values()))
         for sequence in tuple(islice(self._waiting.upcoming(), LOOK_AHEAD)):
+            if sequence.request.is_idle:
+                return
             if len(self._loading) >= MAX_LOADS or spoken_for >= self.cache.num_available:
                 return
             if not sequence.was_looked_ahead and not sequence.has_loaded:
@@ -480,7 +552,7 @@ class Scheduler:
         if not num_pages or needed + reserve > self.cache.num_available:
             return False
         self._waiting.take(sequence)
-        sequence.lease = self.cache.reserve(matched, num_tokens)
+        sequence.lease = self._lease(sequence, matched, num_tokens)
         sequence.move(SeqState.LOADING)
         sequence.num_in_flight += 1
         if sequence.lookup is not None:
@@ -524,7 +596,13 @@ class Scheduler:
         return max(0, self.cache.pages_for(sequence.num_tokens) - num_held)
 
     def _fail_for_pages(self, sequence: Sequence) -> None:
-        """Alone it doesn't fit, though it did at the door: pages were quarantined since."""
+        """Alone it doesn't fit, though it did at the door: pages were quarantined since.
+
+        Raises LawBroken where pages are held that no sequence owns: nobody would give them back.
+        """
+        num_held = self.cache.allocator.num_held - self.cache.pins.num_owned
+        if num_held:
+            raise LawBroken(f"{num_held} pages are held, and no sequence and no pin owns them")
         self._end(
             sequence,
             FinishReason.ERROR,
@@ -636,6 +714,8 @@ class Scheduler:
         if entry.sample_for:
             if lease is not None and lease.num_proven < lease.num_published:
                 self.cache.prove(lease, sequence.chain)
+            if lease is not None and self.cache.pins.is_promised(sequence.request.request_id):
+                self.cache.keep_pin(sequence.request.request_id, lease, sequence.chain)
             twins = self._fork(sequence, samples) if len(samples) > 1 else ()
             sequence.is_forked = True
             self._append(sequence, samples[0], now)
@@ -764,6 +844,8 @@ class Scheduler:
         siblings.remove(sequence)
         if not siblings:
             del self._requests[sequence.request.request_id]
+            if self.cache.pins.is_promised(sequence.request.request_id):
+                self.cache.drop_pin(sequence.request.request_id)
         if not sequence.num_in_flight:
             self._forget(sequence)
 
@@ -788,5 +870,9 @@ class Scheduler:
         return SeqId(self._num_sequences)
 
 
-def _order(sequence: Sequence) -> tuple[int, int, int]:
+def _order(sequence: Sequence) -> Order:
     return sequence.order
+
+
+def _rejection(request: Request, error: BadRequest) -> Rejection:
+    return Rejection(request.request_id, error.message, error.code, error.param)

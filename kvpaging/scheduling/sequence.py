@@ -6,6 +6,7 @@ The life of a sequence is a table; who moves it is the scheduler. Knows no queue
 from __future__ import annotations
 
 from enum import Enum, auto
+from typing import Final
 
 from kvpaging.base.errors import LawBroken
 from kvpaging.base.ids import PageId, SeqId
@@ -14,6 +15,11 @@ from kvpaging.cache.page_lease import PageLease
 from kvpaging.cache.prefix_key import PrefixChain
 from kvpaging.scheduling.outputs import Recomputed, Timings
 from kvpaging.scheduling.request import Request
+
+PRIORITY_S: Final = 30.0
+"""A request of one priority more is served as if it had come so much earlier."""
+
+Order = tuple[bool, float, int, int]
 
 
 class SeqState(Enum):
@@ -93,8 +99,14 @@ class Sequence:
         self.request = request
         self.output_index = output_index
         self.chain = chain
-        self.order = (-request.priority, arrival_index, output_index)
-        """Smaller runs first: priority, then first come, first served."""
+        self.order = (
+            request.is_idle,
+            arrival_s - request.priority * PRIORITY_S,
+            arrival_index,
+            output_index,
+        )
+        """Smaller runs first. A priority is a start of so many seconds: it lets a request overtake,
+        and nobody waits for ever. Within a priority: first come, first served."""
         self.state = SeqState.WAITING
         self.token_ids: list[int] = list(request.prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
@@ -173,7 +185,7 @@ class Sequence:
             self.request,
             output_index,
             self.chain.fork(self.num_prompt_tokens),
-            arrival_index=self.order[1],
+            arrival_index=self.order[2],
             arrival_s=self.arrival_s,
         )
         twin.is_forked = True

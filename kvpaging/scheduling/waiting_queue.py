@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator
 
-from kvpaging.scheduling.sequence import SeqState, Sequence
+from kvpaging.scheduling.sequence import Order, SeqState, Sequence
 
 
 class WaitingQueue:
@@ -16,7 +16,7 @@ class WaitingQueue:
     """
 
     def __init__(self) -> None:
-        self._heap: list[tuple[tuple[int, int, int], Sequence]] = []
+        self._heap: list[tuple[Order, Sequence]] = []
         self._num_live = 0
 
     def __len__(self) -> int:

@@ -8,6 +8,7 @@ tiny pages, tiny pools: faults show fastest there.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 from hypothesis import strategies as st
@@ -22,10 +23,12 @@ from hypothesis.stateful import (
 from kvpaging.base.errors import LawBroken
 from kvpaging.cache.allocator import OutOfPages
 from kvpaging.cache.audit import Audit
+from kvpaging.cache.budgets import Budget
 from kvpaging.cache.cache_manager import CacheManager
 from kvpaging.cache.eviction.names import DEFAULT_POLICY, POLICIES
 from kvpaging.cache.page_lease import PageLease
 from kvpaging.cache.prefix_key import PrefixChain, SharedPrefix
+from kvpaging.cache.retention import AS_IT_IS, Retention
 
 TOKENS = st.integers(1, 2)
 
@@ -48,10 +51,16 @@ class Live:
 class CacheMachine(RuleBasedStateMachine):
     policy = DEFAULT_POLICY
 
-    @initialize(page_size=st.integers(1, 4), num_pages=st.integers(6, 24))
-    def start(self, page_size: int, num_pages: int) -> None:
-        policy = POLICIES[self.policy](num_pages)
-        self.cache = CacheManager(num_pages, page_size, policy=policy)
+    @initialize(
+        page_size=st.integers(1, 4), num_pages=st.integers(6, 24), max_pinned=st.integers(0, 8)
+    )
+    def start(self, page_size: int, num_pages: int, max_pinned: int) -> None:
+        self.cache = CacheManager(
+            num_pages,
+            page_size,
+            policy=partial(POLICIES[self.policy], num_pages),
+            max_pinned_pages=min(max_pinned, num_pages // 2),
+        )
         self.size = page_size
         self.live: list[Live] = []
         self.memory: dict[int, tuple[bytes, tuple[int, ...]]] = {}
@@ -71,6 +80,13 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.commit(live.lease, live.chain, end)
         if end == len(live.tokens):
             self.cache.prove(live.lease, live.chain)
+
+    def terms(self, namespace: bytes) -> tuple[Retention, Budget | None]:
+        """How long the pages of who arrives shall stay, and who pays for them."""
+        return AS_IT_IS, None
+
+    def was_loaded(self, lease: PageLease) -> None:
+        """A request found these pages, here and below."""
 
     def snapshot(self) -> tuple[object, ...]:
         pages = self.cache.allocator
@@ -100,7 +116,7 @@ class CacheMachine(RuleBasedStateMachine):
         assert cached < len(tokens), "the last token's logits are needed"
         end = min(len(tokens), cached + chunk)
         try:
-            lease = self.cache.reserve(matched, end)
+            lease = self.cache.reserve(matched, end, *self.terms(namespace))
         except OutOfPages:
             assert self.snapshot() == before, "a failed operation changed something"
             return
@@ -164,7 +180,7 @@ class CacheMachine(RuleBasedStateMachine):
         links = chain.links[len(matched) :]
         num_tokens = (len(matched) + len(links)) * self.size
         try:
-            lease = self.cache.reserve(matched, num_tokens)
+            lease = self.cache.reserve(matched, num_tokens, *self.terms(like.namespace))
         except OutOfPages:
             return
         come = min(come, len(links))
@@ -173,6 +189,7 @@ class CacheMachine(RuleBasedStateMachine):
             owner = like.owner(position, self.size)
             self.memory[slot] = (owner, tuple(like.tokens[: position + 1]))
         self.cache.commit_loaded(lease, chain, come)
+        self.was_loaded(lease)
         self.cache.release(lease)
 
     @precondition(lambda self: self.live)
@@ -204,7 +221,8 @@ class CacheMachine(RuleBasedStateMachine):
             for page_id in live.lease.pages:
                 owners[page_id] = owners.get(page_id, 0) + 1
         for page_id in range(1, pages.num_pages + 1):
-            assert pages.num_owners(page_id) == owners.get(page_id, 0)  # type: ignore[arg-type]
+            is_pinned = self.cache.pins.owns(page_id)  # type: ignore[arg-type]
+            assert pages.num_owners(page_id) == owners.get(page_id, 0) + is_pinned  # type: ignore[arg-type]
         assert pages.num_owners(0) == 0  # type: ignore[arg-type]
 
     @invariant()

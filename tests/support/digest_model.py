@@ -245,7 +245,9 @@ def digest_config(
     max_num_waiting: int = 64,
     eos_token_ids: tuple[int, ...] = (0,),
     prefix_cache: bool = True,
+    max_pinned_ratio: float = 0.0,
 ) -> EngineConfig:
+    free_pages = max(0, num_pages - -(-max_model_len // page_size))
     return EngineConfig(
         model_dir="digest",
         architecture="Digest",
@@ -266,5 +268,6 @@ def digest_config(
             max_model_len=max_model_len,
             max_num_waiting=max_num_waiting,
             prefix_cache=prefix_cache,
+            max_pinned_pages=min(free_pages, int(max_pinned_ratio * num_pages)),
         ),
     )

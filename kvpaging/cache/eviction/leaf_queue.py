@@ -59,6 +59,12 @@ class LeafQueue:
             raise KeyError("no cached page is a leaf")
         return self._heap[0][0][0]
 
+    def first(self) -> PageId:
+        """The page that `pop` would return. Raises KeyError when there is no leaf."""
+        if not self.has_leaf:
+            raise KeyError("no cached page is a leaf")
+        return self._heap[0][1]
+
     def pop(self) -> PageId:
         """Take out the first leaf. Raises KeyError when there is none."""
         if not self.has_leaf:

@@ -23,12 +23,23 @@ from kvpaging.base.errors import BadRequest
 from kvpaging.base.ids import RequestId
 from kvpaging.cache.cache_manager import CacheManager
 from kvpaging.cache.prefix_key import SharedPrefix
+from kvpaging.cache.retention import AS_IT_IS, Retention
 from kvpaging.engine.engine import Engine
-from kvpaging.scheduling.events import Abort, Arrival, Event, Finish
+from kvpaging.scheduling.events import Abort, Arrival, Event, Finish, Unpin
 from kvpaging.scheduling.outputs import FinishReason, StepOutputs
 from kvpaging.scheduling.plan import Sample, StepPlan, StepResult
 from kvpaging.scheduling.request import Request, SamplingParams
 from kvpaging.scheduling.scheduler import Scheduler
+
+RETENTIONS = [
+    AS_IT_IS,
+    AS_IT_IS,
+    Retention(store=False),
+    Retention(pin=True),
+    Retention(pin=True, ttl_s=30.0, priority=5),
+    Retention(ttl_s=10.0),
+    Retention(priority=-2),
+]
 
 
 def make_engine(config: EngineConfig) -> tuple[Engine, DigestExecutor]:
@@ -41,8 +52,12 @@ def request(name: str, prompt: list[int], max_new: int, **kwargs: object) -> Req
     priority = kwargs.pop("priority", 0)
     namespace = kwargs.pop("namespace", b"")
     shared = kwargs.pop("shared", None)
+    fields = ("tenant", "tenant_pages", "retention", "is_idle")
+    terms = {field: kwargs.pop(field) for field in fields if field in kwargs}
     sampling = SamplingParams(max_new_tokens=max_new, seed=kwargs.pop("seed", 0), **kwargs)
-    return Request(RequestId(name), tuple(prompt), sampling, n, priority, namespace, shared)
+    return Request(
+        RequestId(name), tuple(prompt), sampling, n, priority, namespace, shared, **terms
+    )
 
 
 class Collector:
@@ -74,7 +89,10 @@ class TwoPlans:
 
     def __init__(self, config: EngineConfig, depth: int, levels: DigestLevels | None = None):
         self.cache = CacheManager(
-            config.scheduler.num_pages, config.scheduler.page_size, levels=levels
+            config.scheduler.num_pages,
+            config.scheduler.page_size,
+            levels=levels,
+            max_pinned_pages=config.scheduler.max_pinned_pages,
         )
         self.scheduler = Scheduler(
             config.scheduler,
@@ -126,6 +144,7 @@ def test_random_arrivals_aborts_and_tiny_pools(seed: int, depth: int, has_levels
         max_num_batched_tokens=rng.randint(6, 20),
         max_model_len=24,
         eos_token_ids=(0, 1, 2) if rng.random() < 0.5 else (),
+        max_pinned_ratio=rng.choice([0.0, 0.3, 1.0]),
     )
     loop, seen = TwoPlans(config, depth, levels), Collector()
     accepted: dict[str, Request] = {}
@@ -141,6 +160,7 @@ def test_random_arrivals_aborts_and_tiny_pools(seed: int, depth: int, has_levels
             name = f"r{arrivals}"
             prompt = [rng.randint(1, 2) for _ in range(rng.randint(1, 14))]
             n = rng.choice([1, 1, 1, min(3, config.scheduler.max_num_seqs)])
+            tenant = rng.choice(["free", "bound"])
             accepted[name] = request(
                 name,
                 prompt,
@@ -151,8 +171,14 @@ def test_random_arrivals_aborts_and_tiny_pools(seed: int, depth: int, has_levels
                 namespace=rng.choice([b"a", b"b"]),
                 shared=rng.choice([None, SharedPrefix(b"all", min(8, len(prompt)))]),
                 prompt_logprobs=rng.choice([None, None, 0, 2]),
+                retention=rng.choice(RETENTIONS),
+                tenant=tenant,
+                tenant_pages=6 if tenant == "bound" else None,
+                is_idle=rng.random() < 0.2,
             )
             events.append(Arrival(accepted[name]))
+        if accepted and rng.random() < 0.05:
+            events.append(Unpin(RequestId(rng.choice(list(accepted)))))
         live = [name for name in accepted if name not in aborted]
         if live and rng.random() < 0.1:
             name = rng.choice(live)
@@ -169,7 +195,11 @@ def test_random_arrivals_aborts_and_tiny_pools(seed: int, depth: int, has_levels
     stop = frozenset(config.eos_token_ids)
     for name, order in accepted.items():
         if name in seen.rejected:
-            assert seen.rejected[name] == "pool_exceeded"
+            assert seen.rejected[name] in (
+                "pool_exceeded",
+                "tenant_budget_exceeded",
+                "pin_limit_exceeded",
+            )
             continue
         for k in range(order.n):
             want = expected_tokens(
@@ -191,7 +221,10 @@ def test_random_arrivals_aborts_and_tiny_pools(seed: int, depth: int, has_levels
                 assert got == want
                 ended = want[-1] in stop
                 assert reason is (FinishReason.STOP if ended else FinishReason.LENGTH)
-    pages = loop.cache.allocator
+    pages, pins = loop.cache.allocator, loop.cache.pins
+    assert pages.num_held == pins.num_owned == pins.num_pages <= pins.max_pages
+    for pin in pins.states(loop.now):
+        loop.cache.drop_pin(pin.name)
     assert pages.num_held == 0
     assert not loop.cache.leases
     assert pages.num_free + pages.num_cached == pages.num_pages

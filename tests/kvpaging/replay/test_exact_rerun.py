@@ -6,6 +6,7 @@ import io
 import random
 import stat
 from collections import deque
+from itertools import accumulate, count
 from pathlib import Path
 
 import msgspec
@@ -17,13 +18,24 @@ from kvpaging.base.errors import ConfigError
 from kvpaging.base.ids import RequestId
 from kvpaging.cache.eviction.names import POLICIES
 from kvpaging.cache.prefix_key import SharedPrefix
+from kvpaging.cache.retention import AS_IT_IS, Retention
 from kvpaging.engine.engine import Engine
 from kvpaging.replay.recording import RecordedStep, Recorder, create_file, read_steps
 from kvpaging.replay.rerun import rerun
 from kvpaging.replay.trace import open_trace
-from kvpaging.scheduling.events import Abort, Arrival, Event, Finish
+from kvpaging.scheduling.events import Abort, Arrival, Event, Finish, Unpin
 from kvpaging.scheduling.plan import StepPlan, StepResult
 from kvpaging.scheduling.request import Request, SamplingParams
+
+RETENTIONS = [
+    AS_IT_IS,
+    AS_IT_IS,
+    Retention(store=False),
+    Retention(pin=True),
+    Retention(pin=True, ttl_s=5.0, priority=5),
+    Retention(ttl_s=3.0),
+    Retention(priority=-2),
+]
 
 
 class TimedExecutor(DigestExecutor):
@@ -64,12 +76,14 @@ def live_run(
         max_model_len=24,
         max_num_waiting=6,
         eos_token_ids=tuple(range(20)) if lot.random() < 0.5 else (),
+        max_pinned_ratio=lot.choice([0.0, 0.5]),
     )
     scheduler = msgspec.structs.replace(config.scheduler, eviction_policy=policy)
     config = msgspec.structs.replace(config, scheduler=scheduler, async_scheduling=ahead)
     executor = TimedExecutor(config, lot, levels=levels)
     recorder = Recorder(create_file(path), scheduler, executor.lower_levels)
-    engine = Engine(config, executor, recorder=recorder, clock=lambda: lot.random())
+    clock = accumulate(lot.random() for _ in count())
+    engine = Engine(config, executor, recorder=recorder, clock=lambda: next(clock))
     prompts: list[list[int]] = []
     names: list[str] = []
     for step in range(400):
@@ -95,6 +109,9 @@ def live_run(
                 namespace=lot.choice([b"a", b"b"]),
                 shared=lot.choice([None, SharedPrefix(b"all", min(8, len(prompt)))]),
                 tenant=lot.choice(["a", "b"]),
+                tenant_pages=lot.choice([None, None, 6, 9]),
+                retention=lot.choice(RETENTIONS),
+                is_idle=lot.random() < 0.1,
             )
             if lot.random() < 0.05:
                 executor.failing.add(request.prompt_token_ids)
@@ -103,6 +120,8 @@ def live_run(
             events.append(Abort(RequestId(lot.choice(names[-5:]))))
         if names and lot.random() < 0.1:
             events.append(Finish(RequestId(lot.choice(names[-5:])), lot.randint(0, 1), 1))
+        if names and lot.random() < 0.1:
+            events.append(Unpin(RequestId(lot.choice(names))))
         engine.step(events)
         prompts = [*prompts, *(row.tokens[:16] for row in executor.rows.values())][-40:]
     while engine.has_work:
@@ -136,7 +155,8 @@ def test_a_recording_makes_the_same_decisions(
 
 
 def test_the_random_runs_exercise_what_they_claim(tmp_path: Path) -> None:
-    seen = dict.fromkeys(["aborts", "finishes", "stops", "failures", "pages", "copies"], 0)
+    kinds = ["aborts", "finishes", "unpins", "stops", "failures", "pages", "copies"]
+    seen = dict.fromkeys(kinds, 0)
     hits = preemptions = 0
     for seed in range(8):
         path = tmp_path / f"{seed}"
@@ -150,6 +170,7 @@ def test_the_random_runs_exercise_what_they_claim(tmp_path: Path) -> None:
                 seen["failures"] += len(step.failures)
                 seen["pages"] += len(step.pages)
                 seen["aborts"] += sum("Abort" in type(e).__name__ for e in step.events)
+                seen["unpins"] += sum("Unpin" in type(e).__name__ for e in step.events)
                 seen["finishes"] += sum("Finish" in type(e).__name__ for e in step.events)
         seen["copies"] += sum(len(plan[3]) for plan in live)
     assert all(seen.values()), seen

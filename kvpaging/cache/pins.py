@@ -1,0 +1,207 @@
+"""Prefixes that are kept on the device whatever else needs room, up to a bound.
+
+A pin is promised when its request comes, so that the bound is kept before anything is computed,
+and kept from when the request's prompt is computed. It owns one page of each key; pins of prefixes
+that begin alike share them. Pins are a tree, as prefixes are: a key is pinned while a pin ends with
+it or a key after it is pinned.
+
+Knows keys and the pages that hold them; who owns pages is the `CacheManager`'s business.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Sequence
+
+import msgspec
+
+from kvpaging.base.ids import PageId, PageKey
+from kvpaging.cache.prefix_key import PrefixChain
+
+
+class PinsFull(Exception):
+    """A signal to the scheduler: the pin would exceed a bound. Never leaves it."""
+
+    def __init__(self, needed: int, limit: int, pinned: int, *, is_tenants: bool):
+        super().__init__(f"{needed} pages to pin, {pinned} of {limit} are pinned")
+        self.needed = needed
+        self.limit = limit
+        self.pinned = pinned
+        self.is_tenants = is_tenants
+        """The bound is the tenant's, not that of all pins."""
+
+
+class PinState(msgspec.Struct, frozen=True, gc=False):
+    """One pin as it is now."""
+
+    name: str
+    """The id of the request that made it."""
+    tenant: str
+    num_pages: int
+    is_kept: bool
+    """False: its prompt is not computed yet."""
+    ends_in_s: float | None
+    """`None`: it has no end."""
+
+
+class _Node:
+    __slots__ = ("num_claims", "page_id", "parent", "tenant")
+
+    def __init__(self, parent: PageKey, tenant: str):
+        self.parent = parent
+        self.tenant = tenant
+        """Whose pin came first; it counts to this one's bound."""
+        self.num_claims = 0
+        """Pins that end here, and pinned keys right after it."""
+        self.page_id: PageId | None = None
+
+
+class _Pin:
+    __slots__ = ("end_s", "is_kept", "key", "num_pages", "tenant", "ttl_s")
+
+    def __init__(self, tenant: str, key: PageKey, num_pages: int, ttl_s: float | None):
+        self.tenant = tenant
+        self.key = key
+        self.num_pages = num_pages
+        self.ttl_s = ttl_s
+        self.is_kept = False
+        self.end_s = math.inf
+
+
+class Pins:
+    """All pins, by name. Costs O(pages named)."""
+
+    def __init__(self, max_pages: int):
+        self.max_pages = max_pages
+        self._pins: dict[str, _Pin] = {}
+        self._nodes: dict[PageKey, _Node] = {}
+        self._num_by_tenant: dict[str, int] = {}
+        self._kept_by_key: dict[tuple[str, PageKey], str] = {}
+        """The pin that keeps a tenant's prefix: there is one at most."""
+        self._owned: dict[PageId, PageKey] = {}
+        self._ends: list[tuple[float, str]] = []
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._pins
+
+    @property
+    def num_pages(self) -> int:
+        """Pages that are pinned or promised to be."""
+        return len(self._nodes)
+
+    @property
+    def num_owned(self) -> int:
+        """Pages that pins own now."""
+        return len(self._owned)
+
+    def owns(self, page_id: PageId) -> bool:
+        """A pin is one of the page's owners."""
+        return page_id in self._owned
+
+    def states(self, now_s: float) -> tuple[PinState, ...]:
+        """Every pin, the oldest first."""
+        return tuple(
+            PinState(
+                name,
+                pin.tenant,
+                pin.num_pages,
+                pin.is_kept,
+                None if pin.end_s == math.inf else pin.end_s - now_s,
+            )
+            for name, pin in self._pins.items()
+        )
+
+    def is_promised(self, name: str) -> bool:
+        """The pin is known, and its prompt is not computed yet."""
+        pin = self._pins.get(name)
+        return pin is not None and not pin.is_kept
+
+    def promise(
+        self,
+        name: str,
+        tenant: str,
+        tenant_pages: int | None,
+        chain: PrefixChain,
+        num_pages: int,
+        ttl_s: float | None,
+    ) -> None:
+        """Count the chain's first pages as pinned. Raises PinsFull having changed nothing."""
+        if not num_pages:
+            return
+        new = [i for i in range(num_pages) if chain.links[i].key not in self._nodes]
+        if self.num_pages + len(new) > self.max_pages:
+            raise PinsFull(len(new), self.max_pages, self.num_pages, is_tenants=False)
+        own = self._num_by_tenant.get(tenant, 0)
+        if tenant_pages is not None and own + len(new) > tenant_pages:
+            raise PinsFull(len(new), tenant_pages, own, is_tenants=True)
+        for i in new:
+            self._nodes[chain.links[i].key] = _Node(chain.parent_of(i), tenant)
+            self._claim(chain.parent_of(i))
+        if new:
+            self._num_by_tenant[tenant] = own + len(new)
+        key = chain.links[num_pages - 1].key
+        self._pins[name] = _Pin(tenant, key, num_pages, ttl_s)
+        self._claim(key)
+
+    def keep(
+        self, name: str, chain: PrefixChain, pages: Sequence[PageId], now_s: float
+    ) -> list[PageId]:
+        """The pin's prompt is computed, into `pages`: gives those that the pins must own now.
+
+        An older pin of the same prefix ends: this one takes its place, and the later end of both.
+        """
+        pin = self._pins[name]
+        new = []
+        for link, page_id in zip(chain.links[: pin.num_pages], pages, strict=False):
+            node = self._nodes[link.key]
+            if node.page_id is None:
+                node.page_id = page_id
+                self._owned[page_id] = link.key
+                new.append(page_id)
+        pin.is_kept = True
+        if pin.ttl_s is not None:
+            pin.end_s = now_s + pin.ttl_s
+        older = self._kept_by_key.get((pin.tenant, pin.key))
+        if older is not None:
+            pin.end_s = max(pin.end_s, self._pins.pop(older).end_s)
+            self._nodes[pin.key].num_claims -= 1
+        self._kept_by_key[pin.tenant, pin.key] = name
+        if pin.end_s < math.inf:
+            heapq.heappush(self._ends, (pin.end_s, name))
+        return new
+
+    def drop(self, name: str) -> list[PageId]:
+        """End the pin: gives the pages that pins own no longer, the last one first."""
+        pin = self._pins.pop(name)
+        if pin.is_kept:
+            del self._kept_by_key[pin.tenant, pin.key]
+        given_back = []
+        key = pin.key
+        while (node := self._nodes.get(key)) is not None:
+            node.num_claims -= 1
+            if node.num_claims:
+                break
+            del self._nodes[key]
+            self._num_by_tenant[node.tenant] -= 1
+            if not self._num_by_tenant[node.tenant]:
+                del self._num_by_tenant[node.tenant]
+            if node.page_id is not None:
+                del self._owned[node.page_id]
+                given_back.append(node.page_id)
+            key = node.parent
+        return given_back
+
+    def next_over(self, now_s: float) -> str | None:
+        """A pin whose time is over; `None`: there is none."""
+        while self._ends and self._ends[0][0] <= now_s:
+            end_s, name = heapq.heappop(self._ends)
+            pin = self._pins.get(name)
+            if pin is not None and pin.end_s == end_s:
+                return name
+        return None
+
+    def _claim(self, key: PageKey) -> None:
+        node = self._nodes.get(key)
+        if node is not None:  # the root has none
+            node.num_claims += 1
