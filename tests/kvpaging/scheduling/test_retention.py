@@ -26,9 +26,13 @@ SIZE = 2
 class Levels:
     """Below the device everything is taken, and `held` pages of each prefix are there."""
 
+    names = ("host",)
     store_at_uses = (1,)
     wants_evicted = True
     held = 0
+
+    def num_storable(self) -> int:
+        return 99
 
     def probe(self, links: Sequence[ChainLink]) -> tuple[Held, ...]:
         return (Held("host", min(self.held, len(links))),) if self.held else ()
