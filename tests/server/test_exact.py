@@ -1,0 +1,226 @@
+"""Cached equals computed, over HTTP: whole servers on tiny checkpoints of all families.
+
+A round draws a checkpoint, requests and limits, and asks three servers: one with room for
+everything, one with hardly any (one thread, small chunks, plans made ahead, pages that do not
+suffice), and the first one started again over its disk cache. What each says of a request must be
+the same to the last digit. That hits, mates, chunks, preemptions and loads happened is read from
+usage and from the servers' recordings, which must make the same decisions again.
+
+`EXACT_ROUNDS=40 pytest tests/server/test_exact.py` runs as many; `EXACT_SEED` repeats one run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import re
+import secrets
+import subprocess
+import sys
+import threading
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import httpx
+import pytest
+import tiny_text
+import torch
+
+from kernels import registry
+from kvpaging.execution.model_config import ModelConfig, read_model_config
+from kvpaging.replay.recording import read_header, read_steps
+from kvpaging.replay.rerun import rerun
+from kvpaging.scheduling.plan import StepPlan
+
+COMMAND = (sys.executable, "-P", "-m", "server", "serve", "--port", "0", "--device", "cpu")
+ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("KVPAGING_")}
+ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+ROUNDS = int(os.environ.get("EXACT_ROUNDS", "1"))
+# Afresh in each run, and the same in all of its workers: it is part of the tests' names.
+_RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID", secrets.token_hex(8))
+SEED = int(os.environ.get("EXACT_SEED", zlib.crc32(_RUN.encode())))
+MAX_MODEL_LEN = 112
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not any(path.name == "native" and path.available for path in registry.describe()),
+        reason="the native kernels are not there, and plain torch does not promise exactness",
+    ),
+]
+
+
+@dataclass
+class Answer:
+    """What must not differ, and what may."""
+
+    outputs: list[dict[str, Any]]
+    num_cached: int
+
+
+@dataclass
+class Told:
+    """What a server's recording says that it did."""
+
+    plans: list[StepPlan]
+    num_preemptions: int
+    num_held: int
+    """The most plans that were held when another was made."""
+
+    @property
+    def num_together(self) -> int:
+        """The most sequences in one step."""
+        return max(len(plan.scheduled) for plan in self.plans)
+
+    @property
+    def num_chunks(self) -> int:
+        """Pieces of prompts that were not the last."""
+        return sum(not entry.sample_for for plan in self.plans for entry in plan.scheduled)
+
+    @property
+    def num_loaded(self) -> int:
+        """Pages that were asked of the disk."""
+        return sum(len(load.page_ids) for plan in self.plans for load in plan.loads)
+
+
+class Server:
+    """A server that records, until `told` ends it."""
+
+    def __init__(self, model: Path, record: Path, *flags: str):
+        self._record = record
+        self.process = subprocess.Popen(
+            [*COMMAND, "--model", str(model), "--record", str(record), *flags],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=ENVIRONMENT,
+        )
+        assert self.process.stdout is not None
+        lines, found = [], None
+        while found is None:
+            lines.append(self.process.stdout.readline())
+            assert lines[-1], "it ended before it was ready: " + "".join(lines)
+            found = re.search(r"address +(http://\S+)", lines[-1])
+        self._url = found[1]
+        threading.Thread(target=self.process.stdout.read, daemon=True).start()
+
+    def ask(self, body: dict[str, Any], **more: Any) -> Answer:
+        response = httpx.post(f"{self._url}/generate", json=body | more, timeout=120)
+        assert response.status_code == 200, response.text
+        answer = response.json()
+        return Answer(answer["outputs"], answer["usage"]["cached_tokens"])
+
+    def ask_all(self, bodies: Sequence[dict[str, Any]], **more: Any) -> list[Answer]:
+        with ThreadPoolExecutor(len(bodies)) as pool:
+            return list(pool.map(lambda body: self.ask(body, **more), bodies))
+
+    def told(self) -> Told:
+        self.process.terminate()
+        assert self.process.wait(60) == 0
+        plans: list[StepPlan] = []
+        outcome = rerun(self._record, on_plan=plans.append)
+        assert outcome.first_difference is None, "the recording decides otherwise now"
+        with self._record.open("rb") as file:
+            read_header(file.readline())
+            num_held = max(step.num_held for step in read_steps(file))
+        return Told(plans, outcome.num_preemptions, num_held)
+
+
+@contextlib.contextmanager
+def serving(model: Path, record: Path, *flags: str) -> Iterator[Server]:
+    server = Server(model, record, *flags)
+    try:
+        yield server
+    finally:
+        if server.process.poll() is None:
+            server.process.kill()
+        server.process.wait()
+
+
+def order(rng: random.Random) -> dict[str, Any]:
+    """A request's body. Two of them need more pages than the small server has."""
+    return {
+        "prompt": [rng.randrange(3, 128) for _ in range(rng.randint(30, 45))],
+        "max_new_tokens": rng.randint(40, 60),
+        "temperature": rng.choice([0.0, 0.8, 1.3]),
+        "top_p": rng.choice([1.0, 0.9]),
+        "repetition_penalty": rng.choice([1.0, 1.2]),
+        "frequency_penalty": rng.choice([0.0, 0.5]),
+        "seed": rng.getrandbits(63),
+        "n": rng.choice([1, 1, 1, 2]),
+        "logprobs": 3,
+        "ignore_eos": True,
+    }
+
+
+def pool(model: ModelConfig, page_size: int, num_pages: int, dtype: str) -> tuple[str, ...]:
+    """Flags for a pool of so many pages."""
+    page = 2 * model.num_layers * model.num_kv_heads * page_size * model.head_dim
+    num_bytes = (num_pages + 1) * page * ITEM_BYTES[dtype]
+    return "--page-size", str(page_size), "--kv-cache-memory", str(num_bytes)
+
+
+@pytest.mark.parametrize("seed", [f"{SEED}-{i}" for i in range(ROUNDS)])
+@pytest.mark.parametrize("dtype", ITEM_BYTES)
+def test_three_servers_say_the_same(dtype: str, seed: str, tmp_path: Path) -> None:
+    rng = random.Random(f"{dtype} {seed}")
+    case = rng.choice(checkpoints.CASES)
+    model = tmp_path / case.name  # its name is in the report of a failure
+    checkpoints.make(case, model, dtype=getattr(torch, dtype), seed=rng.getrandbits(31))
+    tiny_text.byte_level().save(str(model / "tokenizer.json"))
+    config = read_model_config(model)
+    bodies = [order(rng) for _ in range(5)]
+    page_size = rng.choice([4, 8])
+    disk = ("--disk-cache", str(tmp_path / "pages"), "--max-model-len", str(MAX_MODEL_LEN))
+    roomy = (*disk, *pool(config, page_size, 400, dtype), "--dtype", dtype)
+
+    with serving(model, tmp_path / "roomy", *roomy, "--threads", "2") as server:
+        alone = [server.ask(body) for body in bodies]
+        again = [server.ask(body) for body in bodies]
+        # With a salt of their own they find nothing of what was computed before.
+        together = server.ask_all(bodies, cache_salt="apart")
+        told = server.told()
+    assert [answer.num_cached for answer in (*alone, *together)] == [0] * 10
+    assert min(answer.num_cached for answer in again) >= 16
+    assert told.num_together > 1
+    assert (told.num_chunks, told.num_preemptions, told.num_held) == (0, 0, 0)
+    assert said(alone) == said(again), "a hit changes bits"
+    assert said(alone) == said(together), "mates change bits"
+
+    small_page = rng.choice([2, 16])
+    small = (
+        *("--threads", "1", "--async-scheduling", "--max-model-len", str(MAX_MODEL_LEN)),
+        *("--max-num-seqs", "4", "--max-num-batched-tokens", str(rng.randint(7, 23))),
+        *(*pool(config, small_page, -(-MAX_MODEL_LEN // small_page), dtype), "--dtype", dtype),
+    )
+    with serving(model, tmp_path / "small", *small) as server:
+        squeezed = server.ask_all(bodies)
+        told = server.told()
+    assert told.num_preemptions > 0
+    assert told.num_chunks > 0
+    assert told.num_together > 1
+    assert told.num_held == 1
+    assert said(alone) == said(squeezed), (
+        "chunks, preemption, one thread or planning ahead change bits"
+    )
+
+    ahead = rng.choice(["--async-scheduling", "--no-async-scheduling"])
+    with serving(model, tmp_path / "restarted", *roomy, ahead) as server:
+        loaded = server.ask_all(bodies)
+        told = server.told()
+    assert told.num_loaded > 0
+    assert max(answer.num_cached for answer in loaded) >= 16
+    assert told.num_held == (ahead == "--async-scheduling")
+    assert said(alone) == said(loaded), "pages from the disk change bits"
+
+
+def said(answers: Sequence[Answer]) -> list[str]:
+    """To the last digit: JSON writes floats so that each value has its own text."""
+    return [json.dumps(answer.outputs) for answer in answers]
