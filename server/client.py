@@ -15,7 +15,7 @@ import msgspec
 from kvpaging.base.config import EngineConfig
 from kvpaging.base.errors import EngineDied
 from kvpaging.base.ids import RequestId
-from kvpaging.engine.messages import EngineStats, PagePicture
+from kvpaging.engine.messages import CacheStats, EngineStats, PagePicture
 from kvpaging.scheduling.outputs import SequenceOutput
 from kvpaging.scheduling.request import Request
 
@@ -71,6 +71,9 @@ class EngineClient(Protocol):
 
     async def pages(self) -> PagePicture:
         """Every page as it is now. Raises `EngineDied`."""
+
+    async def cache_stats(self) -> CacheStats:
+        """What the cache did so far. Raises `EngineDied`."""
 
     async def close(self) -> None:
         """End the engine."""

@@ -6,6 +6,7 @@ Knows no wire format.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import secrets
 import time
@@ -17,7 +18,7 @@ from typing import Annotated, Any, Final, cast
 from fastapi import Depends, Request
 
 from kvpaging.base.config import EngineConfig
-from kvpaging.base.errors import BadRequest, Overloaded, PromptTooLong
+from kvpaging.base.errors import BadRequest, EngineDied, Overloaded, PromptTooLong
 from kvpaging.engine.messages import PagePicture
 from kvpaging.scheduling import admission
 from server.client import EngineClient, EngineState
@@ -35,6 +36,10 @@ from server.text import Text
 from server.text.tokenizer import LONG_TEXT_CHARS, Tokenizer
 
 SYSTEM_ROLES: Final = ("system", "developer")
+
+
+STATS_WAIT_S: Final = 1.0
+"""A scrape waits no longer for an engine in a long step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +130,13 @@ class Service:
                 took_s = time.monotonic() - begin
                 self._pages_until = begin + took_s + max(1.0, 10 * took_s)
             return self._pages
+
+    async def look_at_cache(self) -> None:
+        """Let the metrics have the cache's statistics, if the engine gives them at once."""
+        with contextlib.suppress(EngineDied, TimeoutError):
+            async with asyncio.timeout(STATS_WAIT_S):
+                stats = await self.client.cache_stats()
+                self.metrics.see_cache(stats, self.client.status().num_restarts)
 
     def max_new_tokens(self, num_prompt_tokens: int, asked: int | None, default: int | None) -> int:
         """Give the length of an output: what was asked, else what fits, at most `default`.

@@ -20,7 +20,7 @@ import logging
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
-from typing import Any, Final, assert_never
+from typing import Any, Final, assert_never, cast
 
 from kvpaging.base.clock import Clock, monotonic
 from kvpaging.base.config import EngineConfig
@@ -35,12 +35,16 @@ from kvpaging.base.errors import (
 from kvpaging.base.ids import RequestId
 from kvpaging.engine.connection import encode_frame
 from kvpaging.engine.messages import (
+    Answer,
+    CacheStats,
     EngineStats,
     FromEngine,
+    GetCacheStats,
     GetPages,
     Hello,
     Loading,
     PagePicture,
+    Query,
     Ready,
     Shutdown,
     StartFailed,
@@ -75,8 +79,8 @@ class SupervisorLimits:
     """No step for so long while requests are open: stalled."""
     hang_s: float = 180.0
     """And for so long: the engine process is killed, and another one started."""
-    pages_s: float = 5.0
-    """For the answer to `pages`."""
+    query_s: float = 5.0
+    """For the answer to `pages` or `cache_stats`."""
     max_pending_outputs: int = 4096
     """So many outputs behind, a reader loses its request."""
     close_s: float = 3.0
@@ -120,7 +124,7 @@ class EngineSupervisor:
 
         self._streams: dict[RequestId, Stream] = {}
         self._num_sent_since_step = 0
-        self._queries: dict[int, asyncio.Future[PagePicture]] = {}
+        self._queries: dict[int, asyncio.Future[Answer]] = {}
         self._query_ids = itertools.count()
         self._suspects = Suspects()
         self._completions: deque[float] = deque(maxlen=NUM_RATED_COMPLETIONS)
@@ -158,19 +162,24 @@ class EngineSupervisor:
 
     async def pages(self) -> PagePicture:
         """Every page as it is now. Raises `EngineDied`, also when it gives no answer."""
+        return cast(PagePicture, await self._ask(GetPages, self._limits.query_s))
+
+    async def cache_stats(self) -> CacheStats:
+        """What the cache did so far. Raises `EngineDied`, also when it gives no answer."""
+        return cast(CacheStats, await self._ask(GetCacheStats, self._limits.query_s))
+
+    async def _ask(self, query: Callable[[int], Query], timeout_s: float) -> Answer:
         if self._state is not EngineState.READY:
             raise EngineDied(f"the engine is {self._state}: {self._detail}")
         query_id = next(self._query_ids)
-        answer: asyncio.Future[PagePicture] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._queries[query_id] = answer
         try:
-            self._send(GetPages(query_id))
-            async with asyncio.timeout(self._limits.pages_s):
+            self._send(query(query_id))
+            async with asyncio.timeout(timeout_s):
                 return await answer
         except TimeoutError:
-            raise EngineDied(
-                f"the engine did not answer within {self._limits.pages_s:g} s"
-            ) from None
+            raise EngineDied(f"the engine did not answer within {timeout_s:g} s") from None
         finally:
             del self._queries[query_id]
 
@@ -233,7 +242,7 @@ class EngineSupervisor:
         match message:
             case StepDone():
                 self._take_step(message)
-            case PagePicture():
+            case PagePicture() | CacheStats():
                 answer = self._queries.get(message.query_id)
                 if answer is not None and not answer.done():
                     answer.set_result(message)

@@ -7,7 +7,6 @@ them. Knows sequences only as chains of tokens and as leases; knows no queue and
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Final
 
 from kvpaging.base.errors import LawBroken
@@ -26,18 +25,11 @@ from kvpaging.cache.prefix_index import PrefixIndex
 from kvpaging.cache.prefix_key import ChainLink, PrefixChain, SharedPrefix, root_key
 from kvpaging.cache.retained import RetainedKeys
 from kvpaging.cache.retention import AS_IT_IS, Retention
+from kvpaging.cache.statistics import CacheCounters
 from kvpaging.cache.store_queue import StoreQueue
 
 MAX_OVER: Final = 1024
 """Pages whose time is over that are looked at in one step."""
-
-
-@dataclass(slots=True)
-class CacheCounters:
-    """Totals since the start."""
-
-    queried_tokens: int = 0
-    hit_tokens: int = 0
 
 
 class _CachedPages:

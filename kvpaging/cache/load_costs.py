@@ -97,6 +97,11 @@ class LoadCosts:
         self._num_loads = 0
         self._num_refused = 0
 
+    @property
+    def compute_s_per_token(self) -> float | None:
+        """What a prompt's token is measured to take; `None` while none was."""
+        return self._compute_s_per_token
+
     def loaded(self, loads: Iterable[LevelLoad]) -> None:
         """A load ended; what each level did for it."""
         for load in loads:

@@ -25,7 +25,7 @@ from kvpaging.base.ids import PageId, RequestId
 from kvpaging.cache.audit import Audit
 from kvpaging.cache.cache_manager import CacheManager
 from kvpaging.cache.eviction.names import POLICIES
-from kvpaging.engine.messages import EngineStats, PageState
+from kvpaging.engine.messages import CacheStats, EngineStats, PageState
 from kvpaging.execution.executor import Executor, RunningStep
 from kvpaging.replay.recording import Recorder, create_file
 from kvpaging.scheduling.events import Abort, Arrival, Event
@@ -186,6 +186,32 @@ class Engine:
             step_s=self._step_s,
             num_quarantined_pages=pages.num_quarantined,
             broken_laws=tuple(self._audit.breaches),
+        )
+
+    def cache_stats(self, query_id: int = 0) -> CacheStats:
+        """What the cache did so far, level by level. O(levels)."""
+        cache, pages, config = self._cache, self._cache.allocator, self.config
+        counters = cache.counters
+        return CacheStats(
+            query_id=query_id,
+            page_size=cache.page_size,
+            page_bytes=config.kv_cache_bytes // pages.num_pages,
+            pages={
+                "free": pages.num_free,
+                "cached": pages.num_cached,
+                "held": pages.num_held,
+                "quarantined": pages.num_quarantined,
+            },
+            queried_tokens=counters.queried_tokens,
+            hit_tokens=counters.hit_tokens,
+            queried_pages=counters.queried_pages,
+            hit_pages=dict(counters.hit_pages),
+            num_recomputed_tokens=self._scheduler.counters.recomputed_tokens,
+            evictions={str(cause): count for cause, count in cache.evictions.counts.items()},
+            saved_s=counters.saved_s,
+            load_times=counters.load_times,
+            choices=self._scheduler.load_choices,
+            below=self._executor.below(),
         )
 
     def pages(self) -> tuple[PageState, ...]:

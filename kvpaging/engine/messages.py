@@ -12,6 +12,9 @@ from typing import Final
 import msgspec
 
 from kvpaging.base.config import EngineConfig, EngineOptions
+from kvpaging.cache.load_costs import LoadChoices
+from kvpaging.cache.statistics import LoadTimes
+from kvpaging.levels.level import BelowStats
 from kvpaging.scheduling.events import Abort, Arrival, Finish
 from kvpaging.scheduling.outputs import StepOutputs
 
@@ -33,6 +36,12 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True):
 
 class GetPages(msgspec.Struct, frozen=True, tag=True):
     """Ask for a `PagePicture`."""
+
+    query_id: int
+
+
+class GetCacheStats(msgspec.Struct, frozen=True, tag=True):
+    """Ask for `CacheStats`."""
 
     query_id: int
 
@@ -102,11 +111,40 @@ class PagePicture(msgspec.Struct, frozen=True, tag=True):
     pages: tuple[PageState, ...]
 
 
+class CacheStats(msgspec.Struct, frozen=True, tag=True):
+    """The answer to `GetCacheStats`: the cache now, and totals since this engine process began."""
+
+    query_id: int = 0
+    page_size: int = 1
+    page_bytes: int = 0
+    """Of the device's memory."""
+    pages: dict[str, int] = {}
+    """On the device, by state."""
+    queried_tokens: int = 0
+    """Of prompts that were placed."""
+    hit_tokens: int = 0
+    queried_pages: int = 0
+    hit_pages: dict[str, int] = {}
+    """By level."""
+    num_recomputed_tokens: int = 0
+    """After preemptions."""
+    evictions: dict[str, int] = {}
+    """From the device, by cause."""
+    saved_s: float = 0.0
+    """See `kvpaging.cache.statistics.CacheCounters`."""
+    load_times: dict[str, LoadTimes] = {}
+    """By level."""
+    choices: LoadChoices = LoadChoices(None, (), 0, 0)
+    below: BelowStats = BelowStats()
+
+
 class StartFailed(msgspec.Struct, frozen=True, tag=True):
     """The engine can't start with these options; trying again would not help."""
 
     message: str
 
 
-ToEngine = Hello | Arrival | Abort | Finish | GetPages | Shutdown
-FromEngine = Hello | Loading | Ready | StepDone | PagePicture | StartFailed
+Query = GetPages | GetCacheStats
+Answer = PagePicture | CacheStats
+ToEngine = Hello | Arrival | Abort | Finish | Query | Shutdown
+FromEngine = Hello | Loading | Ready | StepDone | Answer | StartFailed

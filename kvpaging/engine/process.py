@@ -30,7 +30,9 @@ from kvpaging.base.errors import ConfigError
 from kvpaging.engine.connection import Connection, ConnectionClosed, ProtocolError
 from kvpaging.engine.messages import (
     PROTOCOL_VERSION,
+    CacheStats,
     EngineStats,
+    GetCacheStats,
     GetPages,
     Hello,
     Loading,
@@ -74,6 +76,9 @@ class SteppedEngine(Protocol):
 
     def pages(self) -> tuple[PageState, ...]:
         """Every page."""
+
+    def cache_stats(self, query_id: int) -> CacheStats:
+        """What the cache did so far."""
 
     def audit_idle(self) -> bool:
         """Check a slice of the laws; say whether more is left to check."""
@@ -170,6 +175,8 @@ def _serve(connection: Connection[ToEngine], engine: SteppedEngine) -> None:
                     return
                 case GetPages(query_id):
                     _send_pages(connection, engine, query_id)
+                case GetCacheStats(query_id):
+                    connection.send(engine.cache_stats(query_id))
                 case Hello():
                     raise ProtocolError("a second Hello")
                 case _:

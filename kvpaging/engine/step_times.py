@@ -19,6 +19,7 @@ from kvpaging.base.config import EngineConfig, EngineOptions
 from kvpaging.cache.lower_levels import LowerLevels, PagesLoaded
 from kvpaging.engine.engine import Engine
 from kvpaging.execution.executor import Executor, RunningStep
+from kvpaging.levels.level import BelowStats
 from kvpaging.replay.full_mode import StepTimes, StepWork
 from kvpaging.scheduling.events import Event
 from kvpaging.scheduling.outputs import StepOutputs
@@ -83,6 +84,9 @@ class _Watched:
 
     def submit(self, plan: StepPlan) -> RunningStep:
         return _WatchedStep(plan, self._executor.submit(plan), self)
+
+    def below(self) -> BelowStats:
+        return self._executor.below()
 
     def completions(self) -> Sequence[PagesLoaded]:
         return self._executor.completions()

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from kvpaging.cache.lower_levels import LowerLevels, PagesLoaded
+from kvpaging.levels.level import BelowStats
 from kvpaging.scheduling.plan import StepPlan, StepResult
 
 
@@ -28,6 +29,9 @@ class Executor(Protocol):
     @property
     def lower_levels(self) -> LowerLevels | None:
         """What is below the device, where there is anything."""
+
+    def below(self) -> BelowStats:
+        """State and totals of the levels below the device. Does not wait for any."""
 
     def submit(self, plan: StepPlan) -> RunningStep:
         """Do the plan's work, now or beside the caller, after that of all plans before it.

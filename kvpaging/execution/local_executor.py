@@ -18,6 +18,7 @@ from kvpaging.execution.kv_pool import KVPool
 from kvpaging.execution.model_runner import ModelRunner, RunningSamples
 from kvpaging.execution.models.layers import CausalLM
 from kvpaging.execution.page_mover import PageMover
+from kvpaging.levels.level import BelowStats
 from kvpaging.scheduling.plan import PageCopy, StepPlan, StepResult
 
 
@@ -82,6 +83,10 @@ class LocalExecutor:
     def lower_levels(self) -> LowerLevels | None:
         """What is below the pool."""
         return self._mover
+
+    def below(self) -> BelowStats:
+        """The levels' totals; see `executor.Executor.below`."""
+        return BelowStats() if self._mover is None else self._mover.stats()
 
     def completions(self) -> Sequence[PagesLoaded]:
         """Loads that ended; see `executor.Executor.completions`."""

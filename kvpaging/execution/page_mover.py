@@ -27,7 +27,7 @@ from kvpaging.base.clock import Clock, monotonic
 from kvpaging.cache.lower_levels import Held, LevelLoad, PageLoad, PagesLoaded, PageStore
 from kvpaging.cache.prefix_key import ChainLink
 from kvpaging.execution.kv_pool import KVPool
-from kvpaging.levels.level import Complaints, Level, LevelStats, StoredPage
+from kvpaging.levels.level import BelowStats, Complaints, Level, StoredPage
 
 _logger = logging.getLogger(__name__)
 
@@ -164,9 +164,13 @@ class PageMover:
             held.append(Held(name, num_before + 1))
         return tuple(held)
 
-    def stats(self) -> dict[str, LevelStats]:
-        """Each level's state and totals, by name."""
-        return {setting.level.name: setting.level.stats() for setting in self._settings}
+    def stats(self) -> BelowStats:
+        """Each level's state and totals, and what is on its way."""
+        return BelowStats(
+            {setting.level.name: setting.level.stats() for setting in self._settings},
+            self.num_queued_bytes,
+            self.num_dropped_stores,
+        )
 
     # What a plan orders.
 

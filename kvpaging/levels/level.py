@@ -68,6 +68,17 @@ class LevelStats(msgspec.Struct, frozen=True):
     load_s: float
 
 
+class BelowStats(msgspec.Struct, frozen=True):
+    """All levels below the device, and what is on its way to them."""
+
+    levels: dict[str, LevelStats] = {}
+    """The fastest first."""
+    num_queued_bytes: int = 0
+    """Copied out of the device's pages and not yet written."""
+    num_dropped_pages: int = 0
+    """Not kept, because writing could not follow."""
+
+
 class Level(Protocol):
     """A place for pages. Safe to call from several threads; no method raises but as it says.
 

@@ -575,6 +575,7 @@ class Scheduler:
             raise LawBroken(f"pages were loaded for sequence {event.seq_id}, which asked for none")
         self.counters.loaded_pages += event.num_pages
         self._load_costs.loaded(event.levels)
+        self.cache.counters.loaded(event.levels)
         if sequence.lookup is not None:
             sequence.lookup.loaded(event)
         self.cache.commit_loaded(sequence.lease, sequence.chain, event.num_pages)
@@ -624,18 +625,23 @@ class Scheduler:
             self._num_unplaced -= 1
             sequence.num_cached_tokens = num_cached
             sequence.first_scheduled_s = now
-            self.cache.counters.queried_tokens += sequence.num_tokens
-            self.cache.counters.hit_tokens += num_cached
-            self._explain(sequence, num_cached)
+            self._tell_placed(sequence, num_cached)
 
-    def _explain(self, sequence: Sequence, num_cached: int) -> None:
+    def _tell_placed(self, sequence: Sequence, num_cached: int) -> None:
+        """Count what was found of its prompt, and explain it where that was asked for."""
         lookup, sequence.lookup = sequence.lookup, None
+        size, counters = self.cache.page_size, self.cache.counters
+        loaded = {} if lookup is None else lookup.givers(num_cached // size)
+        counters.placed(sequence.num_prompt_tokens, num_cached, size, loaded)
+        counters.saved_s += num_cached * (self._load_costs.compute_s_per_token or 0.0)
+        if lookup is not None:
+            counters.saved_s -= lookup.elapsed_s
         if sequence.request.explain:
             sequence.explanation = self.cache.explain(
                 sequence.chain,
                 sequence.num_prompt_tokens,
                 sequence.num_findable_tokens,
-                num_cached // self.cache.page_size,
+                num_cached // size,
                 lookup or Lookup(),
             )
 

@@ -8,13 +8,16 @@ sums of all `usage` fields. One registry an app; nothing is global.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import groupby
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from kvpaging.engine.messages import CacheStats
 from server.client import EngineStatus
+from server.observe import cache_metrics
 
 FINISH_REASONS: Final = ("stop", "length", "abort", "error")
 
@@ -29,7 +32,8 @@ class Metrics:
 
     def __init__(self, status: Callable[[], EngineStatus]):
         registry = self._registry = CollectorRegistry()
-        registry.register(_EngineCollector(status))
+        self._engine = _EngineCollector(status)
+        registry.register(self._engine)
         self.prompt_tokens = Counter(
             "kvpaging_prompt_tokens", "Prompt tokens of answered requests.", registry=registry
         )
@@ -80,6 +84,10 @@ class Metrics:
         """One request was refused."""
         self._rejected.labels(code).inc()
 
+    def see_cache(self, stats: CacheStats, num_restarts: int) -> None:
+        """Show these of the cache as long as the engine isn't restarted once more."""
+        self._engine.cache = (stats, num_restarts)
+
     def render(self) -> bytes:
         """Give everything in the text format."""
         return generate_latest(self._registry)
@@ -95,8 +103,10 @@ class _EngineCollector(Collector):
     def __init__(self, status: Callable[[], EngineStatus]):
         self._status = status
         self._num_restarts = 0
-        self._seen: dict[str, int] = {}
-        self._carried: dict[str, int] = {}
+        self._seen: dict[_Name, float] = {}
+        self._carried: dict[_Name, float] = {}
+        self.cache = (CacheStats(), 0)
+        """As it was last seen, and the engine's restarts until then."""
 
     def describe(self) -> Iterable[Metric]:
         """Give nothing: the names are known at the first scrape."""
@@ -106,6 +116,9 @@ class _EngineCollector(Collector):
         """Read the engine's state once, and give it all."""
         status = self._status()
         stats = status.stats
+        cache, seen_at = self.cache
+        if seen_at != status.num_restarts:
+            cache = CacheStats()
         yield GaugeMetricFamily(
             "kvpaging_num_requests_running", "Sequences in the batch.", value=stats.num_running
         )
@@ -121,24 +134,39 @@ class _EngineCollector(Collector):
         totals = self._totals(
             status.num_restarts,
             {
-                "kvpaging_prefix_cache_queried_tokens": stats.prefix_queried_tokens,
-                "kvpaging_prefix_cache_hit_tokens": stats.prefix_hit_tokens,
-                "kvpaging_num_preemptions": stats.num_preemptions,
+                ("kvpaging_prefix_cache_queried_tokens", (), ()): stats.prefix_queried_tokens,
+                ("kvpaging_prefix_cache_hit_tokens", (), ()): stats.prefix_hit_tokens,
+                ("kvpaging_num_preemptions", (), ()): stats.num_preemptions,
+            }
+            | {
+                (cache_metrics.PREFIX + name, labels, values): total
+                for name, labels, values, total in cache_metrics.totals(cache)
             },
         )
-        for name, total in totals.items():
-            yield CounterMetricFamily(name, "By the engine's count.", value=total)
+        for (name, labels), family in groupby(totals, lambda key: key[:2]):
+            counter = CounterMetricFamily(name, "By the engine's count.", labels=labels)
+            for key in family:
+                counter.add_metric(key[2], totals[key])
+            yield counter
+        yield from cache_metrics.gauges(cache)
+        yield from cache_metrics.load_times(cache)
         yield CounterMetricFamily(
             "kvpaging_engine_restarts", "Engine processes after the first.", status.num_restarts
         )
 
-    def _totals(self, num_restarts: int, current: dict[str, int]) -> dict[str, int]:
+    def _totals(self, num_restarts: int, current: dict[_Name, float]) -> dict[_Name, float]:
         if num_restarts != self._num_restarts:
             self._num_restarts = num_restarts
-            self._carried = {
-                name: self._carried.get(name, 0) + self._seen[name] for name in self._seen
-            }
+            for name, value in self._seen.items():
+                self._carried[name] = self._carried.get(name, 0) + value
             self._seen = {}
         # Right after a restart the client may still hold the old process's last stats.
-        self._seen = {name: max(value, self._seen.get(name, 0)) for name, value in current.items()}
-        return {name: value + self._carried.get(name, 0) for name, value in self._seen.items()}
+        self._seen |= {name: max(value, self._seen.get(name, 0)) for name, value in current.items()}
+        return {
+            name: self._seen.get(name, 0) + self._carried.get(name, 0)
+            for name in sorted(self._seen.keys() | self._carried.keys())
+        }
+
+
+_Name = tuple[str, tuple[str, ...], tuple[str, ...]]
+"""A metric, its labels' names and their values."""

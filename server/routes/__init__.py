@@ -9,7 +9,7 @@ from typing import Final
 
 from fastapi import APIRouter
 
-from server.routes import chat, completions, generate, openai, operations, pages, tgi, tokens
+from server.routes import cache, chat, completions, generate, openai, operations, pages, tgi, tokens
 
 ROUTERS: Final[tuple[APIRouter, ...]] = (
     generate.router,
@@ -20,4 +20,5 @@ ROUTERS: Final[tuple[APIRouter, ...]] = (
     tokens.router,
     operations.router,
     pages.router,
+    cache.router,
 )

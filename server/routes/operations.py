@@ -95,7 +95,8 @@ async def root(service: ServiceDep) -> Response:
     responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
 )
 async def metrics(service: ServiceDep) -> Response:
-    """Give the metrics that `server.observe.metrics` lists."""
+    """Give the metrics that `server.observe` lists; of an engine that is busy, the last known."""
+    await service.look_at_cache()
     return Response(service.metrics.render(), headers={"Content-Type": Metrics.content_type})
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from kvpaging.base.config import EngineConfig, SchedulerConfig
 from kvpaging.cache.lower_levels import Held, LevelLoad, PageLoad, PagesLoaded
 from kvpaging.cache.prefix_key import ChainLink
+from kvpaging.levels.level import BelowStats
 from kvpaging.scheduling.plan import (
     AddedSequence,
     Sample,
@@ -163,6 +164,9 @@ class DigestExecutor:
     @property
     def lower_levels(self) -> DigestLevels | None:
         return self.levels
+
+    def below(self) -> BelowStats:
+        return BelowStats()
 
     def completions(self) -> tuple[PagesLoaded, ...]:
         return () if self.levels is None else self.levels.completions(self.slots, self.page_size)

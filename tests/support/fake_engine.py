@@ -21,8 +21,10 @@ from kvpaging.cache.explanation import (
     MissReason,
 )
 from kvpaging.cache.load_costs import LevelCost, LoadChoices
+from kvpaging.cache.statistics import LoadTimes
 from kvpaging.engine.connection import encode_frame
-from kvpaging.engine.messages import EngineStats, PagePicture
+from kvpaging.engine.messages import CacheStats, EngineStats, PagePicture
+from kvpaging.levels.level import BelowStats, LevelStats
 from kvpaging.scheduling import admission
 from kvpaging.scheduling.events import Arrival
 from kvpaging.scheduling.outputs import (
@@ -100,6 +102,7 @@ class FakeEngineClient:
     is_full: bool = False
     state: EngineState = EngineState.READY
     stats: EngineStats = field(default_factory=EngineStats)
+    cache: CacheStats = field(default_factory=lambda: cache_stats())
     num_restarts: int = 0
     num_cached_tokens: int = 0
     late_steps: int = 0
@@ -150,8 +153,53 @@ class FakeEngineClient:
     async def pages(self) -> PagePicture:
         return PagePicture(0, 16, ())
 
+    async def cache_stats(self) -> CacheStats:
+        if self.config is None or self.state is EngineState.DEAD:
+            raise EngineDied("there is no engine")
+        return self.cache
+
     async def close(self) -> None:
         self.state = EngineState.DEAD
+
+
+def cache_stats() -> CacheStats:
+    """Made up: 100 pages were asked for, 40 were on the device and 10 on the disk."""
+    disk = LevelStats(
+        num_pages=7,
+        num_bytes=700,
+        capacity_bytes=1000,
+        loads=12,
+        hits=10,
+        stores=20,
+        stored=15,
+        known=5,
+        evicted=8,
+        rescued=0,
+        refused=1,
+        late=2,
+        corrupt=3,
+        failures=4,
+        stored_payload_bytes=1500,
+        written_bytes=1000,
+        loaded_payload_bytes=640,
+        store_s=3.0,
+        load_s=2.0,
+    )
+    return CacheStats(
+        page_size=16,
+        page_bytes=64,
+        pages={"free": 1, "cached": 2, "held": 3, "quarantined": 0},
+        queried_tokens=1700,
+        hit_tokens=800,
+        queried_pages=100,
+        hit_pages={"device": 40, "disk": 10},
+        num_recomputed_tokens=5,
+        evictions={"room": 6, "flush": 0},
+        saved_s=1.25,
+        load_times={"disk": LoadTimes([0, 2, *[0] * 13, 1], 9.0)},
+        choices=LoadChoices(0.001, (LevelCost("disk", 0.004, 0.5, 0.1),), 3, 2),
+        below=BelowStats({"disk": disk}, 128, 9),
+    )
 
 
 def explanation(num_tokens: int) -> CacheExplanation:

@@ -56,7 +56,7 @@ def settled(engine: Engine) -> dict[str, int]:
     while levels.num_queued_bytes:
         assert time.monotonic() < end
         time.sleep(0.001)
-    return {name: stats.num_pages or 0 for name, stats in levels.stats().items()}
+    return {name: stats.num_pages or 0 for name, stats in levels.stats().levels.items()}
 
 
 def ask(engine: Engine, tokens: list[int]) -> Completion:
@@ -104,16 +104,16 @@ def test_weights_swapped_in_place_find_nothing_and_the_old_pages_age_out(
     save_file(weights, path, metadata={"format": "pt"})
     with engine(model, **options) as swapped:
         assert root_key(swapped.config.numerics_identity) != old_root
-        stats = mover(swapped).stats()["disk"]
+        stats = mover(swapped).stats().levels["disk"]
         assert stats.num_pages == 6
         after = ask(swapped, tokens)
         assert after.num_cached_tokens == 0
-        assert mover(swapped).stats()["disk"].hits == 0
+        assert mover(swapped).stats().levels["disk"].hits == 0
         for _ in range(10):
             ask(swapped, prompts(100))
         settled(swapped)
         assert old_root not in roots_on_disk(disk)
-        assert mover(swapped).stats()["disk"].evicted >= 6
+        assert mover(swapped).stats().levels["disk"].evicted >= 6
     assert len(before.samples) == len(after.samples) == 4
 
 
@@ -135,7 +135,7 @@ def test_pages_go_to_each_level_after_as_many_uses_as_it_is_set_to(
         assert settled(it) == {"host": 9, "disk": 6}
         ask(it, tokens)
         assert settled(it) == {"host": 9, "disk": 6}
-        assert mover(it).stats()["disk"].stores == 6, "the third use says nothing new"
+        assert mover(it).stats().levels["disk"].stores == 6, "the third use says nothing new"
     options["host_cache_min_uses"] = 2
     with engine(model, **options) as it:
         ask(it, tokens)  # found on disk: somebody computed it, and now it is used again

@@ -16,8 +16,10 @@ from kvpaging.base.ids import RequestId
 from kvpaging.engine.connection import MAX_UNSENT_BYTES, FrameSplitter, encode_frame
 from kvpaging.engine.messages import (
     PROTOCOL_VERSION,
+    CacheStats,
     EngineStats,
     FromEngine,
+    GetCacheStats,
     GetPages,
     Hello,
     Loading,
@@ -80,6 +82,9 @@ class ScriptedEngine:
 
     def stats(self) -> EngineStats:
         return EngineStats(step_id=self.num_steps, broken_laws=self.laws)
+
+    def cache_stats(self, query_id: int) -> CacheStats:
+        return CacheStats(query_id, num_recomputed_tokens=1)
 
     def pages(self) -> tuple[PageState, ...]:
         return (PageState(1, "free", 0, 0),)
@@ -185,6 +190,8 @@ def test_events_that_come_during_a_step_are_in_the_next(start: Start) -> None:
 def test_pages_are_answered_without_a_step(start: Start) -> None:
     engine = ScriptedEngine()
     api = start(engine).api
+    api.send(GetCacheStats(8))
+    assert api.receive() == CacheStats(8, num_recomputed_tokens=1)
     api.send(GetPages(9))
     assert api.receive() == PagePicture(9, 16, (PageState(1, "free", 0, 0),))
     assert engine.num_steps == 0

@@ -302,3 +302,28 @@ def test_laws_of_explanations(seed: int) -> None:
     assert num_ended > 20
     assert num_evicted > 0
     assert num_preempted > 0 or seed != 1
+
+
+def test_what_is_counted_agrees_with_what_is_explained() -> None:
+    scene = Scene(num_pages=40, levels=Shelf((Held("fast", 1), Held("slow", 2))))
+    told = [scene.ask(LONG[:6]), scene.ask(LONG), scene.ask(LONG)]
+    stats = scene.engine.cache_stats()
+    hits = {"device": 0, "fast": 0, "slow": 0}
+    for one in told:
+        for level in one.levels:
+            hits[level.level] += level.num_pages
+    assert stats.hit_pages == hits
+    assert hits["slow"] > 0
+    assert stats.queried_tokens == sum(one.all.num_tokens for one in told)
+    assert stats.hit_tokens == sum(one.all.num_cached_tokens for one in told)
+    assert stats.queried_pages == sum(one.all.num_tokens // SIZE for one in told)
+    num_loads = sum(one.all.load is not None and one.all.load.num_asked > 0 for one in told)
+    assert [sum(times.counts) for times in stats.load_times.values()] == [num_loads] * 2
+    assert sum(stats.pages.values()) == 40
+
+
+def test_time_saved_is_what_computing_would_have_taken_less_the_loads() -> None:
+    scene = Scene(num_pages=40, levels=Shelf((Held("fast", 5),)))
+    scene.engine._scheduler._load_costs.computed(100, 100.0)  # a second a token
+    scene.ask(LONG)
+    assert scene.engine.cache_stats().saved_s == pytest.approx(20 * 1.0 - 0.5)

@@ -7,7 +7,8 @@ from fake_engine import FakeEngineClient
 from http_app import MODEL, Caller, events, make_app
 from prometheus_client.parser import text_string_to_metric_families
 
-from kvpaging.engine.messages import EngineStats
+from kvpaging.engine.messages import CacheStats, EngineStats
+from server.client import EngineState
 from server.observe import metrics
 
 
@@ -56,6 +57,58 @@ def test_a_restart_never_takes_a_counter_back() -> None:
         totals.append(samples(http)["kvpaging_num_preemptions_total"])
     assert totals == [5, 7, 7, 7, 9, 12]
     assert samples(http)["kvpaging_engine_restarts_total"] == 2
+
+
+def test_nor_does_it_take_the_caches_back() -> None:
+    engine = FakeEngineClient()
+    http = Caller(make_app(engine))
+    totals = []
+    for num_restarts, hits in ((0, 5), (0, 7), (1, 2), (2, 3)):
+        engine.num_restarts = num_restarts
+        engine.cache = CacheStats(hit_pages={"device": hits})
+        totals.append(samples(http)["kvpaging_cache_hit_pages_total{level=device}"])
+    engine.state = EngineState.DEAD  # no answer: the last one stays
+    totals.append(samples(http)["kvpaging_cache_hit_pages_total{level=device}"])
+    engine.num_restarts = 3
+    totals.append(samples(http)["kvpaging_cache_hit_pages_total{level=device}"])
+    assert totals == [5, 7, 9, 12, 12, 12]
+
+
+def test_the_cache_by_level() -> None:
+    found = samples(Caller(make_app(FakeEngineClient())))
+    cache = {
+        name.removeprefix("kvpaging_cache_"): value
+        for name, value in found.items()
+        if name.startswith("kvpaging_cache_") and "_created" not in name
+    }
+    assert cache["hit_ratio{level=device}"] == 0.4
+    assert cache["hit_ratio{level=disk}"] == 0.1
+    assert cache["hit_pages_total{level=disk}"] == 10
+    assert cache["queried_pages_total"] == 100
+    assert cache["compute_seconds"] == 0.016
+    # 40 in place, 10 at 4 ms, 50 computed at 16 ms
+    assert cache["average_access_seconds"] == pytest.approx(0.1 * 0.004 + 0.5 * 0.016)
+    assert cache["compression_ratio{level=disk}"] == 1.5
+    assert cache["evicted_pages_total{level=device,reason=room}"] == 6
+    assert cache["evicted_pages_total{level=disk,reason=room}"] == 8
+    assert cache["level_troubles_total{kind=corrupt,level=disk}"] == 3
+    assert cache["level_pages{level=device}"] == 5
+    assert cache["level_bytes{level=disk}"] == 700
+    assert cache["load_seconds_count{level=disk}"] == 3
+    assert cache["load_seconds_sum{level=disk}"] == 9.0
+    assert cache["dropped_pages_total"] == 9
+    assert cache["saved_seconds"] == 1.25
+
+
+def test_load_times_are_cumulative() -> None:
+    text = Caller(make_app(FakeEngineClient())).get("/metrics").text
+    buckets = {}
+    for line in text.splitlines():
+        if line.startswith("kvpaging_cache_load_seconds_bucket"):
+            name, value = line.rsplit(" ", 1)
+            buckets[name.split('le="')[1].split('"')[0]] = float(value)
+    assert (buckets["0.0001"], buckets["0.00025"], buckets["5.0"]) == (0, 2, 2)
+    assert buckets["+Inf"] == 3
 
 
 def test_counters_are_the_sums_of_all_usage() -> None:

@@ -16,7 +16,7 @@ from enum import IntEnum, StrEnum
 from kvpaging.base.config import EngineConfig, EngineOptions, SchedulerConfig
 from kvpaging.base.errors import ConfigError
 from kvpaging.engine import process
-from kvpaging.engine.messages import EngineStats, PageState
+from kvpaging.engine.messages import CacheStats, EngineStats, PageState
 from kvpaging.scheduling.events import Abort, Arrival, Event, Finish
 from kvpaging.scheduling.outputs import (
     Finished,
@@ -80,6 +80,9 @@ class FakeEngine:
             num_running=len(self._requests),
             num_evicted_pages=len(self._aborted),  # read by the tests: aborts that arrived
         )
+
+    def cache_stats(self, query_id: int) -> CacheStats:
+        return CacheStats(query_id)
 
     def pages(self) -> tuple[PageState, ...]:
         return tuple(PageState(i, "free", 0, 0) for i in range(1, 4))

@@ -354,7 +354,7 @@ async def test_slow_steps_that_end_are_no_hang() -> None:
 
 
 async def test_pages_of_an_engine_that_does_not_answer() -> None:
-    async with supervisor(limits=SupervisorLimits(pages_s=0.2, close_s=0.2)) as client:
+    async with supervisor(limits=SupervisorLimits(query_s=0.2, close_s=0.2)) as client:
         await client.ready()
         os.kill(engine_pid(client), signal.SIGSTOP)
         with pytest.raises(EngineDied, match=r"did not answer within 0\.2 s"):
