@@ -39,14 +39,26 @@ inline int64_t dtype_bytes(int dtype) { return dtype == kFloat32 ? 4 : 2; }
 
 // Strides count elements unless a name says bytes.
 
-struct LinearTask {
+// A weight's panel: so many columns, a word of each to a step.
+constexpr int64_t kPanelCols = 16;
+constexpr int64_t kStepBytes = 64;
+
+// Rows of x, to be packed for a linear.
+struct PackTask {
     const void* x;
     int64_t x_stride;
-    const int64_t* rows;  // row r of the task is row rows[r] of x and out; null: row r
-    const void* weight;   // [n, k], dense
+    const int64_t* rows;  // row r of the task is row rows[r] of x; null: row r
+    int64_t k;
+};
+
+struct LinearTask {
+    const void* x;  // packed: tile t has rows [t * num_rows / num_tiles, (t + 1) * ...)
+    int64_t num_rows, num_tiles;
+    const int64_t* rows;  // row r of the task is row rows[r] of out; null: row r
+    const void* weight;   // packed
     const void* bias;     // [n] or null
     void* out;            // rows of n
-    int64_t n, k;
+    int64_t n, steps;
     bool out_float32;  // out holds float32 whatever x is
 };
 
@@ -126,8 +138,11 @@ struct AttentionItem {
 struct Kernels {
     const char* name;
 
-    void (*linear[kNumDtypes])(const LinearTask&, int64_t row_begin, int64_t row_end,
-                               int64_t col_begin, int64_t col_end);
+    // Linears: rows of a tile at most, bytes of a packed row and step, packing, products.
+    int64_t tile_rows;
+    int64_t row_step_bytes[kNumDtypes];
+    void (*pack_rows[kNumDtypes])(const PackTask&, int64_t row_begin, int64_t row_end, void* out);
+    void (*linear[kNumDtypes])(const LinearTask&, int64_t panel_begin, int64_t panel_end);
     void (*norm[kNumDtypes])(const NormTask&, int64_t row_begin, int64_t row_end);
     void (*gated[kNumDtypes])(const GatedTask&, int64_t row_begin, int64_t row_end);
     void (*rope_store[kNumDtypes])(const RopeTask&, int64_t row_begin, int64_t row_end);

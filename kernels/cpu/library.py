@@ -14,13 +14,15 @@ from ctypes import c_char_p, c_float, c_int, c_int64, c_void_p
 
 from kernels.errors import KernelUnavailableError
 
-VERSION = 1
+VERSION = 2
 """Of the interface between `native_ops` and the library; both must name the same."""
 
 _REMEDY = "install kvpaging with a C++ compiler at hand (g++ or clang++)"
 
 # Every function of work returns 0, or 1 when memory ran out. The first argument is the context.
 _WORK: dict[str, list[type]] = {
+    "kv_pack_weight": [c_void_p, c_int64, c_int64, c_void_p],
+    "kv_unpack_rows": [c_void_p, c_int64, c_void_p, c_int64, c_void_p],
     "kv_linear": [c_int, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_int64,
                   c_void_p, c_int],
     "kv_grouped_linear": [c_int, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p,
@@ -75,6 +77,8 @@ def open_library(path: pathlib.Path) -> ctypes.CDLL:
     library.kv_create.restype = c_void_p
     library.kv_destroy.argtypes = [c_void_p]
     library.kv_destroy.restype = None
+    library.kv_packed_bytes.argtypes = [c_int64, c_int64]
+    library.kv_packed_bytes.restype = c_int64
     for name, arguments in _WORK.items():
         function = getattr(library, name)
         function.argtypes = [c_void_p, *arguments]

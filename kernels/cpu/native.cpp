@@ -21,9 +21,6 @@ namespace kv {
 
 namespace {
 
-// Weight bytes of one piece of a linear: some pieces a thread, and within a core's own cache.
-constexpr int64_t kPieceBytes = 96 << 10;
-constexpr int64_t kActivationBytes = 256 << 10;
 // Less work than this (about 10 microseconds) isn't worth another thread.
 constexpr int64_t kMinProducts = 1 << 18;  // multiply-adds
 constexpr int64_t kMinElements = 1 << 15;  // elements read, of row operations
@@ -94,33 +91,102 @@ const Kernels* usable(int i) {
 }
 constexpr int kNumIsas = 4;
 
-// One linear after the other, cut into blocks of columns and rows.
-void run_linear(Context& context, int dtype, const LinearTask* tasks, const int64_t* num_rows,
-                int64_t num_tasks) {
-    if (num_tasks == 0) return;
-    const int64_t n = tasks[0].n, k = std::max<int64_t>(tasks[0].k, 1);
-    const int64_t row_bytes = k * dtype_bytes(dtype);
-    const int64_t cols = std::clamp<int64_t>(kPieceBytes / row_bytes / 16 * 16, 16, 1024);
-    const int64_t rows = std::clamp<int64_t>(kActivationBytes / row_bytes / 24 * 24, 24, 384);
+// Rows of a linear, with what they are multiplied by.
+struct RowsOfLinear {
+    PackTask rows;
+    int64_t num_rows;
+    const void *weight, *bias;
+};
 
-    struct Piece {
-        int64_t task, row, col;
+// One linear after the other: rows are packed, then panels of columns are shared out.
+void run_linear(Context& context, int dtype, const std::vector<RowsOfLinear>& parts, int64_t n,
+                int64_t k, void* out, bool out_float32) {
+    const Kernels& kernels = context.kernels;
+    const int64_t steps = ceil_div(k, kStepBytes / kPanelCols / dtype_bytes(dtype));
+    const int64_t row_bytes = steps * kernels.row_step_bytes[dtype];
+    const int64_t num_panels = ceil_div(n, kPanelCols);
+
+    struct Tile {
+        const PackTask* rows;
+        int64_t begin, end;
+        char* out;
     };
+    struct Piece {
+        size_t task;
+        int64_t begin, end;
+    };
+    std::vector<LinearTask> tasks;
+    std::vector<Tile> tiles;
     std::vector<Piece> pieces;
-    int64_t products = 0;
-    for (int64_t t = 0; t < num_tasks; ++t) {
-        products += num_rows[t] * n * k;
-        for (int64_t col = 0; col < n; col += cols) {
-            for (int64_t row = 0; row < num_rows[t]; row += rows) pieces.push_back({t, row, col});
-        }
+    int64_t total_rows = 0;
+    for (const RowsOfLinear& part : parts) total_rows += part.num_rows;
+    // Kept from call to call: memory that was touched is cheap.
+    static thread_local std::vector<char> packed;
+    if (packed.size() < static_cast<size_t>(total_rows * row_bytes)) {
+        packed.resize(static_cast<size_t>(total_rows * row_bytes));
     }
-    const auto kernel = context.kernels.linear[dtype];
-    context.pool.run(static_cast<int64_t>(pieces.size()),
-                     context.threads_for(products, kMinProducts), [&](int64_t i) {
-                         const Piece& p = pieces[static_cast<size_t>(i)];
-                         kernel(tasks[p.task], p.row, std::min(p.row + rows, num_rows[p.task]),
-                                p.col, std::min(p.col + cols, n));
+    char* place = packed.data();
+    const int threads = context.threads_for(total_rows * n * std::max<int64_t>(k, 1), kMinProducts);
+    for (const RowsOfLinear& part : parts) {
+        if (part.num_rows == 0) continue;
+        const int64_t num_tiles = ceil_div(part.num_rows, kernels.tile_rows);
+        for (int64_t t = 0; t < num_tiles; ++t) {
+            const int64_t begin = t * part.num_rows / num_tiles;
+            tiles.push_back({&part.rows, begin, (t + 1) * part.num_rows / num_tiles,
+                             place + begin * row_bytes});
+        }
+        for (int64_t begin = 0; begin < num_panels;) {
+            const int64_t share = (num_panels - begin) / (2 * threads) / 4 * 4;
+            const int64_t end = std::min(num_panels, begin + std::max<int64_t>(share, 4));
+            pieces.push_back({tasks.size(), begin, end});
+            begin = end;
+        }
+        tasks.push_back({place, part.num_rows, num_tiles, part.rows.rows, part.weight, part.bias,
+                         out, n, steps, out_float32});
+        place += part.num_rows * row_bytes;
+    }
+    context.pool.run(static_cast<int64_t>(tiles.size()),
+                     context.threads_for(total_rows * k, kMinElements), [&](int64_t i) {
+                         const Tile& t = tiles[static_cast<size_t>(i)];
+                         kernels.pack_rows[dtype](*t.rows, t.begin, t.end, t.out);
                      });
+    context.pool.run(static_cast<int64_t>(pieces.size()), threads, [&](int64_t i) {
+        const Piece& p = pieces[static_cast<size_t>(i)];
+        kernels.linear[dtype](tasks[p.task], p.begin, p.end);
+    });
+}
+
+// Weight [n, k] to panels: words of 4 bytes, transposed sixteen rows at a time.
+void pack_weight(Context& context, const char* weight, int64_t n, int64_t row_bytes, char* out) {
+    const int64_t steps = ceil_div(row_bytes, 4);
+    context.pool.run(ceil_div(n, kPanelCols), context.pool.threads(), [&](int64_t panel) {
+        char* to = out + panel * steps * kStepBytes;
+        for (int64_t c = 0; c < kPanelCols; ++c) {
+            const int64_t col = panel * kPanelCols + c;
+            for (int64_t s = 0; s < steps; ++s) {
+                uint32_t word = 0;
+                if (col < n) {
+                    std::memcpy(&word, weight + col * row_bytes + 4 * s,
+                                static_cast<size_t>(std::min<int64_t>(4, row_bytes - 4 * s)));
+                }
+                std::memcpy(to + s * kStepBytes + 4 * c, &word, 4);
+            }
+        }
+    });
+}
+
+// Rows of a packed weight, as they came.
+void unpack_rows(Context& context, const char* packed, int64_t row_bytes, const int64_t* ids,
+                 int64_t num_ids, char* out) {
+    const int64_t steps = ceil_div(row_bytes, 4);
+    context.pool.run(num_ids, context.threads_for(num_ids * steps, kMinElements), [&](int64_t i) {
+        const char* from = packed + ids[i] / kPanelCols * steps * kStepBytes + ids[i] % kPanelCols * 4;
+        char* to = out + i * row_bytes;
+        for (int64_t s = 0; s < steps; ++s) {
+            std::memcpy(to + 4 * s, from + s * kStepBytes,
+                        static_cast<size_t>(std::min<int64_t>(4, row_bytes - 4 * s)));
+        }
+    });
 }
 
 // f(begin, end) over blocks of rows that are `width` wide.
@@ -230,7 +296,7 @@ void run_attention(Context& context, int dtype, const AttentionTask& task, int64
 using kv::Context;
 
 // Raised with every change of this interface: Python refuses a library of another version.
-KV_API int kv_version() { return 1; }
+KV_API int kv_version() { return 2; }
 
 // The i-th instruction set, best first, or null: unusable here. Ends with i == kv_num_isas().
 KV_API int kv_num_isas() { return kv::kNumIsas; }
@@ -251,12 +317,29 @@ KV_API Context* kv_create(int threads, const char* isa) {
 }
 KV_API void kv_destroy(Context* context) { delete context; }
 
+// Bytes of a packed weight: n rounded up to whole panels, rows to whole words.
+KV_API int64_t kv_packed_bytes(int64_t n, int64_t row_bytes) {
+    return kv::ceil_div(n, kv::kPanelCols) * kv::ceil_div(row_bytes, 4) * kv::kStepBytes;
+}
+KV_API int kv_pack_weight(Context* context, const void* weight, int64_t n, int64_t row_bytes,
+                          void* out) {
+    kv::pack_weight(*context, static_cast<const char*>(weight), n, row_bytes,
+                    static_cast<char*>(out));
+    return 0;
+}
+KV_API int kv_unpack_rows(Context* context, const void* packed, int64_t row_bytes,
+                          const int64_t* ids, int64_t num_ids, void* out) {
+    kv::unpack_rows(*context, static_cast<const char*>(packed), row_bytes, ids, num_ids,
+                    static_cast<char*>(out));
+    return 0;
+}
+
 KV_API int kv_linear(Context* context, int dtype, const void* x, int64_t x_stride, int64_t rows,
                      const void* weight, const void* bias, int64_t n, int64_t k, void* out,
                      int out_float32) {
     return kv::guarded([&] {
-        const kv::LinearTask task{x, x_stride, nullptr, weight, bias, out, n, k, out_float32 != 0};
-        kv::run_linear(*context, dtype, &task, &rows, 1);
+        kv::run_linear(*context, dtype, {{{x, x_stride, nullptr, k}, rows, weight, bias}}, n, k, out,
+                       out_float32 != 0);
     });
 }
 
@@ -270,16 +353,15 @@ KV_API int kv_grouped_linear(Context* context, int dtype, const void* x, int64_t
         for (int64_t r = 0; r < rows; ++r) {
             rows_of[static_cast<size_t>(expert_of_row[r])].push_back(r);
         }
-        std::vector<kv::LinearTask> tasks;
-        std::vector<int64_t> num_rows;
+        std::vector<kv::RowsOfLinear> parts;
         for (size_t e = 0; e < rows_of.size(); ++e) {
             if (rows_of[e].empty()) continue;
-            tasks.push_back(
-                {x, x_stride, rows_of[e].data(), weights[e], biases[e], out, n, k, false});
-            num_rows.push_back(static_cast<int64_t>(rows_of[e].size()));
+            parts.push_back({{x, x_stride, rows_of[e].data(), k},
+                             static_cast<int64_t>(rows_of[e].size()),
+                             weights[e],
+                             biases[e]});
         }
-        kv::run_linear(*context, dtype, tasks.data(), num_rows.data(),
-                       static_cast<int64_t>(tasks.size()));
+        kv::run_linear(*context, dtype, parts, n, k, out, false);
     });
 }
 

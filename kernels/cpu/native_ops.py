@@ -7,8 +7,10 @@ signatures, and nothing about how the work is split.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
+import mmap
 import os
 import weakref
 
@@ -21,21 +23,24 @@ from kernels.ops import KVPages, Linear
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SILU, _GELU = 0, 1
 _MAX_HEAD_DIM = 512
+_HUGE_PAGE_BYTES = 2 << 20
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class NativeLinear:
-    """The weight as it came, with what each call needs of it."""
+    """The weight in panels (linear.h), with what each call needs of it."""
 
-    weight: torch.Tensor
+    packed: torch.Tensor
+    dtype: torch.dtype
     bias: torch.Tensor | None
     in_features: int
     out_features: int
     pointer: int
     bias_pointer: int | None
+    ops: NativeOps
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.weight[ids]
+        return self.ops.rows_of(self, ids)
 
 
 class NativeOps:
@@ -84,14 +89,42 @@ class NativeOps:
         self, weight: torch.Tensor, bias: torch.Tensor | None = None
     ) -> NativeLinear:
         weight = weight.contiguous()
-        return NativeLinear(
-            weight,
-            bias,
-            in_features=weight.shape[1],
-            out_features=weight.shape[0],
-            pointer=weight.data_ptr(),
-            bias_pointer=None if bias is None else bias.data_ptr(),
+        out_features, in_features = weight.shape
+        row_bytes = in_features * weight.itemsize
+        packed = _memory(self._library.kv_packed_bytes(out_features, row_bytes))
+        _check(
+            self._library.kv_pack_weight(
+                self._context, weight.data_ptr(), out_features, row_bytes, packed.data_ptr()
+            )
         )
+        return NativeLinear(
+            packed,
+            weight.dtype,
+            bias,
+            in_features=in_features,
+            out_features=out_features,
+            pointer=packed.data_ptr(),
+            bias_pointer=None if bias is None else bias.data_ptr(),
+            ops=self,
+        )
+
+    def rows_of(self, weight: NativeLinear, ids: torch.Tensor) -> torch.Tensor:
+        """Rows `ids` (int64) of a weight before it was packed. Raises `IndexError`."""
+        out = torch.empty(len(ids), weight.in_features, dtype=weight.dtype)
+        ids = ids.to(torch.int64).contiguous()
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < weight.out_features:
+            raise IndexError(f"a row outside 0 to {weight.out_features - 1}")
+        _check(
+            self._library.kv_unpack_rows(
+                self._context,
+                weight.pointer,
+                weight.in_features * weight.dtype.itemsize,
+                ids.data_ptr(),
+                len(ids),
+                out.data_ptr(),
+            )
+        )
+        return out
 
     def linear(self, x: torch.Tensor, weight: Linear) -> torch.Tensor:
         return self._run_linear(x, weight, x.dtype)
@@ -372,6 +405,22 @@ class NativeOps:
         return out
 
 
+def _memory(num_bytes: int) -> torch.Tensor:
+    """Bytes for a weight, `[num_bytes]` uint8: in huge pages where the system has them.
+
+    A product reads a weight from one end to the other: with pages of 4 KiB it would wait for their
+    addresses.
+    """
+    if num_bytes < _HUGE_PAGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(num_bytes, dtype=torch.uint8)
+    area = mmap.mmap(-1, num_bytes + _HUGE_PAGE_BYTES)
+    with contextlib.suppress(OSError):  # a kernel without them
+        area.madvise(mmap.MADV_HUGEPAGE)
+    whole = torch.frombuffer(area, dtype=torch.uint8)
+    start = -whole.data_ptr() % _HUGE_PAGE_BYTES
+    return whole[start : start + num_bytes]
+
+
 def _usable_cpus() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
@@ -381,8 +430,8 @@ def _usable_cpus() -> int:
 def _own(weight: Linear, x: torch.Tensor) -> NativeLinear:
     if not isinstance(weight, NativeLinear):
         raise TypeError(f"a weight prepared by another path: {type(weight).__name__}")
-    if weight.weight.dtype != x.dtype:
-        raise ShapeError(f"x is {x.dtype}, but the weight {weight.weight.dtype}")
+    if weight.dtype != x.dtype:
+        raise ShapeError(f"x is {x.dtype}, but the weight {weight.dtype}")
     return weight
 
 

@@ -13,6 +13,9 @@ namespace {
 constexpr Kernels kernels_named(const char* name) {
     return {
         name,
+        kLinearRows,
+        {row_step_bytes<float>(), row_step_bytes<bf16>(), row_step_bytes<f16>()},
+        {pack_rows<float>, pack_rows<bf16>, pack_rows<f16>},
         {linear<float>, linear<bf16>, linear<f16>},
         {norm<float>, norm<bf16>, norm<f16>},
         {gated<float>, gated<bf16>, gated<f16>},

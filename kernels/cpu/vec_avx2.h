@@ -56,6 +56,10 @@ KV_INLINE __m256 pow2(__m256 n) {
 // 2^n for whole numbers n in [-126, 127].
 KV_INLINE Vec pow2(Vec n) { return {pow2(n.lo), pow2(n.hi)}; }
 
+KV_INLINE float widen(bf16 x) {
+    return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(x.bits << 16)));
+}
+KV_INLINE float widen(f16 x) { return _cvtsh_ss(x.bits); }
 KV_INLINE __m256 widen(__m128i bits, bf16) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }
@@ -152,6 +156,64 @@ struct Operand<bf16> {
         return {_mm256_fmadd_ps(a.even, b.even, sum.lo), _mm256_fmadd_ps(a.odd, b.odd, sum.hi)};
     }
 };
+
+// One step of a weight's panel: for each lane, kDepth elements of k; and what a packed row of x
+// holds to multiply them with.
+template <typename T>
+struct Lanes;
+template <>
+struct Lanes<float> {
+    static constexpr int kDepth = 1, kNumbers = 1;
+    using X = float;
+    Vec v;
+    static KV_INLINE Lanes load(const char* p) { return {::load(reinterpret_cast<const float*>(p))}; }
+    static KV_INLINE void pack(const float* x, X* to) { *to = *x; }
+    static KV_INLINE Vec dot(Vec sum, const X* x, Lanes w) { return fma(set1(*x), w.v, sum); }
+};
+// Neighbours in k, widened.
+struct Pair {
+    static constexpr int kDepth = 2, kNumbers = 2;
+    using X = float;
+    Vec even, odd;
+    static KV_INLINE Vec dot(Vec sum, const X* x, Pair w) {
+        return fma(set1(x[1]), w.odd, fma(set1(x[0]), w.even, sum));
+    }
+    template <typename T>
+    static KV_INLINE void pack(const T* x, X* to) {
+        to[0] = widen(x[0]);
+        to[1] = widen(x[1]);
+    }
+};
+template <>
+struct Lanes<bf16> : Pair {
+    static KV_INLINE Lanes load(const char* p) {
+        const __m256i* q = reinterpret_cast<const __m256i*>(p);
+        const __m256i lo = _mm256_loadu_si256(q), hi = _mm256_loadu_si256(q + 1);
+        const __m256i upper = _mm256_set1_epi32(-65536);
+        return {{{_mm256_castsi256_ps(_mm256_slli_epi32(lo, 16)),
+                  _mm256_castsi256_ps(_mm256_slli_epi32(hi, 16))},
+                 {_mm256_castsi256_ps(_mm256_and_si256(lo, upper)),
+                  _mm256_castsi256_ps(_mm256_and_si256(hi, upper))}}};
+    }
+};
+template <>
+struct Lanes<f16> : Pair {
+    // The lower halves of eight words.
+    static KV_INLINE __m256 widen_words(__m256i words) {
+        const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(words, words), 0x08);
+        return _mm256_cvtph_ps(_mm256_castsi256_si128(packed));
+    }
+    static KV_INLINE Lanes load(const char* p) {
+        const __m256i* q = reinterpret_cast<const __m256i*>(p);
+        const __m256i lo = _mm256_loadu_si256(q), hi = _mm256_loadu_si256(q + 1);
+        const __m256i lower = _mm256_set1_epi32(65535);
+        return {{{widen_words(_mm256_and_si256(lo, lower)), widen_words(_mm256_and_si256(hi, lower))},
+                 {widen_words(_mm256_srli_epi32(lo, 16)), widen_words(_mm256_srli_epi32(hi, 16))}}};
+    }
+};
+// A linear's tile: its rows at most, and its sums at most.
+constexpr int kLinearRows = 4;
+constexpr int kLinearSums = 4;
 
 // Register tiles: kTileCols rows of a weight (or keys) by this many rows of activations (queries).
 constexpr int kTileCols = 2;

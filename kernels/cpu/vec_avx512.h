@@ -40,6 +40,10 @@ KV_INLINE Vec pow2(Vec n) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(i, 23))};
 }
 
+KV_INLINE float widen(bf16 x) {
+    return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(x.bits << 16)));
+}
+KV_INLINE float widen(f16 x) { return _cvtsh_ss(x.bits); }
 KV_INLINE Vec widen(__m256i bits, bf16) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
 }
@@ -136,6 +140,67 @@ struct Operand<bf16> {
 };
 constexpr int kBf16TileRows = 4;
 #endif
+
+// One step of a weight's panel: for each lane, kDepth elements of k; and what a packed row of x
+// holds to multiply them with.
+template <typename T>
+struct Lanes;
+template <>
+struct Lanes<float> {
+    static constexpr int kDepth = 1, kNumbers = 1;
+    using X = float;
+    Vec v;
+    static KV_INLINE Lanes load(const char* p) { return {::load(reinterpret_cast<const float*>(p))}; }
+    static KV_INLINE void pack(const float* x, X* to) { *to = *x; }
+    static KV_INLINE Vec dot(Vec sum, const X* x, Lanes w) { return fma(set1(*x), w.v, sum); }
+};
+// Neighbours in k, widened.
+struct Pair {
+    static constexpr int kDepth = 2, kNumbers = 2;
+    using X = float;
+    Vec even, odd;
+    static KV_INLINE Vec dot(Vec sum, const X* x, Pair w) {
+        return fma(set1(x[1]), w.odd, fma(set1(x[0]), w.even, sum));
+    }
+    template <typename T>
+    static KV_INLINE void pack(const T* x, X* to) {
+        to[0] = widen(x[0]);
+        to[1] = widen(x[1]);
+    }
+};
+template <>
+struct Lanes<f16> : Pair {
+    static KV_INLINE Lanes load(const char* p) {
+        const __m512i pairs = _mm512_loadu_si512(p);
+        return {{{_mm512_cvtph_ps(_mm512_cvtepi32_epi16(pairs))},
+                 {_mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(pairs, 16)))}}};
+    }
+};
+#if defined(KV_BF16_DOT)
+template <>
+struct Lanes<bf16> {
+    static constexpr int kDepth = 2, kNumbers = 1;
+    using X = int;
+    __m512i v;
+    static KV_INLINE Lanes load(const char* p) { return {_mm512_loadu_si512(p)}; }
+    static KV_INLINE void pack(const bf16* x, X* to) { std::memcpy(to, x, sizeof *to); }
+    static KV_INLINE Vec dot(Vec sum, const X* x, Lanes w) {
+        return {_mm512_dpbf16_ps(sum.v, (__m512bh)_mm512_set1_epi32(*x), (__m512bh)w.v)};
+    }
+};
+#else
+template <>
+struct Lanes<bf16> : Pair {
+    static KV_INLINE Lanes load(const char* p) {
+        const __m512i pairs = _mm512_loadu_si512(p);
+        return {{{_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16))},
+                 {_mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(-65536)))}}};
+    }
+};
+#endif
+// A linear's tile: its rows at most, and its sums at most.
+constexpr int kLinearRows = 12;
+constexpr int kLinearSums = 24;
 
 // Register tiles: kTileCols rows of a weight (or keys) by this many rows of activations (queries).
 constexpr int kTileCols = 4;

@@ -182,6 +182,57 @@ struct Operand {
     static KV_INLINE Vec dot(Vec sum, Operand a, Operand b) { return fma(a.v, b.v, sum); }
 };
 
+// One step of a weight's panel: for each lane, kDepth elements of k; and what a packed row of x
+// holds to multiply them with.
+template <typename T>
+struct Lanes;
+template <>
+struct Lanes<float> {
+    static constexpr int kDepth = 1, kNumbers = 1;
+    using X = float;
+    Vec v;
+    static KV_INLINE Lanes load(const char* p) { return {::load(reinterpret_cast<const float*>(p))}; }
+    static KV_INLINE void pack(const float* x, X* to) { *to = *x; }
+    static KV_INLINE Vec dot(Vec sum, const X* x, Lanes w) { return fma(set1(*x), w.v, sum); }
+};
+// Neighbours in k, widened.
+struct Pair {
+    static constexpr int kDepth = 2, kNumbers = 2;
+    using X = float;
+    Vec even, odd;
+    static KV_INLINE Vec dot(Vec sum, const X* x, Pair w) {
+        return fma(set1(x[1]), w.odd, fma(set1(x[0]), w.even, sum));
+    }
+    template <typename T>
+    static KV_INLINE void pack(const T* x, X* to) {
+        to[0] = widen(x[0]);
+        to[1] = widen(x[1]);
+    }
+};
+// Words of two halves each.
+template <typename T>
+KV_INLINE Pair load_pairs(const char* p) {
+    T halves[32];
+    std::memcpy(halves, p, sizeof halves);
+    float even[16], odd[16];
+    for (int i = 0; i < 16; ++i) {
+        even[i] = widen(halves[2 * i]);
+        odd[i] = widen(halves[2 * i + 1]);
+    }
+    return {::load(even), ::load(odd)};
+}
+template <>
+struct Lanes<bf16> : Pair {
+    static KV_INLINE Lanes load(const char* p) { return {load_pairs<bf16>(p)}; }
+};
+template <>
+struct Lanes<f16> : Pair {
+    static KV_INLINE Lanes load(const char* p) { return {load_pairs<f16>(p)}; }
+};
+// A linear's tile: its rows at most, and its sums at most.
+constexpr int kLinearRows = 2;
+constexpr int kLinearSums = 2;
+
 // Register tiles: kTileCols rows of a weight (or keys) by this many rows of activations (queries).
 constexpr int kTileCols = 2;
 template <typename T>
