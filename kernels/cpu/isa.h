@@ -41,7 +41,8 @@ inline int64_t dtype_bytes(int dtype) { return dtype == kFloat32 ? 4 : 2; }
 
 // A weight's panel: so many columns, a word of each to a step.
 constexpr int64_t kPanelCols = 16;
-constexpr int64_t kStepBytes = 64;
+constexpr int64_t kWordBytes = 4;
+constexpr int64_t kStepBytes = kPanelCols * kWordBytes;
 
 // Rows of x, to be packed for a linear.
 struct PackTask {
@@ -142,7 +143,8 @@ struct Kernels {
     int64_t tile_rows;
     int64_t row_step_bytes[kNumDtypes];
     void (*pack_rows[kNumDtypes])(const PackTask&, int64_t row_begin, int64_t row_end, void* out);
-    void (*linear[kNumDtypes])(const LinearTask&, int64_t panel_begin, int64_t panel_end);
+    void (*linear[kNumDtypes])(const LinearTask&, int64_t panel_begin, int64_t panel_end,
+                               int64_t tile_begin, int64_t tile_end);
     void (*norm[kNumDtypes])(const NormTask&, int64_t row_begin, int64_t row_end);
     void (*gated[kNumDtypes])(const GatedTask&, int64_t row_begin, int64_t row_end);
     void (*rope_store[kNumDtypes])(const RopeTask&, int64_t row_begin, int64_t row_end);

@@ -12,6 +12,11 @@
 
 namespace {
 
+// Of a weight, so much is multiplied by all tiles before the next comes: within a core's own cache.
+constexpr int64_t kBlockBytes = 256 << 10;
+// With one tile there is no time to fetch a block: steps ahead in each panel.
+constexpr int64_t kStepsAhead = 64;
+
 // Bytes that a packed row takes for each step.
 template <typename T>
 constexpr int64_t row_step_bytes() {
@@ -22,41 +27,58 @@ constexpr int64_t row_step_bytes() {
 template <typename T>
 void pack_rows(const PackTask& task, int64_t begin, int64_t end, void* out) {
     using L = Lanes<T>;
+    const int64_t steps = (task.k + L::kDepth - 1) / L::kDepth;
     const int64_t stride = (end - begin) * L::kNumbers;
-    const int64_t whole = task.k / L::kDepth;
-    const int rest = static_cast<int>(task.k % L::kDepth);
-    for (int64_t r = begin; r < end; ++r) {
-        const T* x = static_cast<const T*>(task.x) + (task.rows ? task.rows[r] : r) * task.x_stride;
-        typename L::X* to = static_cast<typename L::X*>(out) + (r - begin) * L::kNumbers;
-        for (int64_t s = 0; s < whole; ++s, x += L::kDepth, to += stride) L::pack(x, to);
-        if (rest) {
-            T last[L::kDepth] = {};
-            for (int i = 0; i < rest; ++i) last[i] = x[i];
-            L::pack(last, to);
+    // A cache line of each row at a time, so that the tile is written from one end to the other.
+    constexpr int64_t kChunk = 16;
+    for (int64_t step = 0; step < steps; step += kChunk) {
+        for (int64_t r = begin; r < end; ++r) {
+            const T* row =
+                static_cast<const T*>(task.x) + (task.rows ? task.rows[r] : r) * task.x_stride;
+            const T* x = row + step * L::kDepth;
+            typename L::X* to =
+                static_cast<typename L::X*>(out) + step * stride + (r - begin) * L::kNumbers;
+            if ((step + kChunk) * L::kDepth <= task.k) {
+#pragma GCC unroll 16
+                for (int64_t s = 0; s < kChunk; ++s) L::pack(x + s * L::kDepth, to + s * stride);
+                continue;
+            }
+            const int64_t left = task.k - step * L::kDepth;
+            T last[kChunk * L::kDepth] = {};
+            std::memcpy(last, x, static_cast<size_t>(left) * sizeof(T));
+            for (int64_t s = 0; s * L::kDepth < left; ++s) {
+                L::pack(last + s * L::kDepth, to + s * stride);
+            }
         }
     }
 }
 
-// out[row][panel] = each row of a tile times each of the panels side by side. Fetches lines of
-// what comes next meanwhile.
+// Memory to fetch during a product: in each of so many steps, one line for each panel.
+struct Ahead {
+    const char* from;
+    int64_t panel_stride, step_stride, steps;  // in bytes but for the last
+};
+
+// out[row][panel] = each row of a tile times each of the panels side by side.
 template <typename W, int ROWS, int PANELS>
-void product(const void* tile, const char* panels, int64_t steps, const char* next,
-             int64_t next_lines, float* out) {
+void product(const void* tile, const char* panels, int64_t steps, const Ahead& ahead, float* out) {
     using L = Lanes<W>;
     const typename L::X* x = static_cast<const typename L::X*>(tile);
     Vec sums[ROWS * PANELS];
 #pragma GCC unroll 32
     for (int i = 0; i < ROWS * PANELS; ++i) sums[i] = set1(0.0f);
     const int64_t panel_bytes = steps * kStepBytes;
+    const char* next = ahead.from;
+    const int64_t panel_stride = ahead.panel_stride, step_stride = ahead.step_stride;
+    const int64_t ahead_steps = ahead.steps;
     for (int64_t s = 0; s < steps; ++s) {
         L w[PANELS];
 #pragma GCC unroll 4
         for (int p = 0; p < PANELS; ++p) w[p] = L::load(panels + p * panel_bytes + s * kStepBytes);
-        if (s * PANELS < next_lines) {
+        if (s < ahead_steps) {
 #pragma GCC unroll 4
-            for (int p = 0; p < PANELS; ++p) {
-                __builtin_prefetch(next + (s * PANELS + p) * kStepBytes, 0, 2);
-            }
+            for (int p = 0; p < PANELS; ++p) __builtin_prefetch(next + p * panel_stride, 0, 2);
+            next += step_stride;
         }
 #pragma GCC unroll 16
         for (int r = 0; r < ROWS; ++r) {
@@ -71,7 +93,7 @@ void product(const void* tile, const char* panels, int64_t steps, const char* ne
     for (int i = 0; i < ROWS * PANELS; ++i) store(out + i * kPanelCols, sums[i]);
 }
 
-using Product = void (*)(const void*, const char*, int64_t, const char*, int64_t, float*);
+using Product = void (*)(const void*, const char*, int64_t, const Ahead&, float*);
 
 // Panels that tiles of at most so many rows take at once: as many sums as the registers hold.
 constexpr int panels_at_once(int64_t rows) {
@@ -110,33 +132,48 @@ void store_outputs(const LinearTask& task, int64_t row, int64_t col, const float
 }
 
 template <typename T>
-void linear(const LinearTask& task, int64_t panel_begin, int64_t panel_end) {
+void linear(const LinearTask& task, int64_t panel_begin, int64_t panel_end, int64_t tile_begin,
+            int64_t tile_end) {
     const int64_t panel_bytes = task.steps * kStepBytes;
     const char* weight = static_cast<const char*>(task.weight);
     const char* tiles = static_cast<const char*>(task.x);
-    const int64_t num_tiles = task.num_tiles;
+    const int64_t num_tiles = tile_end - tile_begin;
     float out[kLinearSums * kPanelCols];
 
-    const int64_t num_panels = (task.n + kPanelCols - 1) / kPanelCols;
     // All tiles have as many rows as the first, or one more.
-    const int most = panels_at_once((task.num_rows + num_tiles - 1) / num_tiles);
-    for (int64_t panel = panel_begin, next; panel < panel_end; panel = next) {
-        const int panels = panel + most <= panel_end ? most : 1;
-        next = panel + panels;
-        const int64_t lines = lesser(panels, num_panels - next) * task.steps;
-        for (int64_t t = 0; t < num_tiles; ++t) {
-            const int64_t begin = t * task.num_rows / num_tiles;
-            const int64_t end = (t + 1) * task.num_rows / num_tiles;
-            // The next panels come from memory while these are multiplied, a share with each tile.
-            const int64_t from = t * lines / num_tiles, to = (t + 1) * lines / num_tiles;
-            product_for<T>(end - begin, panels)(
-                tiles + begin * task.steps * row_step_bytes<T>(), weight + panel * panel_bytes,
-                task.steps, weight + next * panel_bytes + from * kStepBytes, to - from, out);
-            for (int64_t r = 0; r < end - begin; ++r) {
-                for (int p = 0; p < panels; ++p) {
-                    store_outputs<T>(task, begin + r, (panel + p) * kPanelCols,
-                                     out + (r * panels + p) * kPanelCols);
+    const int most = panels_at_once((task.num_rows + task.num_tiles - 1) / task.num_tiles);
+    const int64_t block_panels =
+        num_tiles == 1 ? most : greater(kBlockBytes / (panel_bytes * most), 1) * most;
+    for (int64_t block = panel_begin; block < panel_end; block += block_panels) {
+        const int64_t block_end = lesser(block + block_panels, panel_end);
+        // The next block comes from memory while this one is multiplied, a share with each product.
+        const char* next = weight + block_end * panel_bytes;
+        const int64_t next_bytes =
+            lesser(block_panels, panel_end - block_end) * panel_bytes;
+        for (int64_t t = tile_begin; t < tile_end; ++t) {
+            const int64_t begin = t * task.num_rows / task.num_tiles;
+            const int64_t end = (t + 1) * task.num_rows / task.num_tiles;
+            const char* x = tiles + begin * task.steps * row_step_bytes<T>();
+            for (int64_t panel = block; panel < block_end;) {
+                const int panels = panel + most <= block_end ? most : 1;
+                const char* w = weight + panel * panel_bytes;
+                Ahead ahead;
+                if (num_tiles == 1) {
+                    ahead = {w + kStepsAhead * kStepBytes, panel_bytes, kStepBytes, task.steps};
+                } else {
+                    const int64_t unit = kStepBytes * panels;
+                    const int64_t share = next_bytes / num_tiles / (block_end - block) * panels;
+                    ahead = {next, kStepBytes, unit, (share + unit - 1) / unit};
+                    next += share;
                 }
+                product_for<T>(end - begin, panels)(x, w, task.steps, ahead, out);
+                for (int64_t r = 0; r < end - begin; ++r) {
+                    for (int p = 0; p < panels; ++p) {
+                        store_outputs<T>(task, begin + r, (panel + p) * kPanelCols,
+                                         out + (r * panels + p) * kPanelCols);
+                    }
+                }
+                panel += panels;
             }
         }
     }

@@ -21,6 +21,8 @@ namespace kv {
 
 namespace {
 
+// Numbers of x that are packed at once, in whole rows.
+constexpr int64_t kPackedNumbers = 4 << 20;
 // Less work than this (about 10 microseconds) isn't worth another thread.
 constexpr int64_t kMinProducts = 1 << 18;  // multiply-adds
 constexpr int64_t kMinElements = 1 << 15;  // elements read, of row operations
@@ -91,102 +93,121 @@ const Kernels* usable(int i) {
 }
 constexpr int kNumIsas = 4;
 
-// Rows of a linear, with what they are multiplied by.
-struct RowsOfLinear {
-    PackTask rows;
+// Rows of x for one weight, and where their products go.
+struct LinearPart {
+    const char* x;
+    int64_t x_stride;  // in elements
+    const int64_t* rows;  // which rows of x and out; null: the first ones
     int64_t num_rows;
     const void *weight, *bias;
+    char* out;
 };
 
-// One linear after the other: rows are packed, then panels of columns are shared out.
-void run_linear(Context& context, int dtype, const std::vector<RowsOfLinear>& parts, int64_t n,
-                int64_t k, void* out, bool out_float32) {
+// What all parts of a linear share.
+struct LinearShape {
+    int dtype;
+    int64_t n, k;
+    bool out_float32;
+};
+
+struct LinearPiece {
+    size_t task;
+    int64_t panel_begin, panel_end, tile_begin, tile_end;
+};
+
+// Large pieces first and small ones last, so that all threads end at about the same time.
+void cut_linear(size_t task, int64_t num_panels, int64_t num_tiles, int threads,
+                std::vector<LinearPiece>& pieces) {
+    const auto cut = [&](int64_t begin, int64_t end, int64_t parts) {
+        for (int64_t p = 0; p < parts; ++p) {
+            pieces.push_back({task, begin, end, p * num_tiles / parts, (p + 1) * num_tiles / parts});
+        }
+    };
+    constexpr int64_t kLeast = 4;  // panels: what the smallest tiles take at once
+    for (int64_t begin = 0; begin < num_panels;) {
+        const int64_t share = (num_panels - begin) / (2 * threads) / kLeast * kLeast;
+        const int64_t end = std::min(num_panels, begin + std::max(share, kLeast));
+        cut(begin, end, share > kLeast ? 1 : std::clamp<int64_t>(num_tiles / 4, 1, 4 * threads));
+        begin = end;
+    }
+}
+
+// Rows are packed first, then the products are shared out.
+void multiply(Context& context, const LinearShape& shape, const std::vector<LinearPart>& parts) {
     const Kernels& kernels = context.kernels;
-    const int64_t steps = ceil_div(k, kStepBytes / kPanelCols / dtype_bytes(dtype));
-    const int64_t row_bytes = steps * kernels.row_step_bytes[dtype];
-    const int64_t num_panels = ceil_div(n, kPanelCols);
+    const int64_t k = shape.k, num_panels = ceil_div(shape.n, kPanelCols);
+    const int64_t steps = ceil_div(k * dtype_bytes(shape.dtype), kWordBytes);
+    const int64_t row_bytes = steps * kernels.row_step_bytes[shape.dtype];
+
+    int64_t num_rows = 0;
+    for (const LinearPart& part : parts) num_rows += part.num_rows;
+    // Kept from call to call: memory that was touched before costs nothing.
+    static thread_local std::vector<char> memory;
+    const size_t num_bytes = static_cast<size_t>(num_rows * row_bytes);
+    if (memory.size() < num_bytes) memory.resize(num_bytes);
+    char* packed = memory.data();
 
     struct Tile {
-        const PackTask* rows;
+        PackTask rows;
         int64_t begin, end;
         char* out;
     };
-    struct Piece {
-        size_t task;
-        int64_t begin, end;
-    };
     std::vector<LinearTask> tasks;
     std::vector<Tile> tiles;
-    std::vector<Piece> pieces;
-    int64_t total_rows = 0;
-    for (const RowsOfLinear& part : parts) total_rows += part.num_rows;
-    // Kept from call to call: memory that was touched is cheap.
-    static thread_local std::vector<char> packed;
-    if (packed.size() < static_cast<size_t>(total_rows * row_bytes)) {
-        packed.resize(static_cast<size_t>(total_rows * row_bytes));
-    }
-    char* place = packed.data();
-    const int threads = context.threads_for(total_rows * n * std::max<int64_t>(k, 1), kMinProducts);
-    for (const RowsOfLinear& part : parts) {
-        if (part.num_rows == 0) continue;
+    std::vector<LinearPiece> pieces;
+    const int threads = context.threads_for(num_rows * shape.n * std::max<int64_t>(k, 1), kMinProducts);
+    for (const LinearPart& part : parts) {
         const int64_t num_tiles = ceil_div(part.num_rows, kernels.tile_rows);
         for (int64_t t = 0; t < num_tiles; ++t) {
             const int64_t begin = t * part.num_rows / num_tiles;
-            tiles.push_back({&part.rows, begin, (t + 1) * part.num_rows / num_tiles,
-                             place + begin * row_bytes});
+            tiles.push_back({{part.x, part.x_stride, part.rows, k},
+                             begin,
+                             (t + 1) * part.num_rows / num_tiles,
+                             packed + begin * row_bytes});
         }
-        for (int64_t begin = 0; begin < num_panels;) {
-            const int64_t share = (num_panels - begin) / (2 * threads) / 4 * 4;
-            const int64_t end = std::min(num_panels, begin + std::max<int64_t>(share, 4));
-            pieces.push_back({tasks.size(), begin, end});
-            begin = end;
-        }
-        tasks.push_back({place, part.num_rows, num_tiles, part.rows.rows, part.weight, part.bias,
-                         out, n, steps, out_float32});
-        place += part.num_rows * row_bytes;
+        cut_linear(tasks.size(), num_panels, num_tiles, threads, pieces);
+        tasks.push_back({packed, part.num_rows, num_tiles, part.rows, part.weight, part.bias,
+                         part.out, shape.n, steps, shape.out_float32});
+        packed += part.num_rows * row_bytes;
     }
     context.pool.run(static_cast<int64_t>(tiles.size()),
-                     context.threads_for(total_rows * k, kMinElements), [&](int64_t i) {
-                         const Tile& t = tiles[static_cast<size_t>(i)];
-                         kernels.pack_rows[dtype](*t.rows, t.begin, t.end, t.out);
+                     context.threads_for(num_rows * k, kMinElements), [&](int64_t i) {
+                         const Tile& tile = tiles[static_cast<size_t>(i)];
+                         kernels.pack_rows[shape.dtype](tile.rows, tile.begin, tile.end, tile.out);
                      });
     context.pool.run(static_cast<int64_t>(pieces.size()), threads, [&](int64_t i) {
-        const Piece& p = pieces[static_cast<size_t>(i)];
-        kernels.linear[dtype](tasks[p.task], p.begin, p.end);
+        const LinearPiece& p = pieces[static_cast<size_t>(i)];
+        kernels.linear[shape.dtype](tasks[p.task], p.panel_begin, p.panel_end, p.tile_begin,
+                                    p.tile_end);
     });
 }
 
-// Weight [n, k] to panels: words of 4 bytes, transposed sixteen rows at a time.
-void pack_weight(Context& context, const char* weight, int64_t n, int64_t row_bytes, char* out) {
-    const int64_t steps = ceil_div(row_bytes, 4);
-    context.pool.run(ceil_div(n, kPanelCols), context.pool.threads(), [&](int64_t panel) {
-        char* to = out + panel * steps * kStepBytes;
-        for (int64_t c = 0; c < kPanelCols; ++c) {
-            const int64_t col = panel * kPanelCols + c;
-            for (int64_t s = 0; s < steps; ++s) {
-                uint32_t word = 0;
-                if (col < n) {
-                    std::memcpy(&word, weight + col * row_bytes + 4 * s,
-                                static_cast<size_t>(std::min<int64_t>(4, row_bytes - 4 * s)));
-                }
-                std::memcpy(to + s * kStepBytes + 4 * c, &word, 4);
+// So many rows at a time as may be packed at once.
+void run_linear(Context& context, const LinearShape& shape, const std::vector<LinearPart>& parts) {
+    const int64_t out_bytes = shape.out_float32 ? 4 : dtype_bytes(shape.dtype);
+    const int64_t at_once = std::max<int64_t>(kPackedNumbers / std::max<int64_t>(shape.k, 1), 1);
+    std::vector<LinearPart> batch;
+    int64_t room = at_once;
+    for (LinearPart part : parts) {
+        while (part.num_rows > 0) {
+            batch.push_back(part);
+            const int64_t taken = batch.back().num_rows = std::min(room, part.num_rows);
+            part.num_rows -= taken;
+            room -= taken;
+            if (part.rows) {
+                part.rows += taken;
+            } else {
+                part.x += taken * part.x_stride * dtype_bytes(shape.dtype);
+                part.out += taken * shape.n * out_bytes;
+            }
+            if (room == 0) {
+                multiply(context, shape, batch);
+                batch.clear();
+                room = at_once;
             }
         }
-    });
-}
-
-// Rows of a packed weight, as they came.
-void unpack_rows(Context& context, const char* packed, int64_t row_bytes, const int64_t* ids,
-                 int64_t num_ids, char* out) {
-    const int64_t steps = ceil_div(row_bytes, 4);
-    context.pool.run(num_ids, context.threads_for(num_ids * steps, kMinElements), [&](int64_t i) {
-        const char* from = packed + ids[i] / kPanelCols * steps * kStepBytes + ids[i] % kPanelCols * 4;
-        char* to = out + i * row_bytes;
-        for (int64_t s = 0; s < steps; ++s) {
-            std::memcpy(to + 4 * s, from + s * kStepBytes,
-                        static_cast<size_t>(std::min<int64_t>(4, row_bytes - 4 * s)));
-        }
-    });
+    }
+    if (!batch.empty()) multiply(context, shape, batch);
 }
 
 // f(begin, end) over blocks of rows that are `width` wide.
@@ -197,6 +218,55 @@ void run_rows(Context& context, int64_t rows, int64_t width, F f) {
         std::max<int64_t>(1, std::min(ceil_div(rows, 4 * threads), ceil_div(kMinElements, width)));
     context.pool.run(ceil_div(rows, block), threads, [&](int64_t i) {
         f(i * block, std::min(rows, (i + 1) * block));
+    });
+}
+
+// A weight's rows to panels; zeros behind the last column and the last row.
+void pack_weight(Context& context, const char* weight, int64_t n, int64_t row_bytes, char* out) {
+    const int64_t steps = ceil_div(row_bytes, kWordBytes);
+    const int64_t whole = row_bytes / kWordBytes;
+    context.pool.run(ceil_div(n, kPanelCols), context.pool.threads(), [&](int64_t panel) {
+        char* to = out + panel * steps * kStepBytes;
+        const int64_t cols = std::min(kPanelCols, n - panel * kPanelCols);
+        if (cols < kPanelCols || whole < steps) {
+            std::memset(to, 0, static_cast<size_t>(steps * kStepBytes));
+        }
+        const char* from = weight + panel * kPanelCols * row_bytes;
+        // A cache line of each row at a time.
+        for (int64_t chunk = 0; chunk < steps; chunk += 16) {
+            const int64_t end = std::min(chunk + 16, whole);
+            for (int64_t c = 0; c < cols; ++c) {
+                const char* row = from + c * row_bytes;
+                char* lane = to + c * kWordBytes;
+                for (int64_t s = chunk; s < end; ++s) {
+                    std::memcpy(lane + s * kStepBytes, row + s * kWordBytes, kWordBytes);
+                }
+            }
+        }
+        for (int64_t c = 0; c < cols && whole < steps; ++c) {
+            std::memcpy(to + whole * kStepBytes + c * kWordBytes,
+                        from + c * row_bytes + whole * kWordBytes,
+                        static_cast<size_t>(row_bytes - whole * kWordBytes));
+        }
+    });
+}
+
+// Rows of a packed weight, as they were.
+void unpack_rows(Context& context, const char* packed, int64_t row_bytes, const int64_t* ids,
+                 int64_t num_ids, char* out) {
+    const int64_t steps = ceil_div(row_bytes, kWordBytes);
+    run_rows(context, num_ids, row_bytes, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            const char* from = packed + ids[i] / kPanelCols * steps * kStepBytes +
+                               ids[i] % kPanelCols * kWordBytes;
+            char* to = out + i * row_bytes;
+            const int64_t whole = row_bytes / kWordBytes;
+            for (int64_t s = 0; s < whole; ++s) {
+                std::memcpy(to + s * kWordBytes, from + s * kStepBytes, kWordBytes);
+            }
+            std::memcpy(to + whole * kWordBytes, from + whole * kStepBytes,
+                        static_cast<size_t>(row_bytes - whole * kWordBytes));
+        }
     });
 }
 
@@ -319,7 +389,7 @@ KV_API void kv_destroy(Context* context) { delete context; }
 
 // Bytes of a packed weight: n rounded up to whole panels, rows to whole words.
 KV_API int64_t kv_packed_bytes(int64_t n, int64_t row_bytes) {
-    return kv::ceil_div(n, kv::kPanelCols) * kv::ceil_div(row_bytes, 4) * kv::kStepBytes;
+    return kv::ceil_div(n, kv::kPanelCols) * kv::ceil_div(row_bytes, kv::kWordBytes) * kv::kStepBytes;
 }
 KV_API int kv_pack_weight(Context* context, const void* weight, int64_t n, int64_t row_bytes,
                           void* out) {
@@ -338,8 +408,9 @@ KV_API int kv_linear(Context* context, int dtype, const void* x, int64_t x_strid
                      const void* weight, const void* bias, int64_t n, int64_t k, void* out,
                      int out_float32) {
     return kv::guarded([&] {
-        kv::run_linear(*context, dtype, {{{x, x_stride, nullptr, k}, rows, weight, bias}}, n, k, out,
-                       out_float32 != 0);
+        kv::run_linear(*context, {dtype, n, k, out_float32 != 0},
+                       {{static_cast<const char*>(x), x_stride, nullptr, rows, weight, bias,
+                         static_cast<char*>(out)}});
     });
 }
 
@@ -353,15 +424,13 @@ KV_API int kv_grouped_linear(Context* context, int dtype, const void* x, int64_t
         for (int64_t r = 0; r < rows; ++r) {
             rows_of[static_cast<size_t>(expert_of_row[r])].push_back(r);
         }
-        std::vector<kv::RowsOfLinear> parts;
+        std::vector<kv::LinearPart> parts;
         for (size_t e = 0; e < rows_of.size(); ++e) {
-            if (rows_of[e].empty()) continue;
-            parts.push_back({{x, x_stride, rows_of[e].data(), k},
-                             static_cast<int64_t>(rows_of[e].size()),
-                             weights[e],
-                             biases[e]});
+            parts.push_back({static_cast<const char*>(x), x_stride, rows_of[e].data(),
+                             static_cast<int64_t>(rows_of[e].size()), weights[e], biases[e],
+                             static_cast<char*>(out)});
         }
-        kv::run_linear(*context, dtype, parts, n, k, out, false);
+        kv::run_linear(*context, {dtype, n, k, false}, parts);
     });
 }
 

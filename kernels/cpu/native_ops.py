@@ -1,8 +1,8 @@
 """The operations by the native library: shapes and pointers in, one call each.
 
-A row's bits depend on its own inputs alone: see the comments of linear.h and attention.h. The
-library keeps weights as they come, so a prepared weight is the tensor itself. Knows the C
-signatures, and nothing about how the work is split.
+A row's bits depend on its own inputs alone: see the comments of linear.h and attention.h. Weights
+are packed once, into memory of their own. Knows the C signatures, and nothing about how the work is
+split.
 """
 
 from __future__ import annotations

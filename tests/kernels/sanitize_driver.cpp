@@ -20,6 +20,9 @@ int kv_num_isas();
 const char* kv_isa(int);
 Context* kv_create(int, const char*);
 void kv_destroy(Context*);
+int64_t kv_packed_bytes(int64_t, int64_t);
+int kv_pack_weight(Context*, const void*, int64_t, int64_t, void*);
+int kv_unpack_rows(Context*, const void*, int64_t, const int64_t*, int64_t, void*);
 int kv_linear(Context*, int, const void*, int64_t, int64_t, const void*, const void*, int64_t,
               int64_t, void*, int);
 int kv_grouped_linear(Context*, int, const void*, int64_t, int64_t, const int64_t*,
@@ -103,17 +106,34 @@ struct Pair {
     }
 };
 
+// A weight [n, k] in panels, on the heap; its rows must come back.
+Buffer packed(Pair& pair, Buffer& weight, int64_t n, int64_t k) {
+    const int64_t item = weight.dtype == 0 ? 4 : 2;
+    Buffer panels(weight.dtype, kv_packed_bytes(n, k * item) / item);
+    if (kv_pack_weight(pair.three, weight.data(), n, k * item, panels.data())) {
+        Pair::fail("pack_weight", "ran out of memory");
+    }
+    std::vector<int64_t> ids(static_cast<size_t>(n));
+    std::iota(ids.begin(), ids.end(), 0);
+    Buffer rows(weight.dtype, n * k);
+    if (kv_unpack_rows(pair.three, panels.data(), k * item, ids.data(), n, rows.data()) ||
+        rows.bytes != weight.bytes) {
+        Pair::fail("unpack_rows", "gives back another weight");
+    }
+    return panels;
+}
+
 void linears(Pair& pair, int dtype) {
     const int64_t m = between(0, 70), n = between(1, 150), k = between(1, 300);
-    Buffer x(dtype, m * k), weight(dtype, n * k), bias(dtype, n);
+    Buffer x(dtype, m * k), weight(dtype, n * k), bias(dtype, n), other(dtype, n * k);
+    Buffer first = packed(pair, weight, n, k), second = packed(pair, other, n, k);
     for (int wide = 0; wide < 2; ++wide) {
         pair.same("linear", Buffer(wide ? 0 : dtype, m * n), [&](Context* c, Buffer& out) {
-            return kv_linear(c, dtype, x.data(), k, m, weight.data(), wide ? bias.data() : nullptr,
+            return kv_linear(c, dtype, x.data(), k, m, first.data(), wide ? bias.data() : nullptr,
                              n, k, out.data(), wide);
         });
     }
-    Buffer other(dtype, n * k);
-    const void* weights[] = {weight.data(), other.data()};
+    const void* weights[] = {first.data(), second.data()};
     const void* biases[] = {bias.data(), nullptr};
     const std::vector<int64_t> experts = integers<int64_t>(m, 0, 1);
     pair.same("grouped_linear", Buffer(dtype, m * n), [&](Context* c, Buffer& out) {

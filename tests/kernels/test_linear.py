@@ -95,6 +95,37 @@ def test_threads_share_a_large_linear_bit_for_bit(on_threads, dtype, m, n, k):
     assert torch.equal(results[0], results[2])
 
 
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (15, 3), (16, 64), (33, 100), (200, 31)])
+def test_any_row_of_a_weight_comes_back_as_it_was(ops, dtype, n, k):
+    weight, _ = weight_and_bias(n, k, dtype)
+    prepared = ops.prepare_linear(weight.clone())
+    ids = torch.cat((torch.randperm(n), torch.arange(n)))
+    assert torch.equal(prepared.rows(ids), weight[ids])
+    assert prepared.rows(ids[:0]).shape == (0, k)
+
+
+@pytest.mark.parametrize("ids", [[-1], [0, 9]])
+def test_a_row_that_a_weight_does_not_have_is_refused(exact_ops, dtype, ids):
+    prepared = exact_ops.prepare_linear(weight_and_bias(9, 16, dtype)[0])
+    with pytest.raises(IndexError, match="outside 0 to 8"):
+        prepared.rows(torch.tensor(ids))
+
+
+def test_more_rows_than_are_packed_at_once(exact_ops, dtype):
+    weight, bias = weight_and_bias(5, 2048, dtype)
+    x = torch.randn(5000, 2048).to(dtype)
+    prepared = exact_ops.prepare_linear(weight, bias)
+    out = exact_ops.linear_float32(x, prepared)
+    assert_close(out, x.double() @ weight.double().T + bias.double(), torch.float32)
+    some = torch.tensor([0, 2047, 2048, 4095, 4096, 4999])
+    assert torch.equal(exact_ops.linear_float32(x[some], prepared), out[some])
+    where = torch.arange(5000) % 2
+    other = exact_ops.prepare_linear(weight_and_bias(5, 2048, dtype)[0], bias)
+    grouped = exact_ops.grouped_linear(x, [prepared, other], where)
+    assert torch.equal(grouped[::2], exact_ops.linear(x[::2], prepared))
+    assert torch.equal(grouped[1::2], exact_ops.linear(x[1::2], other))
+
+
 @pytest.mark.parametrize("biased", [False, True])
 def test_grouped_linear_sends_each_row_to_its_expert(ops, dtype, biased):
     parts = [weight_and_bias(19, 48, dtype) for _ in range(5)]
