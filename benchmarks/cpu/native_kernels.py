@@ -41,7 +41,7 @@ class Case:
 
 
 class Clock:
-    """Times calls, in turns of some calls of each: torch's threads spin for a while after theirs."""
+    """Times calls, some of each in turn: torch's threads spin for a while after theirs."""
 
     def __init__(self, threads: int, seconds: float) -> None:
         self._now = time.thread_time if threads == 1 else time.perf_counter
@@ -96,7 +96,7 @@ def linears(native: Ops, dtype: torch.dtype) -> Iterator[Case]:
 
 
 def _packed_by_torch(x: torch.Tensor, plain: list[torch.Tensor]) -> Call | None:
-    """torch's linear over weights in oneDNN's own layout, as compiled models have them."""
+    """The linear of torch over weights in oneDNN's own layout, as compiled models have them."""
     if x.dtype != torch.bfloat16:
         return None
     mkldnn: Any = torch.ops.mkldnn
