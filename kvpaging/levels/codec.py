@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import struct
 import threading
+from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -42,9 +43,9 @@ OVERHEAD_BYTES: Final = HEADER_BYTES + _DIGEST_BYTES
 """What a value costs beside its tokens and body."""
 KEY_BYTES: Final = 32
 
-_SAMPLE_BYTES: Final = 1024
+_SAMPLE_BYTES: Final = 2048
 _WORTHWHILE: Final = 0.95
-"""A plane is compressed if a sample of it shrinks below this."""
+"""Planes are compressed if a sample of them shrinks below this."""
 
 
 class BadValue(Exception):
@@ -99,18 +100,38 @@ class PageCodec:
         return b"".join(self.encode_parts(page))
 
     def encode_parts(self, page: StoredPage) -> list[bytes | memoryview]:
-        """The value of a page in pieces, for those who can write pieces: saves copying it.
+        """The value of a page in pieces; see `encode_many`."""
+        return self.encode_many([page])[0]
 
-        One of them may be a view of the page's payload.
+    def encode_many(self, pages: Sequence[StoredPage]) -> list[list[bytes | memoryview]]:
+        """The values of pages in pieces, for those who can write pieces: saves copying them.
+
+        Some of them may be views of the pages' payloads. Many at once are compressed without a
+        word to the interpreter between them, so that threads do not wait for each other.
         """
-        payload = memoryview(page.payload).cast("B")
-        codec, item, body = RAW, 1, [payload]
-        if self.compresses and len(payload) and len(payload) % self._item_bytes == 0:
-            codec, item = PLANES_ZSTD, self._item_bytes
-            body = self._shrink(payload)
+        payloads = [memoryview(page.payload).cast("B") for page in pages]
+        bodies: list[list[memoryview]] = [[payload] for payload in payloads]
+        shrinking = [i for i, payload in enumerate(payloads) if self._can_shrink(payload)]
+        if shrinking:
+            shrunk = self._shrink([payloads[i] for i in shrinking])
+            for i, body in zip(shrinking, shrunk, strict=True):
+                bodies[i] = body
+        codecs = dict.fromkeys(shrinking, PLANES_ZSTD)
+        return [
+            self._value(page, len(payload), body, codecs.get(i, RAW))
+            for i, (page, payload, body) in enumerate(zip(pages, payloads, bodies, strict=True))
+        ]
+
+    def _can_shrink(self, payload: memoryview) -> bool:
+        return self.compresses and len(payload) > 0 and len(payload) % self._item_bytes == 0
+
+    def _value(
+        self, page: StoredPage, payload_bytes: int, body: list[memoryview], codec: int
+    ) -> list[bytes | memoryview]:
+        item = self._item_bytes if codec == PLANES_ZSTD else 1
         body_bytes = sum(map(len, body))
         header = _HEADER.pack(
-            MAGIC, VERSION, codec, item, len(payload), body_bytes, len(page.tokens),
+            MAGIC, VERSION, codec, item, payload_bytes, body_bytes, len(page.tokens),
             self._root, page.key, page.parent,
         )  # fmt: skip
         check = xxhash.xxh3_64_digest(header)
@@ -151,15 +172,17 @@ class PageCodec:
             raise BadValue("a page of another numerics identity")
         return header
 
-    def _shrink(self, payload: memoryview) -> list[memoryview]:
-        """Sizes of the planes as uint32, then the planes. A plane of its full size is raw."""
-        words = np.frombuffer(payload, _word(self._item_bytes))
+    def _shrink(self, payloads: list[memoryview]) -> list[list[memoryview]]:
+        """Of each: sizes of the planes as uint32, then the planes. One of its full size is raw."""
+        words = [np.frombuffer(payload, _word(self._item_bytes)) for payload in payloads]
         planes = [
-            self._zstd.shrink((words >> (8 * i)).astype(np.uint8).data)
+            self._zstd.shrink([(word >> (8 * i)).astype(np.uint8).data for word in words])
             for i in range(self._item_bytes)
         ]
-        sizes = np.array([len(plane) for plane in planes], "<u4")
-        return [memoryview(sizes.tobytes()), *planes]
+        return [
+            [memoryview(np.array([len(plane) for plane in own], "<u4").tobytes()), *own]
+            for own in zip(*planes, strict=True)
+        ]
 
     def _grow(self, body: memoryview, header: Header) -> memoryview:
         item_bytes = header.item_bytes
@@ -202,13 +225,19 @@ class _ZstdOfThread(threading.local):
         self._compressor = zstandard.ZstdCompressor(compression_params=parameters)
         self._decompressor = zstandard.ZstdDecompressor()
 
-    def shrink(self, plane: memoryview) -> memoryview:
-        """The plane compressed, or itself where that gains little."""
-        sample = plane[:_SAMPLE_BYTES]
+    def shrink(self, planes: list[memoryview]) -> list[memoryview]:
+        """The planes compressed, each itself where that gains nothing."""
+        share = max(1, _SAMPLE_BYTES // len(planes))
+        sample = b"".join(plane[:share] for plane in planes)
         if len(self._compressor.compress(sample)) > _WORTHWHILE * len(sample):
-            return plane
-        smaller = self._compressor.compress(plane)
-        return memoryview(smaller) if len(smaller) < len(plane) else plane
+            return planes
+        given: list[bytes | bytearray | memoryview] = [*planes]
+        found = self._compressor.multi_compress_to_buffer(given)
+        smaller = [memoryview(found[i]) for i in range(len(planes))]
+        return [
+            small if len(small) < len(plane) else plane
+            for small, plane in zip(smaller, planes, strict=True)
+        ]
 
     def grow(self, data: memoryview, num_bytes: int) -> bytes | memoryview:
         """A plane of `num_bytes` bytes, and no more whatever `data` says. Raises BadValue."""

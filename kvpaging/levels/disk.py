@@ -298,7 +298,7 @@ class DiskLevel:
             yield batch, self._encode(batch)
 
     def _encode(self, pages: list[StoredPage]) -> list[_Value]:
-        return [_Value(self._codec.encode_parts(page)) for page in pages]
+        return [_Value(parts) for parts in self._codec.encode_many(pages)]
 
     # Opening.
 

@@ -11,6 +11,7 @@ import os
 import random
 import secrets
 import threading
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,8 @@ from kvpaging.scheduling.request import Request, SamplingParams
 STEP_S = 0.1
 MAX_STEPS = 4000
 """An accepted request has ended by then."""
+# Afresh in each run, and the same in all of its workers: it is part of the test's name.
+SEED = zlib.crc32(os.environ.get("PYTEST_XDIST_TESTRUNUID", secrets.token_hex(8)).encode())
 SOAK_HOURS = float(os.environ.get("SOAK_HOURS", "1"))
 
 
@@ -235,9 +238,8 @@ def resident_bytes() -> int:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("small_queues")
-def test_an_hour_of_steps_with_faults_leaves_nothing_behind(tmp_path: Path) -> None:
-    seed = os.environ.get("SOAK_SEED", secrets.token_hex(4))
-    print(f"SOAK_SEED={seed}")
+@pytest.mark.parametrize("seed", [SEED])
+def test_an_hour_of_steps_with_faults_leaves_nothing_behind(seed: int, tmp_path: Path) -> None:
     world = World(tmp_path / "pages", random.Random(seed))
     num_rounds = 24
     seen: list[tuple[int, int, int]] = []
@@ -250,7 +252,6 @@ def test_an_hour_of_steps_with_faults_leaves_nothing_behind(tmp_path: Path) -> N
         if world.rng.random() < 0.3:
             world.kill()
     world.stop()
-    print(world.num_steps, world.totals, seen)
     settled = seen[len(seen) // 4 :]
     assert max(files for _, files, _ in settled) <= seen[0][1] + 4
     assert max(threads for _, _, threads in settled) <= seen[0][2] + 4
