@@ -19,7 +19,7 @@ from __future__ import annotations
 import struct
 import threading
 from collections.abc import Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, cast
 
 import numpy as np
 import xxhash
@@ -233,7 +233,7 @@ class _ZstdOfThread(threading.local):
             return planes
         given: list[bytes | bytearray | memoryview] = [*planes]
         found = self._compressor.multi_compress_to_buffer(given)
-        smaller = [memoryview(found[i]) for i in range(len(planes))]
+        smaller = [memoryview(cast(bytes, found[i])) for i in range(len(planes))]
         return [
             small if len(small) < len(plane) else plane
             for small, plane in zip(smaller, planes, strict=True)
