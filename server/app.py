@@ -62,7 +62,11 @@ def create_app(config: AppConfig, client: EngineClient, text: Text | None = None
 async def _prepare(app: FastAPI) -> AsyncIterator[None]:
     """Make now, while the engine loads, what FastAPI would make in the first request (0.1 s)."""
     app.openapi()
+    service: Service = app.state.service
+    if service.config.preload is not None:
+        service.preloader.read(service.config.preload)
     yield
+    await service.preloader.close()
 
 
 class _App(FastAPI):

@@ -15,7 +15,7 @@ import msgspec
 from kvpaging.base.config import EngineConfig
 from kvpaging.base.errors import EngineDied
 from kvpaging.base.ids import RequestId
-from kvpaging.engine.messages import CacheStats, EngineStats, PagePicture
+from kvpaging.engine.messages import CacheStats, EngineStats, PagePicture, PinList
 from kvpaging.scheduling.outputs import SequenceOutput
 from kvpaging.scheduling.request import Request
 
@@ -74,6 +74,12 @@ class EngineClient(Protocol):
 
     async def cache_stats(self) -> CacheStats:
         """What the cache did so far. Raises `EngineDied`."""
+
+    async def pins(self) -> PinList:
+        """Every tenant's pins. Raises `EngineDied`."""
+
+    def unpin(self, request_id: RequestId) -> None:
+        """End the pin that this request made."""
 
     async def close(self) -> None:
         """End the engine."""

@@ -18,6 +18,7 @@ from typing import TypeVar, cast
 from kvpaging.base.errors import BadRequest, EngineDied, KvPagingError, Overloaded
 from kvpaging.base.ids import RequestId
 from kvpaging.cache.explanation import CacheExplanation
+from kvpaging.cache.retention import AS_IT_IS, Retention
 from kvpaging.scheduling.outputs import Finished, FinishReason, Recomputed, SequenceOutput
 from kvpaging.scheduling.plan import Sample
 from kvpaging.scheduling.request import Request, SamplingParams
@@ -44,6 +45,7 @@ class Order:
     n: int = 1
     priority: int = 0
     owner: Owner = field(default_factory=Owner)
+    retention: Retention = AS_IT_IS
     explain: bool = False
     is_score: bool = False
     """Only the prompt is of interest: the outputs are empty. (The engine samples a token anyway.)
@@ -60,6 +62,8 @@ class Order:
             self.owner.namespace,
             self.owner.shared,
             self.owner.tenant,
+            self.owner.max_pages,
+            self.retention,
             explain=self.explain,
         )
 

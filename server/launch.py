@@ -237,9 +237,12 @@ class _Server:
 
     def _app(self) -> FastAPI:
         from server.app import AppConfig, create_app  # slow; the engine loads meanwhile
+        from server.preload import open_file
         from server.sse import StreamLimits
 
         settings = self._settings
+        if settings.preload is not None:
+            open_file(settings.preload).close()
         config = AppConfig(
             served_model_name=settings.model_name,
             keys=self._keys,
@@ -247,6 +250,8 @@ class _Server:
             operator_key=(
                 settings.operator_key.get_secret_value() if settings.operator_key else None
             ),
+            tenant_budget=settings.tenant_budget,
+            preload=settings.preload,
             max_body_bytes=settings.max_body,
             body_timeout_s=settings.body_timeout_s,
             stream=StreamLimits(stall_s=settings.write_timeout_s),

@@ -12,7 +12,8 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Annotated, Any, Final, cast
 
 from fastapi import Depends, Request
@@ -28,8 +29,10 @@ from server.generation import Done, Order, TextDelta, generate
 from server.keys import Keys
 from server.observe.metrics import Metrics
 from server.observe.record import RequestRecord
+from server.preload import Preloader
 from server.schemas.body import BodyBudget
 from server.schemas.fields import CacheFields
+from server.schemas.pins import PrefixFields
 from server.sse import StreamLimits
 from server.tenants import Namespaces, Owner
 from server.text import Text
@@ -60,6 +63,10 @@ class AppConfig:
     default_max_new_tokens: int = 128
     """For `/generate` and TGI's dialect; what fits if that is less."""
     stream: StreamLimits = field(default_factory=StreamLimits)
+    tenant_budget: float | None = None
+    """KV pages that each tenant may have; up to 1: that share of the pool."""
+    preload: Path | None = None
+    """A file of prefixes to compute ahead: see `server.preload`."""
     drain_retry_s: float = 5.0
     """What `Retry-After` says while the server is going away."""
 
@@ -71,6 +78,7 @@ class Service:
         self.config = config
         self.client = client
         self.metrics = Metrics(client.status)
+        self.preloader = Preloader(self)
         self.created = int(time.time())
         self.is_draining = False
         self.bodies = BodyBudget(max(config.max_bodies_bytes, config.max_body_bytes))
@@ -250,6 +258,18 @@ class Service:
         same = (len(set(tokens)) == 1 for tokens in zip(*begun_alike, strict=False))
         return sum(1 for _ in itertools.takewhile(bool, same))
 
+    async def prefix_ids(self, asked: PrefixFields) -> tuple[tuple[int, ...], int]:
+        """Give a prefix as the model reads it, and how many of its tokens may be shared."""
+        if asked.messages is None:
+            token_ids = await self.prompt_ids(asked.prompt or "")
+            return token_ids, len(token_ids) if asked.cache_scope == "shared" else 0
+        messages = [message.for_template() for message in asked.messages]
+        variables = asked.chat_template_kwargs
+        token_ids = await self.chat_ids(messages, variables)
+        if asked.cache_scope != "shared":
+            return token_ids, 0
+        return token_ids, await self.num_system_tokens(messages, variables, token_ids)
+
     async def prompt_ids(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
         """Give the prompt as the model reads it; token ids are taken as they are.
 
@@ -286,7 +306,16 @@ class Service:
         self.config.namespaces.check(asked.cache_scope)
         tenant = identity_of(request.scope).tenant
         num_shared_tokens = num_shared_tokens if asked.cache_scope == "shared" else 0
-        return self.config.namespaces.owner(tenant, asked.cache_salt, num_shared_tokens)
+        owner = self.config.namespaces.owner(tenant, asked.cache_salt, num_shared_tokens)
+        return replace(owner, max_pages=self.max_tenant_pages())
+
+    def max_tenant_pages(self) -> int | None:
+        """Give the pages that each tenant may have; `None`: as many as there are."""
+        budget = self.config.tenant_budget
+        if budget is None:
+            return None
+        num_pages = self.engine_config().scheduler.num_pages
+        return max(1, int(budget * num_pages)) if budget <= 1 else int(budget)
 
 
 def service_of(request: Request) -> Service:

@@ -151,6 +151,18 @@ class Settings(BaseModel):
     eviction_policy: Annotated[str, AfterValidator(_policy)] = Field(
         DEFAULT_POLICY, description=f"which cached page goes first: {', '.join(POLICIES)}"
     )
+    max_pinned_ratio: float = Field(
+        0.25, ge=0, le=1, description="share of the KV pages that pins may hold; 0: no pins"
+    )
+    tenant_budget: float | None = Field(
+        None,
+        gt=0,
+        le=2**31,
+        description="KV pages that each tenant may have, or up to 1: share of them; default: all",
+    )
+    preload: Path | None = Field(
+        None, description="file of prompts or messages (JSON lines) to compute ahead when idle"
+    )
     record: Path | None = Field(
         None, description="file to record what each step was given to, for 'kvpaging replay'"
     )
@@ -274,6 +286,7 @@ class Settings(BaseModel):
             prefix_cache=self.prefix_cache,
             exact=self.exact,
             eviction_policy=self.eviction_policy,
+            max_pinned_ratio=self.max_pinned_ratio,
             record=None if self.record is None else str(self.record.expanduser().absolute()),
             host_cache_bytes=self.host_cache,
             host_cache_min_uses=self.host_cache_min_uses,

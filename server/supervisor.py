@@ -41,9 +41,11 @@ from kvpaging.engine.messages import (
     FromEngine,
     GetCacheStats,
     GetPages,
+    GetPins,
     Hello,
     Loading,
     PagePicture,
+    PinList,
     Query,
     Ready,
     Shutdown,
@@ -51,8 +53,7 @@ from kvpaging.engine.messages import (
     StepDone,
     ToEngine,
 )
-from kvpaging.scheduling import admission
-from kvpaging.scheduling.events import Abort, Arrival, Finish
+from kvpaging.scheduling.events import Abort, Arrival, Finish, Unpin
 from kvpaging.scheduling.outputs import Rejection, SequenceOutput
 from kvpaging.scheduling.request import Request
 from server.client import EngineState, EngineStatus, ShuttingDown
@@ -80,7 +81,7 @@ class SupervisorLimits:
     hang_s: float = 180.0
     """And for so long: the engine process is killed, and another one started."""
     query_s: float = 5.0
-    """For the answer to `pages` or `cache_stats`."""
+    """For the answer to `pages`, `cache_stats` or `pins`."""
     max_pending_outputs: int = 4096
     """So many outputs behind, a reader loses its request."""
     close_s: float = 3.0
@@ -168,6 +169,15 @@ class EngineSupervisor:
         """What the cache did so far. Raises `EngineDied`, also when it gives no answer."""
         return cast(CacheStats, await self._ask(GetCacheStats, self._limits.query_s))
 
+    async def pins(self) -> PinList:
+        """Every tenant's pins. Raises `EngineDied`, also when it gives no answer."""
+        return cast(PinList, await self._ask(GetPins, self._limits.query_s))
+
+    def unpin(self, request_id: RequestId) -> None:
+        """See `EngineClient.unpin`. With an engine that is gone its pins are gone too."""
+        if self._state is EngineState.READY:
+            self._send(Unpin(request_id))
+
     async def _ask(self, query: Callable[[int], Query], timeout_s: float) -> Answer:
         if self._state is not EngineState.READY:
             raise EngineDied(f"the engine is {self._state}: {self._detail}")
@@ -242,7 +252,7 @@ class EngineSupervisor:
         match message:
             case StepDone():
                 self._take_step(message)
-            case PagePicture() | CacheStats():
+            case PagePicture() | CacheStats() | PinList():
                 answer = self._queries.get(message.query_id)
                 if answer is not None and not answer.done():
                     answer.set_result(message)
@@ -325,7 +335,6 @@ class EngineSupervisor:
             raise BadRequest(
                 f"a request with the id {request.request_id} is running", code="duplicate_id"
             )
-        admission.check(request, self._config.scheduler, self._config.vocab_size)
         if self._suspects.is_banned(request):
             raise BadRequest(
                 "the engine crashed twice while it computed this request, so it is not tried "

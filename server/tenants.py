@@ -29,6 +29,8 @@ class Owner:
     tenant: str = ANONYMOUS_TENANT
     namespace: bytes = b""
     shared: SharedPrefix | None = None
+    max_pages: int | None = None
+    """Pages that the tenant may have; `None`: as many as there are."""
 
 
 class Namespaces:

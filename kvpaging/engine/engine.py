@@ -25,6 +25,7 @@ from kvpaging.base.ids import PageId, RequestId
 from kvpaging.cache.audit import Audit
 from kvpaging.cache.cache_manager import CacheManager
 from kvpaging.cache.eviction.names import POLICIES
+from kvpaging.cache.pins import PinState
 from kvpaging.engine.messages import CacheStats, EngineStats, PageState
 from kvpaging.execution.executor import Executor, RunningStep
 from kvpaging.replay.recording import Recorder, create_file
@@ -185,6 +186,7 @@ class Engine:
             num_loaded_pages=scheduler.counters.loaded_pages,
             step_s=self._step_s,
             num_quarantined_pages=pages.num_quarantined,
+            num_pinned_pages=cache.pins.num_owned,
             broken_laws=tuple(self._audit.breaches),
         )
 
@@ -232,6 +234,10 @@ class Engine:
             )
             for page_id in map(PageId, range(1, pages.num_pages + 1))
         )
+
+    def pins(self) -> tuple[PinState, ...]:
+        """Every pin, the oldest first. O(pins)."""
+        return self._cache.pins.states(self._clock())
 
     def generate(
         self, prompts: Iterable[Sequence[int]], sampling: SamplingParams, *, n: int = 1

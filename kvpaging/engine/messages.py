@@ -13,9 +13,10 @@ import msgspec
 
 from kvpaging.base.config import EngineConfig, EngineOptions
 from kvpaging.cache.load_costs import LoadChoices
+from kvpaging.cache.pins import PinState
 from kvpaging.cache.statistics import LoadTimes
 from kvpaging.levels.level import BelowStats
-from kvpaging.scheduling.events import Abort, Arrival, Finish
+from kvpaging.scheduling.events import Abort, Arrival, Finish, Unpin
 from kvpaging.scheduling.outputs import StepOutputs
 
 PROTOCOL_VERSION: Final = 1
@@ -42,6 +43,12 @@ class GetPages(msgspec.Struct, frozen=True, tag=True):
 
 class GetCacheStats(msgspec.Struct, frozen=True, tag=True):
     """Ask for `CacheStats`."""
+
+    query_id: int
+
+
+class GetPins(msgspec.Struct, frozen=True, tag=True):
+    """Ask for a `PinList`."""
 
     query_id: int
 
@@ -83,6 +90,7 @@ class EngineStats(msgspec.Struct, frozen=True, tag=True):
     step_s: float = 0.0
     """The last step, wall time."""
     num_quarantined_pages: int = 0
+    num_pinned_pages: int = 0
     broken_laws: tuple[str, ...] = ()
 
 
@@ -138,13 +146,22 @@ class CacheStats(msgspec.Struct, frozen=True, tag=True):
     below: BelowStats = BelowStats()
 
 
+class PinList(msgspec.Struct, frozen=True, tag=True):
+    """The answer to `GetPins`."""
+
+    query_id: int
+    page_size: int
+    max_pages: int
+    pins: tuple[PinState, ...]
+
+
 class StartFailed(msgspec.Struct, frozen=True, tag=True):
     """The engine can't start with these options; trying again would not help."""
 
     message: str
 
 
-Query = GetPages | GetCacheStats
-Answer = PagePicture | CacheStats
-ToEngine = Hello | Arrival | Abort | Finish | Query | Shutdown
+Query = GetPages | GetCacheStats | GetPins
+Answer = PagePicture | CacheStats | PinList
+ToEngine = Hello | Arrival | Abort | Finish | Unpin | Query | Shutdown
 FromEngine = Hello | Loading | Ready | StepDone | Answer | StartFailed

@@ -27,6 +27,7 @@ import msgspec
 from kvpaging.base import logs
 from kvpaging.base.config import EngineConfig, EngineOptions
 from kvpaging.base.errors import ConfigError
+from kvpaging.cache.pins import PinState
 from kvpaging.engine.connection import Connection, ConnectionClosed, ProtocolError
 from kvpaging.engine.messages import (
     PROTOCOL_VERSION,
@@ -34,10 +35,12 @@ from kvpaging.engine.messages import (
     EngineStats,
     GetCacheStats,
     GetPages,
+    GetPins,
     Hello,
     Loading,
     PagePicture,
     PageState,
+    PinList,
     Ready,
     Shutdown,
     StartFailed,
@@ -79,6 +82,9 @@ class SteppedEngine(Protocol):
 
     def cache_stats(self, query_id: int) -> CacheStats:
         """What the cache did so far."""
+
+    def pins(self) -> tuple[PinState, ...]:
+        """Every pin."""
 
     def audit_idle(self) -> bool:
         """Check a slice of the laws; say whether more is left to check."""
@@ -177,6 +183,12 @@ def _serve(connection: Connection[ToEngine], engine: SteppedEngine) -> None:
                     _send_pages(connection, engine, query_id)
                 case GetCacheStats(query_id):
                     connection.send(engine.cache_stats(query_id))
+                case GetPins(query_id):
+                    limits = engine.config.scheduler
+                    pins = engine.pins()
+                    connection.send(
+                        PinList(query_id, limits.page_size, limits.max_pinned_pages, pins)
+                    )
                 case Hello():
                     raise ProtocolError("a second Hello")
                 case _:

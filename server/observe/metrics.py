@@ -51,6 +51,14 @@ class Metrics:
             ["code"],
             registry=registry,
         )
+        self._preloaded = Counter(
+            "kvpaging_preloaded_prefixes",
+            "Prefixes that were to be computed ahead.",
+            ["outcome"],
+            registry=registry,
+        )
+        for outcome in ("done", "failed"):
+            self._preloaded.labels(outcome)
         self.time_to_first_token = Histogram(
             "kvpaging_time_to_first_token_seconds",
             "From arrival to the first token.",
@@ -87,6 +95,10 @@ class Metrics:
     def see_cache(self, stats: CacheStats, num_restarts: int) -> None:
         """Show these of the cache as long as the engine isn't restarted once more."""
         self._engine.cache = (stats, num_restarts)
+
+    def preloaded(self, outcome: str) -> None:
+        """One prefix was computed ahead (`done`), or could not be (`failed`)."""
+        self._preloaded.labels(outcome).inc()
 
     def render(self) -> bytes:
         """Give everything in the text format."""
@@ -131,6 +143,9 @@ class _EngineCollector(Collector):
         pages.add_metric(["held"], stats.num_held_pages)
         pages.add_metric(["quarantined"], stats.num_quarantined_pages)
         yield pages
+        yield GaugeMetricFamily(
+            "kvpaging_pinned_pages", "KV pages that pins hold.", value=stats.num_pinned_pages
+        )
         totals = self._totals(
             status.num_restarts,
             {

@@ -9,7 +9,19 @@ from typing import Final
 
 from fastapi import APIRouter
 
-from server.routes import cache, chat, completions, generate, openai, operations, pages, tgi, tokens
+from server.routes import (
+    cache,
+    chat,
+    completions,
+    generate,
+    openai,
+    operations,
+    pages,
+    pins,
+    preload,
+    tgi,
+    tokens,
+)
 
 ROUTERS: Final[tuple[APIRouter, ...]] = (
     generate.router,
@@ -21,4 +33,6 @@ ROUTERS: Final[tuple[APIRouter, ...]] = (
     operations.router,
     pages.router,
     cache.router,
+    pins.router,
+    preload.router,
 )

@@ -33,6 +33,7 @@ from server.schemas.generate import (
     GenerateUsage,
     TokenLogprob,
 )
+from server.schemas.retention import retention_of
 from server.schemas.tgi import TgiRequest, TgiResponse
 from server.service import Service, ServiceDep
 from server.sse import data_event, until_gone
@@ -105,6 +106,7 @@ async def _order(asked: GenerateRequest, service: Service, request: Request) -> 
         n=asked.n,
         priority=asked.priority,
         owner=service.owner_of(request, asked, len(token_ids)),
+        retention=retention_of(asked.cache),
         explain=asked.explain,
     )
 

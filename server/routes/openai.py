@@ -24,6 +24,7 @@ from server.schemas.openai import (
     ModelList,
     OpenAIUsage,
 )
+from server.schemas.retention import retention_of
 from server.service import Service, ServiceDep
 
 router: Final = APIRouter(prefix="/v1", tags=["openai"])
@@ -76,6 +77,7 @@ def order_for(
         n=asked.num_outputs,
         priority=asked.priority or 0,
         owner=service.owner_of(request, asked, num_shared_tokens),
+        retention=retention_of(asked.cache),
         explain=bool(asked.explain),
     )
 

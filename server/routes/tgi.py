@@ -33,6 +33,7 @@ from server.routes.answers import (
 )
 from server.schemas.body import JsonObject, event_stream, json_body, parse
 from server.schemas.errors import TgiErrorResponse
+from server.schemas.retention import retention_of
 from server.schemas.tgi import (
     TgiDetails,
     TgiParameters,
@@ -142,6 +143,7 @@ async def _order(
         stop=tuple(parameters.stop or ()),
         include_stop=True,
         owner=service.owner_of(request, parameters, len(token_ids)),
+        retention=retention_of(parameters.cache),
         explain=bool(parameters.explain),
     )
 

@@ -12,6 +12,8 @@ from pydantic import BaseModel
 
 from server.schemas.generate import GenerateEnd, GenerateEvent, GenerateRequest
 from server.schemas.openai import ChatCompletionChunk, ChatCompletionRequest, CompletionRequest
+from server.schemas.pins import PinRequest
+from server.schemas.preload import PreloadRequest
 from server.schemas.tgi import TgiRequest, TgiStreamEvent
 from server.schemas.tokens import DetokenizeRequest, TgiTokenizeRequest, TokenizeRequest
 
@@ -23,6 +25,8 @@ REQUEST_MODELS: Final[tuple[type[BaseModel], ...]] = (
     TokenizeRequest,
     TgiTokenizeRequest,
     DetokenizeRequest,
+    PinRequest,
+    PreloadRequest,
 )
 
 EVENTS: Final[tuple[type, ...]] = (GenerateEvent, GenerateEnd, ChatCompletionChunk, TgiStreamEvent)

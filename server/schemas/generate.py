@@ -25,6 +25,7 @@ from server.schemas.fields import (
     seed_or_random,
     text_or_token_ids,
 )
+from server.schemas.retention import CACHE_WORDS, CacheControl
 from server.tenants import CacheScope
 
 Prompt = Annotated[
@@ -75,6 +76,7 @@ class GenerateRequest(StrictModel):
     priority: int = Field(0, ge=-MAX_PRIORITY, le=MAX_PRIORITY, description="Higher runs first.")
     cache_scope: CacheScope = Field("tenant", description=CACHE_SCOPE_WORDS)
     cache_salt: CacheSalt = Field("", description=CACHE_SALT_WORDS)
+    cache: CacheControl | None = Field(None, description=CACHE_WORDS)
     explain: bool = Field(False, description=EXPLAIN)
 
     @model_validator(mode="after")

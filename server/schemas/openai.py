@@ -32,6 +32,7 @@ from server.schemas.fields import (
     seed_or_random,
     text_or_token_ids,
 )
+from server.schemas.retention import CACHE_WORDS, CacheControl
 from server.tenants import CacheScope
 
 MAX_PROMPTS: Final = 256
@@ -72,6 +73,7 @@ class _Sampling(LenientModel):
     priority: int | None = Field(default=None, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
     cache_scope: CacheScope | None = Field(default=None, description=CACHE_SCOPE_WORDS)
     cache_salt: CacheSalt | None = Field(default=None, description=CACHE_SALT_WORDS)
+    cache: CacheControl | None = Field(default=None, description=CACHE_WORDS)
     explain: bool | None = Field(default=None, description=EXPLAIN)
     stream: bool | None = None
     stream_options: StreamOptions | None = None

@@ -23,6 +23,7 @@ from server.schemas.fields import (
     StopStrings,
     seed_or_random,
 )
+from server.schemas.retention import CACHE_WORDS, CacheControl
 from server.tenants import CacheScope
 
 NOT_SUPPORTED: Final = (
@@ -60,6 +61,7 @@ class TgiParameters(LenientModel):
 
     cache_scope: CacheScope | None = Field(None, description=CACHE_SCOPE_WORDS)
     cache_salt: CacheSalt | None = Field(None, description=CACHE_SALT_WORDS)
+    cache: CacheControl | None = Field(None, description=CACHE_WORDS)
     explain: bool | None = Field(None, description=f"With `details`: {EXPLAIN}")
 
     @model_validator(mode="after")
@@ -106,10 +108,11 @@ class TgiRequest(LenientModel):
     stream: bool | None = None
     cache_scope: Any | None = Field(None, description="Belongs into `parameters`.")
     cache_salt: Any | None = Field(None, description="Belongs into `parameters`.")
+    cache: Any | None = Field(None, description="Belongs into `parameters`.")
 
     @model_validator(mode="after")
     def _refuse_what_would_be_overlooked(self) -> Self:
-        for name in ("cache_scope", "cache_salt"):
+        for name in ("cache_scope", "cache_salt", "cache"):
             if getattr(self, name) is not None:
                 raise ValueError(f"{name} belongs into parameters")
         return self

@@ -21,9 +21,10 @@ from kvpaging.cache.explanation import (
     MissReason,
 )
 from kvpaging.cache.load_costs import LevelCost, LoadChoices
+from kvpaging.cache.pins import PinState
 from kvpaging.cache.statistics import LoadTimes
 from kvpaging.engine.connection import encode_frame
-from kvpaging.engine.messages import CacheStats, EngineStats, PagePicture
+from kvpaging.engine.messages import CacheStats, EngineStats, PagePicture, PinList
 from kvpaging.levels.level import BelowStats, LevelStats
 from kvpaging.scheduling import admission
 from kvpaging.scheduling.events import Arrival
@@ -111,6 +112,7 @@ class FakeEngineClient:
     open: dict[RequestId, Request] = field(default_factory=dict)
     seen: list[Request] = field(default_factory=list)
     aborted: list[RequestId] = field(default_factory=list)
+    unpinned: list[RequestId] = field(default_factory=list)
     finishes: list[tuple[RequestId, int, int]] = field(default_factory=list)
 
     def status(self) -> EngineStatus:
@@ -157,6 +159,18 @@ class FakeEngineClient:
         if self.config is None or self.state is EngineState.DEAD:
             raise EngineDied("there is no engine")
         return self.cache
+
+    async def pins(self) -> PinList:
+        pins = tuple(
+            PinState(request.request_id, request.tenant, num_pages, True, request.retention.ttl_s)
+            for request in self.seen
+            if request.retention.pin and request.request_id not in self.unpinned
+            if (num_pages := len(request.prompt_token_ids) // 16)
+        )
+        return PinList(0, 16, 32, pins)
+
+    def unpin(self, request_id: RequestId) -> None:
+        self.unpinned.append(request_id)
 
     async def close(self) -> None:
         self.state = EngineState.DEAD

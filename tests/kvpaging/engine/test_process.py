@@ -13,6 +13,7 @@ import pytest
 from kvpaging.base.config import EngineConfig, EngineOptions, SchedulerConfig
 from kvpaging.base.errors import ConfigError
 from kvpaging.base.ids import RequestId
+from kvpaging.cache.pins import PinState
 from kvpaging.engine.connection import MAX_UNSENT_BYTES, FrameSplitter, encode_frame
 from kvpaging.engine.messages import (
     PROTOCOL_VERSION,
@@ -88,6 +89,9 @@ class ScriptedEngine:
 
     def pages(self) -> tuple[PageState, ...]:
         return (PageState(1, "free", 0, 0),)
+
+    def pins(self) -> tuple[PinState, ...]:
+        return (PinState("p", "t", 3, True, None),)
 
     def audit_idle(self) -> bool:
         self.num_audits -= 1

@@ -15,6 +15,7 @@ from enum import IntEnum, StrEnum
 
 from kvpaging.base.config import EngineConfig, EngineOptions, SchedulerConfig
 from kvpaging.base.errors import ConfigError
+from kvpaging.cache.pins import PinState
 from kvpaging.engine import process
 from kvpaging.engine.messages import CacheStats, EngineStats, PageState
 from kvpaging.scheduling.events import Abort, Arrival, Event, Finish
@@ -86,6 +87,9 @@ class FakeEngine:
 
     def pages(self) -> tuple[PageState, ...]:
         return tuple(PageState(i, "free", 0, 0) for i in range(1, 4))
+
+    def pins(self) -> tuple[PinState, ...]:
+        return (PinState("p", "t", 3, True, None),)
 
     def audit_idle(self) -> bool:
         return False

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from fake_engine import FakeEngineClient
+from http_app import Caller, make_app
+
+from kvpaging.cache.retention import Retention
+
+LONG = list(range(1, 41))  # two pages of 16, and a half
+
+
+def test_a_prefix_is_computed_pinned_listed_and_given_up() -> None:
+    client = FakeEngineClient(num_cached_tokens=16)
+    http = Caller(make_app(client))
+    answer = http.post("/pins", {"prompt": LONG, "ttl_s": 60, "priority": 5}).json()
+    assert (answer["pages"], answer["tokens"], answer["cached_tokens"]) == (2, 32, 16)
+    (seen,) = client.seen
+    assert seen.retention == Retention(pin=True, ttl_s=60, priority=5)
+    assert (seen.prompt_token_ids, seen.sampling.max_new_tokens) == (tuple(LONG), 1)
+    listed = http.get("/pins").json()
+    pin = {"id": answer["id"], "pages": 2, "tokens": 32, "computed": True, "ends_in_s": 60.0}
+    assert listed == {"page_size": 16, "pins": [pin]}
+    assert http.request("DELETE", f"/pins/{answer['id']}").json() == {"id": answer["id"]}
+    assert client.unpinned == [answer["id"]]
+    assert http.get("/pins").json()["pins"] == []
+
+
+def test_messages_are_pinned_as_a_chat_begins_with_them() -> None:
+    client = FakeEngineClient()
+    http = Caller(make_app(client))
+    messages = [{"role": "system", "content": "be brief " * 20}]
+    assert http.post("/pins", {"messages": messages}).status_code == 200
+    chat = {"model": "org/tiny", "messages": messages, "max_tokens": 2}
+    assert http.post("/v1/chat/completions", chat).status_code == 200
+    assert client.seen[0].prompt_token_ids == client.seen[1].prompt_token_ids
+
+
+def test_a_tenant_sees_and_ends_its_own_pins_alone() -> None:
+    client = FakeEngineClient()
+    app = make_app(client, api_keys=("one", "two"))
+    one, two = (Caller(app, {"Authorization": f"Bearer {key}"}) for key in ("one", "two"))
+    pin_id = one.post("/pins", {"prompt": LONG}).json()["id"]
+    assert len(one.get("/pins").json()["pins"]) == 1
+    assert two.get("/pins").json()["pins"] == []
+    answer = two.request("DELETE", f"/pins/{pin_id}")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "pin_not_found")
+    assert client.unpinned == []
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ({}, "give either prompt or messages"),
+        ({"prompt": [1] * 15}, "15 tokens fill none of 16"),
+        ({"prompt": LONG, "ttl_s": 0}, "ttl_s"),
+        ({"prompt": LONG, "priority": 101}, "priority"),
+        ({"prompt": LONG, "pin": True}, "unknown field 'pin'"),
+    ],
+)
+def test_what_can_not_be_pinned_is_refused(body: dict[str, Any], says: str) -> None:
+    client = FakeEngineClient()
+    answer = Caller(make_app(client)).post("/pins", body)
+    assert answer.status_code == 400
+    assert says in answer.json()["error"]["message"]
+    assert not client.seen
+
+
+def bodies(cache: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    chat = {"model": "org/tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+    completion = {"model": "org/tiny", "prompt": "x", "max_tokens": 1}
+    return [
+        ("/generate", {"prompt": "x", "max_new_tokens": 1, "cache": cache}),
+        ("/generate", {"inputs": "x", "parameters": {"max_new_tokens": 1, "cache": cache}}),
+        ("/v1/completions", {**completion, "cache": cache}),
+        ("/v1/chat/completions", {**chat, "cache": cache}),
+    ]
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_every_dialect_says_how_long_pages_stay(place: int) -> None:
+    client = FakeEngineClient()
+    http = Caller(make_app(client))
+    path, body = bodies({"pin": True, "ttl_s": 3600, "priority": -7})[place]
+    assert http.post(path, body).status_code == 200
+    path, body = bodies({"store": False})[place]
+    assert http.post(path, body).status_code == 200
+    assert [request.retention for request in client.seen] == [
+        Retention(pin=True, ttl_s=3600, priority=-7),
+        Retention(store=False),
+    ]
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_every_dialect_refuses_what_it_would_overlook(place: int) -> None:
+    http = Caller(make_app(FakeEngineClient()))
+    for cache in ({"store": False, "pin": True}, {"keep": True}, {"ttl_s": -1}, True):
+        path, body = bodies(cache)[place]  # type: ignore[arg-type]
+        answer = http.post(path, body)
+        assert answer.status_code in (400, 422), cache
+        assert "cache" in answer.text
+
+
+def test_the_budget_of_a_tenant_goes_with_each_request() -> None:
+    for budget, pages in ((None, None), (0.25, 16), (10.0, 10)):
+        client = FakeEngineClient()
+        http = Caller(make_app(client, tenant_budget=budget))
+        http.post("/generate", {"prompt": "x", "max_new_tokens": 1})
+        assert [request.tenant_pages for request in client.seen] == [pages]
