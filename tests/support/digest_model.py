@@ -184,8 +184,14 @@ class DigestLevels:
     names = ("digest",)
 
     def __init__(
-        self, rng: random.Random, *, store_at_uses: tuple[int, ...] = (), wants_evicted: bool
+        self,
+        rng: random.Random,
+        *,
+        store_at_uses: tuple[int, ...] = (),
+        wants_evicted: bool,
+        forgets: bool = True,
     ):
+        self.forgets = forgets
         self.store_at_uses = store_at_uses
         self.wants_evicted = wants_evicted
         self.pages: dict[bytes, tuple[bytes, list[int]]] = {}
@@ -195,7 +201,7 @@ class DigestLevels:
         self._rng = rng
 
     def num_storable(self) -> int:
-        return self._rng.choice([0, 0, 1, 2, 3])
+        return self._rng.choice([0, 0, 1, 2, 3]) if self.forgets else 99
 
     def probe(self, links: Sequence[ChainLink]) -> tuple[Held, ...]:
         found = 0
@@ -219,7 +225,7 @@ class DigestLevels:
             self.pending.append((self._rng.randint(0, 4), load))
 
     def completions(self, slots: list[int], size: int) -> tuple[PagesLoaded, ...]:
-        while self.pages and self._rng.random() < 0.2:
+        while self.forgets and self.pages and self._rng.random() < 0.2:
             del self.pages[self._rng.choice(list(self.pages))]
         due = [load for delay, load in self.pending if delay <= 0]
         self.pending = [(delay - 1, load) for delay, load in self.pending if delay > 0]

@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from enum import IntEnum, StrEnum
 
 from kvpaging.base.config import EngineConfig, EngineOptions, SchedulerConfig
-from kvpaging.base.errors import ConfigError
+from kvpaging.base.errors import BadRequest, ConfigError
 from kvpaging.cache.pins import PinState
 from kvpaging.engine import process
 from kvpaging.engine.messages import CacheStats, EngineStats, PageState
+from kvpaging.scheduling import admission
 from kvpaging.scheduling.events import Abort, Arrival, Event, Finish
 from kvpaging.scheduling.outputs import (
     Finished,
@@ -118,6 +119,12 @@ class FakeEngine:
     def _arrive(self, request: Request, rejections: list[Rejection]) -> None:
         if request.prompt_token_ids[0] == Do.REJECT:
             rejections.append(Rejection(request.request_id, "too much to do", "overloaded"))
+            return
+        try:
+            admission.check(request, self.config.scheduler, self.config.vocab_size)
+        except BadRequest as error:
+            told = Rejection(request.request_id, error.message, error.code, error.param)
+            rejections.append(told)
             return
         self._requests[request.request_id] = request
         for index in range(request.n):
