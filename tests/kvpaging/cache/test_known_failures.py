@@ -57,7 +57,7 @@ def test_a_tail_without_its_head_is_computed(num_lost: int) -> None:
     engine = Engine(config, DigestExecutor(8, 2, levels))
     prompt, sampling = [1, 2, 3, 4, 5, 6, 7], SamplingParams(max_new_tokens=3, seed=0)
     engine.generate([prompt], sampling)
-    engine.generate([[9] * 14], SamplingParams(max_new_tokens=1, seed=0))
+    engine.generate([[9] * 15], SamplingParams(max_new_tokens=1, seed=0))
     chain = engine._cache.chain(b"")
     chain.extend(prompt)
     assert all(key in levels.pages for key in chain.keys())
