@@ -11,6 +11,7 @@ from kvpaging.base.errors import ConfigError
 from kvpaging.cache.eviction.names import DEFAULT_POLICY, POLICIES
 from kvpaging.replay.cache_mode import count_pages, replay_blocks, replay_cache
 from kvpaging.replay.full_mode import Limits, Simulation, StepTimes
+from kvpaging.replay.levels import LevelSize, parse_levels
 from kvpaging.replay.outcome import Outcome
 from kvpaging.replay.report import check_plot, csv_text, plot, table
 from kvpaging.replay.trace import Trace, open_trace
@@ -45,6 +46,12 @@ def add_flags(parser: FlagParser) -> None:
         help="cache (one request after the other), blocks (the same without leaf order), full "
         "(the scheduler in simulated time) or exact (a recording's own steps, each decision "
         "compared) (default: cache)",
+    )
+    parser.add_argument(
+        "--levels",
+        metavar="LEVELS",
+        help="cache and full: pages of the levels below, such as host=5000,disk=50000; in full "
+        "mode host=5000@6.5e-6 gives the seconds for each loaded token",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object a run")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="also write a CSV file")
@@ -101,6 +108,8 @@ def _check(options: Namespace) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
     if options.plot is not None:
         check_plot(options.plot)
+    if _levels(options) and options.mode == "blocks":
+        raise ConfigError("--levels goes with --mode cache or full: blocks have no levels")
 
 
 def _policies(names: list[str] | None) -> list[str]:
@@ -134,7 +143,7 @@ def _capacity(text: str) -> int | None:
 
 def _run(options: Namespace, trace: Trace, policy: str, capacity: int | None) -> Outcome:
     if options.mode == "cache":
-        return replay_cache(trace, policy, capacity, options.page_size)
+        return replay_cache(trace, policy, capacity, options.page_size, sizes=_levels(options))
     if options.mode == "blocks":
         return replay_blocks(trace, policy, capacity, options.page_size)
     return Simulation(
@@ -149,7 +158,12 @@ def _run(options: Namespace, trace: Trace, policy: str, capacity: int | None) ->
             options.step_context_s,
             options.step_pair_s,
         ),
+        sizes=_levels(options),
     ).run()
+
+
+def _levels(options: Namespace) -> tuple[LevelSize, ...]:
+    return () if options.levels is None else parse_levels(options.levels)
 
 
 def _exact(options: Namespace) -> Iterator[str]:

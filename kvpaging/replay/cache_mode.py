@@ -9,13 +9,14 @@ gone.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 from kvpaging.base.ids import PageId, PageKey
 from kvpaging.cache.cache_manager import CacheManager
 from kvpaging.cache.eviction.names import POLICIES
 from kvpaging.cache.prefix_key import ChainLink, PrefixChain
+from kvpaging.replay.levels import LevelSize, SimulatedLevels
 from kvpaging.replay.outcome import Outcome
 from kvpaging.replay.trace import Trace, TraceRequest, split_pages
 
@@ -46,33 +47,51 @@ def all_pages(request: TraceRequest, block_size: int, page_size: int) -> list[in
 
 
 def replay_cache(
-    trace: Trace, policy: str, capacity_pages: int | None, page_size: int | None = None
+    trace: Trace,
+    policy: str,
+    capacity_pages: int | None,
+    page_size: int | None = None,
+    *,
+    sizes: Sequence[LevelSize] = (),
 ) -> Outcome:
     """Run the trace through a `CacheManager` of so many pages (`None`: as many as it can fill).
+
+    `sizes` are those of levels below it.
 
     Raises ConfigError if the trace can't be read. A request longer than the cache is cut to it.
     """
     started = time.perf_counter()
     size = page_size or trace.block_size
     num_pages = capacity_pages or sum(count_pages(trace, size))
-    cache = CacheManager(num_pages, size, policy=partial(POLICIES[policy], num_pages))
+    levels = SimulatedLevels(sizes, size) if sizes else None
+    cache = CacheManager(
+        num_pages, size, policy=partial(POLICIES[policy], num_pages), levels=levels
+    )
     num_requests = queried = hits = tokens = hit_tokens = 0
     for request in trace:
         prompt = prompt_pages(request, trace.block_size, size)
         links = [_link(page) for page in all_pages(request, trace.block_size, size)[:num_pages]]
         chain = PrefixChain.of_links(cache.root, links, size)
         # One token more than the prompt's pages hold: a match leaves the last token to compute.
-        matched = cache.match(chain, min(len(prompt), len(links)) * size + 1)
+        num_findable = min(len(prompt), len(links))
+        matched = cache.match(chain, num_findable * size + 1)
         num_tokens = len(links) * size
+        num_found = len(matched)
+        if levels is not None:
+            loads = levels.load(links[len(matched) : num_findable])
+            num_found += sum(load.num_loaded for load in loads)
         lease = cache.reserve(matched, num_tokens)
+        cache.commit_loaded(lease, chain, num_found - len(matched))
         cache.commit(lease, chain, num_tokens)
         cache.prove(lease, chain)
         cache.release(lease)
+        if levels is not None:
+            levels.store(cache.take_stores())
         num_requests += 1
         queried += len(prompt)
-        hits += len(matched)
+        hits += num_found
         tokens += request.num_prompt_tokens
-        hit_tokens += min(len(matched) * size, request.num_prompt_tokens)
+        hit_tokens += min(num_found * size, request.num_prompt_tokens)
     return Outcome(
         policy=policy,
         capacity_pages=capacity_pages,
@@ -85,7 +104,13 @@ def replay_cache(
         num_hit_tokens=hit_tokens,
         num_evicted_pages=cache.evictions.num_evicted,
         seconds=time.perf_counter() - started,
+        num_level_hit_pages=hits_by_level(levels),
     )
+
+
+def hits_by_level(levels: SimulatedLevels | None) -> dict[str, int]:
+    """Pages that each level below the device had; empty without any."""
+    return {} if levels is None else {name: levels.num_hits[name] for name in levels.names}
 
 
 def _link(page: int) -> ChainLink:

@@ -21,10 +21,11 @@ from kvpaging.base.errors import LawBroken
 from kvpaging.base.ids import RequestId, SeqId
 from kvpaging.cache.cache_manager import CacheManager
 from kvpaging.cache.eviction.names import POLICIES
-from kvpaging.replay.cache_mode import count_pages, prompt_pages
+from kvpaging.replay.cache_mode import count_pages, hits_by_level, prompt_pages
+from kvpaging.replay.levels import LevelSize, SimulatedLevels
 from kvpaging.replay.outcome import Latencies, Outcome
 from kvpaging.replay.trace import Trace, TraceRequest, split_pages
-from kvpaging.scheduling.events import Arrival
+from kvpaging.scheduling.events import Arrival, Event
 from kvpaging.scheduling.outputs import SequenceOutput
 from kvpaging.scheduling.plan import Sample, StepPlan, StepResult
 from kvpaging.scheduling.request import Request, SamplingParams
@@ -141,6 +142,7 @@ class Simulation:
         *,
         limits: Limits | None = None,
         times: StepTimes | None = None,
+        sizes: Sequence[LevelSize] = (),
     ):
         limits = limits or Limits()
         self._trace = trace
@@ -148,8 +150,12 @@ class Simulation:
         self._times = times or StepTimes()
         num_unique, num_pages, longest, self._first_free_id = _measure(trace, self._size)
         self._capacity = capacity_pages or num_unique + num_pages
+        self._levels = SimulatedLevels(sizes, self._size) if sizes else None
         self.cache = CacheManager(
-            self._capacity, self._size, policy=partial(POLICIES[policy], self._capacity)
+            self._capacity,
+            self._size,
+            policy=partial(POLICIES[policy], self._capacity),
+            levels=self._levels,
         )
         self._policy = policy
         self.scheduler = Scheduler(
@@ -182,7 +188,7 @@ class Simulation:
         while upcoming is not None or self.scheduler.has_work:
             if upcoming is not None and not self.scheduler.has_work:
                 now_s = max(now_s, upcoming[1].arrival_s)
-            events = []
+            events: list[Event] = [*self._levels.completions(now_s)] if self._levels else []
             while upcoming is not None and upcoming[1].arrival_s <= now_s:
                 index, request = upcoming
                 events.append(self._arrive(index, request, executor))
@@ -191,10 +197,16 @@ class Simulation:
                 num_pages += len(prompt_pages(request, self._trace.block_size, self._size))
                 upcoming = next(requests, None)
             plan = self.scheduler.schedule(events, now_s)
-            if not plan.scheduled and self.scheduler.num_waiting and not events:
+            next_end_s = self._move(plan, now_s)
+            is_idle = not plan.scheduled and next_end_s is None
+            if is_idle and self.scheduler.num_waiting and not events:
                 raise LawBroken("requests wait, nothing is in flight, and the plan is empty")
-            result = executor.run(plan)
-            now_s += self._times.of(plan)
+            elapsed_s = self._times.of(plan)
+            result = msgspec.structs.replace(executor.run(plan), elapsed_s=elapsed_s)
+            now_s += elapsed_s
+            if not plan.scheduled and next_end_s is not None:
+                arrival_s = next_end_s if upcoming is None else upcoming[1].arrival_s
+                now_s = max(now_s, min(next_end_s, arrival_s))
             outputs = self.scheduler.apply(plan, result, now_s)
             for rejection in outputs.rejections:
                 self._num_rejected += 1
@@ -223,10 +235,20 @@ class Simulation:
             num_preemptions=self.scheduler.counters.preemptions,
             num_recomputed_tokens=self.scheduler.counters.recomputed_tokens,
             num_output_tokens=num_outputs,
+            num_level_hit_pages=hits_by_level(self._levels),
             latencies=Latencies(
                 _quantile(self._ttfts_s, 0.5), _quantile(self._ttfts_s, 0.99), now_s
             ),
         )
+
+    def _move(self, plan: StepPlan, now_s: float) -> float | None:
+        """Carry out what a plan moves; when the next load ends, if any is under way."""
+        if self._levels is None:
+            return None
+        self._levels.store(plan.stores)
+        for load in plan.loads:
+            self._levels.begin(load, now_s)
+        return self._levels.next_end_s
 
     def _arrive(self, index: int, request: TraceRequest, executor: _TraceExecutor) -> Arrival:
         request_id = RequestId(str(index))

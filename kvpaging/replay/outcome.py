@@ -38,6 +38,8 @@ class Outcome(msgspec.Struct, frozen=True):
     num_preemptions: int = 0
     num_recomputed_tokens: int = 0
     num_output_tokens: int = 0
+    num_level_hit_pages: dict[str, int] = {}
+    """Of the levels below the device, where there are any; loaded pages count among the hits."""
     latencies: Latencies | None = None
 
     @property

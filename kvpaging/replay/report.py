@@ -22,6 +22,8 @@ def table(outcomes: Sequence[Outcome]) -> list[str]:
     """Lines with one outcome each, under a heading."""
     heading = ["policy", "capacity", "page", "mode", "hit pages", "hit tokens", "evicted", "s"]
     in_time = any(outcome.latencies for outcome in outcomes)
+    levels = list(dict.fromkeys(name for o in outcomes for name in o.num_level_hit_pages))
+    heading += [f"of {name}" for name in levels]
     if in_time:
         heading += ["ttft p50", "ttft p99", "preempted", "rejected", "simulated"]
     rows = [heading]
@@ -35,6 +37,10 @@ def table(outcomes: Sequence[Outcome]) -> list[str]:
             f"{outcome.hit_ratio_tokens:.4f}",
             str(outcome.num_evicted_pages),
             f"{outcome.seconds:.2f}",
+            *(
+                f"{outcome.num_level_hit_pages.get(name, 0) / max(1, outcome.num_pages):.4f}"
+                for name in levels
+            ),
         ]
         if outcome.latencies is not None:
             row += [
@@ -56,6 +62,7 @@ def csv_text(outcomes: Sequence[Outcome]) -> str:
     rows = [outcome.as_json() for outcome in outcomes]
     for row in rows:
         row.pop("latencies")
+        row.pop("num_level_hit_pages")
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]))
     writer.writeheader()

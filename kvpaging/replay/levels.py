@@ -1,0 +1,172 @@
+"""Levels below the device for a replay: which pages they would hold, and when a load would end.
+
+    host     takes what leaves the device; what was used longest ago goes first
+    disk     takes pages at their first use; the oldest goes, unless it was used meanwhile
+
+So they behave as the server's do by default, in pages instead of bytes. No page has contents here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict, deque
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from typing import Final
+
+import msgspec
+
+from kvpaging.base.errors import ConfigError
+from kvpaging.base.ids import PageKey
+from kvpaging.cache.lower_levels import Held, LevelLoad, PageLoad, PagesLoaded, PageStore
+from kvpaging.cache.prefix_key import ChainLink
+
+
+class LevelSize(msgspec.Struct, frozen=True):
+    """One simulated level."""
+
+    name: str
+    num_pages: int
+    load_token_s: float
+    """What a token's keys and values take to load."""
+
+
+DEFAULT_LOAD_TOKEN_S: Final = {"host": 6.5e-6, "disk": 6.5e-5}
+"""128 KiB of KV a token, as in `StepTimes`, at 20 GB/s and at 2 GB/s."""
+
+
+def parse_levels(text: str) -> tuple[LevelSize, ...]:
+    """`host=N,disk=N` with N pages, maybe `N@SECONDS` a loaded token. Raises ConfigError."""
+    found = {}
+    for part in text.split(","):
+        name, _, size = part.strip().partition("=")
+        count, _, seconds = size.partition("@")
+        try:
+            num_pages = int(count.replace("_", ""))
+            load_s = float(seconds) if seconds else DEFAULT_LOAD_TOKEN_S.get(name, 0.0)
+        except ValueError:
+            num_pages, load_s = 0, 0.0
+        if name not in DEFAULT_LOAD_TOKEN_S or name in found or num_pages < 1 or load_s < 0:
+            raise ConfigError(
+                "--levels must be host=PAGES, disk=PAGES or both with a comma between, each maybe "
+                f"with @SECONDS a loaded token, not {text!r}"
+            )
+        found[name] = LevelSize(name, num_pages, load_s)
+    return tuple(found[name] for name in DEFAULT_LOAD_TOKEN_S if name in found)
+
+
+class _Pages:
+    """Keys, the oldest first; how a used one is spared depends on the level."""
+
+    def __init__(self, size: LevelSize):
+        self.size = size
+        self.is_disk = size.name == "disk"
+        self._used: OrderedDict[PageKey, bool] = OrderedDict()
+
+    def __contains__(self, key: PageKey) -> bool:
+        return key in self._used
+
+    def use(self, keys: Sequence[PageKey]) -> None:
+        """The first of them is the most recently used one: a chain loses its end first."""
+        for key in reversed(keys):
+            if key in self._used:
+                self._used[key] = True
+                if not self.is_disk:
+                    self._used.move_to_end(key)
+
+    def store(self, keys: Sequence[PageKey]) -> None:
+        for key in keys:
+            if key not in self._used:
+                self._used[key] = False
+        self.use([key for key in keys if self._used[key]] if self.is_disk else keys)
+        while len(self._used) > self.size.num_pages:
+            key, was_used = self._used.popitem(last=False)
+            if was_used and self.is_disk:
+                self._used[key] = False
+
+
+class SimulatedLevels:
+    """A `lower_levels.LowerLevels` that also carries orders out, in simulated time."""
+
+    def __init__(self, sizes: Sequence[LevelSize], page_size: int):
+        self._levels = [_Pages(size) for size in sizes]
+        self._page_size = page_size
+        self._loads: deque[tuple[float, PagesLoaded]] = deque()
+        self._free_s = 0.0
+        """When the one that loads has done what it was given."""
+        self.num_hits: Counter[str] = Counter()
+        """Pages found, by level."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The levels, the fastest first."""
+        return tuple(level.size.name for level in self._levels)
+
+    @property
+    def store_at_uses(self) -> tuple[int, ...]:
+        """The disk takes pages at their first use."""
+        return (1,) if any(level.is_disk for level in self._levels) else ()
+
+    @property
+    def wants_evicted(self) -> bool:
+        """The host takes what leaves the device."""
+        return any(not level.is_disk for level in self._levels)
+
+    def num_storable(self) -> int:
+        """Writing is not simulated: as many as there are."""
+        return 2**31
+
+    def probe(self, links: Sequence[ChainLink]) -> tuple[Held, ...]:
+        """As `LowerLevels.probe`."""
+        return tuple(
+            Held(name, len(list(run))) for name, run in groupby(self._names_of(links)) if name
+        )
+
+    def store(self, stores: Iterable[PageStore]) -> None:
+        """Carry a plan's stores out."""
+        for is_eviction, orders in groupby(stores, lambda order: order.is_eviction):
+            keys = [order.link.key for order in orders]
+            for level in self._levels:
+                if level.is_disk is not is_eviction:
+                    level.store(keys)
+
+    def load(self, links: Sequence[ChainLink]) -> list[LevelLoad]:
+        """Find these pages, from the first on without a gap; what each level did and took."""
+        done = []
+        first = 0
+        for name, num_pages in self.probe(links):
+            [level] = [level for level in self._levels if level.size.name == name]
+            level.use([link.key for link in links[first : first + num_pages]])
+            first += num_pages
+            self.num_hits[name] += num_pages
+            seconds = num_pages * self._page_size * level.size.load_token_s
+            done.append(LevelLoad(name, num_pages, num_pages, seconds))
+        return done
+
+    def begin(self, load: PageLoad, now_s: float) -> None:
+        """Begin a load; one is done after the other."""
+        done = self.load(load.links)
+        self._free_s = max(self._free_s, now_s) + sum(level.elapsed_s for level in done)
+        num_pages = sum(level.num_loaded for level in done)
+        event = PagesLoaded(load.seq_id, num_pages, self._free_s - now_s, tuple(done))
+        self._loads.append((self._free_s, event))
+
+    @property
+    def next_end_s(self) -> float | None:
+        """When the next load ends."""
+        return self._loads[0][0] if self._loads else None
+
+    def completions(self, now_s: float) -> list[PagesLoaded]:
+        """Loads that have ended by now, each once."""
+        ended = []
+        while self._loads and self._loads[0][0] <= now_s:
+            ended.append(self._loads.popleft()[1])
+        return ended
+
+    def _names_of(self, links: Sequence[ChainLink]) -> Iterable[str]:
+        for link in links:
+            for level in self._levels:
+                if link.key in level:
+                    yield level.size.name
+                    break
+            else:
+                return
