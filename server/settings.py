@@ -147,6 +147,9 @@ class Settings(BaseModel):
     async_scheduling: Annotated[bool | None, BeforeValidator(_auto)] = Field(
         None, description="plan the next step while one computes; default: on a GPU"
     )
+    enforce_eager: bool = Field(
+        False, description="launch each kernel; else a GPU replays captured decode steps"
+    )
     prefix_cache: bool = Field(True, description="keep pages for prompts that begin alike")
     eviction_policy: Annotated[str, AfterValidator(_policy)] = Field(
         DEFAULT_POLICY, description=f"which cached page goes first: {', '.join(POLICIES)}"
@@ -283,6 +286,7 @@ class Settings(BaseModel):
             threads=self.threads,
             kernels=self.kernels,
             async_scheduling=self.async_scheduling,
+            enforce_eager=self.enforce_eager,
             prefix_cache=self.prefix_cache,
             exact=self.exact,
             eviction_policy=self.eviction_policy,

@@ -51,6 +51,8 @@ class EngineOptions(msgspec.Struct, frozen=True):
     prefix_cache: bool = True
     async_scheduling: bool | None = None
     """Plan the next step while one computes. `None`: on a GPU."""
+    enforce_eager: bool = False
+    """Launch every kernel of every step; else a GPU replays decode steps that were captured."""
     exact: bool = True
     """False lets a GPU's path trade equal bits for speed; a CPU's has no need to."""
     host_cache_bytes: int = 0

@@ -13,6 +13,7 @@ from kvpaging.base.clock import monotonic
 from kvpaging.base.errors import LawBroken
 from kvpaging.base.ids import StepId
 from kvpaging.cache.lower_levels import LowerLevels, PagesLoaded
+from kvpaging.execution.decode_graphs import Capture
 from kvpaging.execution.executor import RunningStep
 from kvpaging.execution.kv_pool import KVPool
 from kvpaging.execution.model_runner import ModelRunner, RunningSamples
@@ -64,10 +65,11 @@ class LocalExecutor:
         mover: PageMover | None = None,
         *,
         async_scheduling: bool = False,
+        capture: Capture | None = None,
     ) -> None:
         """With `async_scheduling` a CPU's steps run on a thread of their own.
 
-        A GPU's steps run beside the caller in any case.
+        A GPU's steps run beside the caller in any case. `capture`: see `decode_graphs`.
         """
         self._ops = ops
         self._worker: ThreadPoolExecutor | None = None
@@ -77,7 +79,7 @@ class LocalExecutor:
         self.last_ended_s = 0.0
         """When the last step that computed was seen to be done."""
         self._pool: KVPool | None = pool
-        self._runner: ModelRunner | None = ModelRunner(model, pool, ops, eos_token_ids)
+        self._runner: ModelRunner | None = ModelRunner(model, pool, ops, eos_token_ids, capture)
 
     @property
     def lower_levels(self) -> LowerLevels | None:

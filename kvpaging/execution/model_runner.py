@@ -17,6 +17,7 @@ import torch
 from kernels.ops import Ops
 from kvpaging.base.ids import SeqId
 from kvpaging.execution.batch_builder import BatchBuilder
+from kvpaging.execution.decode_graphs import Capture, DecodeGraphs
 from kvpaging.execution.kv_pool import KVPool
 from kvpaging.execution.models.layers import CausalLM
 from kvpaging.execution.sampler import Drawn, Draws, Sampler, Scores
@@ -93,15 +94,30 @@ def _whole(
     return ()
 
 
+def _is_decode(scheduled: Sequence[ScheduledSequence], graphs: DecodeGraphs) -> bool:
+    """One token of each, and nothing but its logits wanted."""
+    return graphs.fits(len(scheduled)) and all(
+        entry.num_new_tokens == 1 and entry.sample_for and entry.prompt_logprobs is None
+        for entry in scheduled
+    )
+
+
 class ModelRunner:
     """One model, its pool, and the rows of the sequences it works on."""
 
     def __init__(
-        self, model: CausalLM, pool: KVPool, ops: Ops, eos_token_ids: Collection[int]
+        self,
+        model: CausalLM,
+        pool: KVPool,
+        ops: Ops,
+        eos_token_ids: Collection[int],
+        capture: Capture | None = None,
     ) -> None:
+        """With `capture` decode steps run from captured graphs."""
         device = pool.pages.device
         self._model = model
         self._pool = pool
+        self._graphs = None if capture is None else DecodeGraphs(model, pool, capture)
         self._builder = BatchBuilder(pool.spec.page_size, device)
         self._sampler = Sampler(ops, model.config.vocab_size, eos_token_ids, device)
         self._output_index: dict[SeqId, int] = {}
@@ -128,17 +144,24 @@ class ModelRunner:
         is the plan's choice. Waits for nothing on the device.
         """
         batch = self._builder.build(scheduled)
+        if self._graphs is not None and _is_decode(scheduled, self._graphs):
+            return RunningSamples(scheduled, self._draw(scheduled, self._graphs.logits(batch)), ())
         hidden = self._model.forward(batch, self._pool)
-        drawn = None
+        drawn: Drawn | None = None
         sampling = [entry for entry in scheduled if entry.sample_for]
         if sampling:
             rows = hidden
             if len(sampling) != len(hidden):
                 rows = hidden.index_select(0, batch.logit_rows)
-            draws = self._draws(sampling)
-            drawn = self._sampler.draw(self._model.logits(rows), draws)
-            self._append(sampling, draws, drawn.tokens)
+            drawn = self._draw(sampling, self._model.logits(rows))
         return RunningSamples(scheduled, drawn, self._score(scheduled, hidden))
+
+    def _draw(self, sampling: Sequence[ScheduledSequence], logits: torch.Tensor) -> Drawn:
+        """Draw from `logits`, a row for each of `sampling`, and append to their rows."""
+        draws = self._draws(sampling)
+        drawn = self._sampler.draw(logits, draws)
+        self._append(sampling, draws, drawn.tokens)
+        return drawn
 
     def _score(
         self, scheduled: Sequence[ScheduledSequence], hidden: torch.Tensor

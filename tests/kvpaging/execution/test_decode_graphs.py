@@ -1,0 +1,175 @@
+"""Padded decode batches: real rows are what they would be unpadded, and nothing else is touched.
+
+On a CPU with a capture that only computes again; on a card with CUDA graphs.
+"""
+
+from __future__ import annotations
+
+import random
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import ORIGINAL_LENGTH, case, make
+from ops_paths import cpu_paths
+from plan_driver import PlanDriver
+
+from kernels import registry
+from kvpaging.base.config import EngineOptions
+from kvpaging.base.kv_spec import KVSpec
+from kvpaging.engine.engine import Engine
+from kvpaging.execution.decode_graphs import (
+    MAX_SIZE,
+    Capture,
+    DecodeGraphs,
+    Work,
+    padded_size,
+    padded_width,
+)
+from kvpaging.execution.kv_pool import KVPool
+from kvpaging.execution.local_executor import LocalExecutor
+from kvpaging.execution.model_config import read_model_config
+from kvpaging.execution.models.layers import CausalLM
+from kvpaging.execution.models.registry import model_class
+from kvpaging.execution.weights import Checkpoint, Parameters
+from kvpaging.scheduling.request import SamplingParams
+
+CPU = torch.device("cpu")
+PAGE = 4
+NUM_PAGES = 200
+
+
+class FakeCapture:
+    """Computes again instead of replaying; what it was given runs once at once, as on a card."""
+
+    def __init__(self) -> None:
+        self.num_captured = 0
+        self.num_replayed = 0
+
+    def __call__(self, work: Work) -> Work:
+        self.num_captured += 1
+        work()
+
+        def replay() -> None:
+            self.num_replayed += 1
+            work()
+
+        return replay
+
+
+@pytest.fixture(params=cpu_paths())
+def ops(request: pytest.FixtureRequest) -> registry.Ops:
+    return registry.select(CPU, prefer=request.param, threads=1)
+
+
+def load(directory: Path, name: str, ops: registry.Ops) -> CausalLM:
+    make(case(name), directory)
+    config = read_model_config(directory)
+    parameters = Parameters(Checkpoint(directory), ops, CPU, torch.float32)
+    return model_class(config)(config, parameters, ORIGINAL_LENGTH)
+
+
+def run(
+    model: CausalLM, ops: registry.Ops, seed: int, capture: Capture | None
+) -> tuple[list, KVPool]:
+    """Sequences that come and go, decode and prefill mixed; their samples, and the pool."""
+    config = model.config
+    spec = KVSpec(config.num_layers, config.num_kv_heads, config.head_dim, PAGE, "float32")
+    pool = KVPool(spec, NUM_PAGES, CPU)
+    pool.pages.fill_(255)  # NaN
+    driver = PlanDriver(
+        LocalExecutor(model, pool, ops, capture=capture), page_size=PAGE, num_pages=NUM_PAGES
+    )
+    rng = random.Random(seed)
+    tracks = [
+        driver.track(
+            [rng.randrange(3, 128) for _ in range(rng.randint(1, 40))],
+            SamplingParams(max_new_tokens=99, seed=i, logprobs=2, frequency_penalty=0.3 * (i % 2)),
+        )
+        for i in range(11)
+    ]
+    for step in range(30):
+        live = [track for i, track in enumerate(tracks) if i <= step <= 18 + i]
+        driver.step([(track, 13) for track in live])
+    return [track.samples for track in tracks], pool
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma2-old", "mixtral-window"])
+def test_padded_batches_give_the_same_bits(tmp_path: Path, ops: registry.Ops, name: str) -> None:
+    model = load(tmp_path, name, ops)
+    plain, plain_pool = run(model, ops, 1, None)
+    capture = FakeCapture()
+    padded, padded_pool = run(model, ops, 1, capture)
+    assert capture.num_replayed > 8 > capture.num_captured > 2
+    tokens = [[sample.token_id for sample in samples] for samples in plain]
+    assert [[sample.token_id for sample in samples] for samples in padded] == tokens
+    if ops.exact:
+        assert padded == plain
+        # NaN where nothing was written, the scratch page included.
+        assert torch.equal(padded_pool.pages, plain_pool.pages)
+    assert bool((padded_pool.pages[0] == 255).all()), "a row that pads was stored"
+
+
+def test_rows_that_shrank_become_padding_again(tmp_path: Path, ops: registry.Ops) -> None:
+    """Seven sequences, then five: the other rows of the eight neither store nor read pages."""
+    model = load(tmp_path, "qwen3", ops)
+    config = model.config
+    spec = KVSpec(config.num_layers, config.num_kv_heads, config.head_dim, PAGE, "float32")
+    pool = KVPool(spec, NUM_PAGES, CPU)
+    pool.pages.zero_()
+    capture = FakeCapture()
+    driver = PlanDriver(
+        LocalExecutor(model, pool, ops, capture=capture), page_size=PAGE, num_pages=NUM_PAGES
+    )
+    tracks = [driver.track([5 + i, 6, 7]) for i in range(7)]
+    driver.step([(track, 3) for track in tracks])
+    driver.step([(track, 1) for track in tracks])
+    gone = [page for track in tracks[5:] for page in track.pages]
+    pool.pages[gone] = 255
+    driver.step([(track, 1) for track in tracks[:5]])
+    assert capture.num_captured == 1
+    assert bool((pool.pages[gone] == 255).all()), "a row that left was stored again"
+    assert all(len(track.output) == 3 for track in tracks[:5])
+
+
+def test_the_ladder_holds_every_batch_and_is_short() -> None:
+    sizes = [padded_size(count) for count in range(1, MAX_SIZE + 1)]
+    assert all(size >= count for count, size in enumerate(sizes, 1))
+    assert sizes == sorted(sizes)
+    assert sizes[-1] == MAX_SIZE
+    assert len(set(sizes)) == 36
+    assert [padded_width(pages) for pages in (1, 64, 65, 128, 1000)] == [64, 64, 128, 128, 1024]
+
+
+def test_a_batch_beyond_the_ladder_is_not_captured(tmp_path: Path, ops: registry.Ops) -> None:
+    model = load(tmp_path, "qwen3", ops)
+    graphs = DecodeGraphs(model, KVPool(KVSpec(1, 1, 8, 4, "float32"), 1, CPU), FakeCapture())
+    assert graphs.fits(MAX_SIZE)
+    assert not graphs.fits(MAX_SIZE + 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_captured_steps_and_plans_made_ahead_change_nothing_on_a_card(dtype: str) -> None:
+    rng = random.Random(7)
+    prompts = [[rng.randrange(10, 6000) for _ in range(rng.randint(1, 300))] for _ in range(21)]
+    sampling = SamplingParams(max_new_tokens=40, seed=3, logprobs=3, frequency_penalty=0.2)
+    said = []
+    for eager in (True, False):
+        for ahead in (False, True):
+            options = EngineOptions(
+                model=str(files("kvpaging") / "demo_model"),
+                device="cuda",
+                dtype=dtype,
+                max_num_seqs=32,
+                kv_cache_memory_bytes=1 << 28,
+                enforce_eager=eager,
+                async_scheduling=ahead,
+            )
+            engine = Engine.from_options(options)
+            answers = engine.generate(prompts, sampling)
+            said.append([completion.samples for [completion] in answers])
+            engine.close()
+    assert all(each == said[0] for each in said)
