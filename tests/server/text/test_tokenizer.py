@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import roc
 import tiny_text
 
 from kvpaging.base.errors import ConfigError
@@ -128,3 +130,32 @@ def test_spans_are_places_in_the_text() -> None:
     text = "the café dog"
     assert {text[start:end] for _, start, end in tokenizer.spans(text)} >= {" dog"}
     assert [i for i, _, _ in tokenizer.spans(text)] == tokenizer.encode(text)
+
+
+def area_of_seen_words(tokenizer: Tokenizer) -> float:
+    """How well the time that a word takes tells whether it was read before; 0.5 is not at all."""
+    lot = random.Random(0)
+    words = ["".join(lot.choices("abcdefghij", k=250)) for _ in range(800)]
+    seen = words[:400]
+    for word in seen:
+        tokenizer.encode(word)
+    lot.shuffle(words)
+    times: dict[bool, list[int]] = {True: [], False: []}
+    for word in words:
+        begun = time.perf_counter_ns()
+        tokenizer.encode(word)
+        times[word in seen].append(time.perf_counter_ns() - begun)
+    return roc.area(times[True], times[False])
+
+
+def test_the_time_tells_nothing_of_words_that_were_read_before() -> None:
+    backend = tiny_text.byte_level()
+    tokenizer = Tokenizer(backend)
+    # What else runs blurs it and can't make a difference: the standard error is 0.02.
+    assert abs(area_of_seen_words(tokenizer) - 0.5) < 0.1
+    backend.model._resize_cache(10_000)
+    areas: list[float] = []
+    while len(areas) < 5 and max(areas, default=0.0) < 0.8:
+        backend.model._clear_cache()
+        areas.append(area_of_seen_words(tokenizer))
+    assert max(areas) >= 0.8, areas
