@@ -2,20 +2,26 @@
 //
 // A row is one (query, head). For each split of 256 keys at absolute positions: scores of all its
 // visible keys, their maximum, exp, sum over 16 lanes by absolute position, and the weighted values
-// added key by key. Splits are merged in order. All of that is fixed by the row's position alone:
-// other rows of the block, where its pages lie and which thread computes change no bit, and a key
-// that the row doesn't see is never touched by arithmetic (0 * NaN is NaN).
+// added in the keys' order. Splits are merged in order. All of that is fixed by the row's position
+// alone: other rows of the block, where its pages lie and which thread computes change no bit, and
+// a key that the row doesn't see is never touched by arithmetic (0 * NaN is NaN).
+//
+// Few rows of a KV head (decode) wait for memory: keys and values are streamed in the order in which
+// they lie, page by page with all its heads. Many rows (prefill) wait for the multipliers: one head
+// at a time, the keys turned so that no score needs a sum across lanes. Both give the same bits.
 #pragma once
 
 namespace {
 
 struct Range {
     int64_t begin, end;
-};
 
-// Keys and values are fetched so many tokens before they are needed: pages lie anywhere, and the
-// hardware can't guess where the next one is.
-constexpr int64_t kAhead = 16;
+    bool empty() const { return begin >= end; }
+    int64_t size() const { return end - begin; }
+};
+KV_INLINE Range common(Range a, Range b) {
+    return {greater(a.begin, b.begin), lesser(a.end, b.end)};
+}
 
 // The rows of an item and what each sees.
 struct Block {
@@ -24,6 +30,9 @@ struct Block {
     int64_t group, first_position;  // of the sequence's first query of this step
     int64_t heads_per_kv;           // of this item
     int64_t num_queries, rows_per_kv, num_rows;
+    int64_t num_kv_heads;           // of this item
+    int64_t head_span;              // from a head to the next in a page
+    int64_t width;                  // of a row's sums
 
     Block(const AttentionTask& t, const AttentionItem& i) : task(t), item(i) {
         const int32_t* starts = t.query_starts + i.seq;
@@ -32,7 +41,10 @@ struct Block {
         heads_per_kv = i.group_end - i.group_begin;
         num_queries = i.query_end - i.query_begin;
         rows_per_kv = num_queries * heads_per_kv;
-        num_rows = rows_per_kv * (i.kv_head_end - i.kv_head_begin);
+        num_kv_heads = i.kv_head_end - i.kv_head_begin;
+        num_rows = rows_per_kv * num_kv_heads;
+        head_span = t.page_size * t.head_dim;
+        width = padded_head(t.head_dim);
     }
     // Rows of one KV head: query by query, its heads side by side.
     int64_t query_of(int64_t row) const {
@@ -44,62 +56,114 @@ struct Block {
         return (item.kv_head_begin + row / rows_per_kv) * group + item.group_begin +
                row % heads_per_kv;
     }
-    Range visible(int64_t query) const {
-        const int64_t position = first_position + query;
-        return {task.window ? greater(0, position - task.window + 1) : 0, position + 1};
-    }
-    static Range within(Range keys, int64_t split) {
-        return {greater(keys.begin, split * kSplit) - split * kSplit,
-                lesser(keys.end, (split + 1) * kSplit) - split * kSplit};
+    // The keys of a split that a row sees, counted from the split's first.
+    Range visible(int64_t row, int64_t split) const {
+        const int64_t position = first_position + query_of(row);
+        const int64_t first = task.window ? greater(0, position - task.window + 1) : 0;
+        const Range keys = common({first, position + 1}, {split * kSplit, (split + 1) * kSplit});
+        if (keys.empty()) return {0, 0};
+        return {keys.begin - split * kSplit, keys.end - split * kSplit};
     }
 };
 
-// Where each key or value of a split lies, but for its head.
+// Where the keys and values of a split lie in the first head of the item.
 template <typename T>
-void locate(const AttentionTask& task, const AttentionItem& item, const void* pages,
-            int64_t page_stride, int64_t split, Range keys, const T** places) {
-    const int32_t* table = task.page_tables + item.seq * task.table_stride;
-    int64_t position = split * kSplit + keys.begin;
-    int64_t page = position / task.page_size, offset = position % task.page_size;
-    for (int64_t i = keys.begin; i < keys.end; ++page, offset = 0) {
-        const T* base = static_cast<const T*>(pages) + table[page] * page_stride;
-        for (; offset < task.page_size && i < keys.end; ++offset, ++i) {
-            places[i] = base + offset * task.head_dim;
+struct Places {
+    Range keys;  // that any row sees
+    const T *key[kSplit], *value[kSplit];
+
+    void locate(const Block& block, int64_t split, Range all) {
+        const AttentionTask& task = block.task;
+        const int32_t* table = task.page_tables + block.item.seq * task.table_stride;
+        const int64_t head = block.item.kv_head_begin * block.head_span;
+        int64_t page = (split * kSplit + all.begin) / task.page_size;
+        int64_t offset = (split * kSplit + all.begin) % task.page_size;
+        keys = all;
+        for (int64_t i = all.begin; i < all.end; ++page, offset = 0) {
+            const T* k = static_cast<const T*>(task.key_pages) +
+                         table[page] * task.key_page_stride + head;
+            const T* v = static_cast<const T*>(task.value_pages) +
+                         table[page] * task.value_page_stride + head;
+            for (; offset < task.page_size && i < all.end; ++offset, ++i) {
+                key[i] = k + offset * task.head_dim;
+                value[i] = v + offset * task.head_dim;
+            }
         }
     }
+};
+
+// A tile is 16 keys, or values, of one head. Tiles are read head by head, then the next 16 keys:
+// that is how they lie. They are fetched this many tiles before they are needed (8 KiB of heads of
+// 128 bfloat16), because pages lie anywhere, and the hardware can't guess where the next one is.
+constexpr int64_t kAhead = 2;
+
+template <typename T>
+struct Tile {
+    const T* const* place;
+    int64_t first, end;  // the keys to be read, at most 16
+    int64_t head_offset;
+
+    KV_INLINE const T* at(int64_t i) const {
+        return place[lesser(first + i, end - 1)] + head_offset;
+    }
+};
+
+// The tile that is read kAhead tiles after the one of key `first` and head `head`.
+template <typename T>
+KV_INLINE Tile<T> following(const Block& block, const Places<T>& places, bool are_keys,
+                            int64_t first, int64_t head) {
+    const T* const* place = are_keys ? places.key : places.value;
+    first = first / 16 * 16;
+    for (head += kAhead; head >= block.num_kv_heads; head -= block.num_kv_heads) first += 16;
+    if (first >= places.keys.end) {
+        // Values follow the keys. What follows them is another item's, and not known here.
+        first -= (places.keys.end + 15) / 16 * 16 - places.keys.begin / 16 * 16;
+        if (!are_keys || first >= places.keys.end) first = places.keys.end - 1;
+        place = places.value;
+    }
+    return {place, greater(first, places.keys.begin), places.keys.end, head * block.head_span};
+}
+
+template <typename T>
+const T* query_of(const Block& block, int64_t row) {
+    const AttentionTask& task = block.task;
+    return static_cast<const T*>(task.query) + block.token_of(row) * task.query_stride +
+           block.head_of(row) * task.head_dim;
 }
 
 // scores[row][i] = query . key, for all rows and the keys of the split that any of them sees.
 template <typename T>
-void score(const Block& block, Range keys, const T* const* places, float (*scores)[kSplit]) {
-    const AttentionTask& task = block.task;
+void score(const Block& block, const Places<T>& places, float (*scores)[kSplit]) {
     constexpr int kRows = kTileRows<T>;
-    const int64_t head_span = task.page_size * task.head_dim;
+    const Range keys = places.keys;
     const T* query[kMaxRows];
-    for (int64_t row = 0; row < block.num_rows; ++row) {
-        query[row] = static_cast<const T*>(task.query) + block.token_of(row) * task.query_stride +
-                     block.head_of(row) * task.head_dim;
-    }
-    // All heads of 16 keys before the next 16: a page's heads lie side by side.
-    for (int64_t begin = keys.begin; begin < keys.end; begin += 16) {
-        const int64_t end = lesser(begin + 16, keys.end);
-        for (int64_t h = block.item.kv_head_begin; h < block.item.kv_head_end; ++h) {
-            const int64_t first_row = (h - block.item.kv_head_begin) * block.rows_per_kv;
-            for (int64_t i = begin; i < end; i += kTileCols) {
+    for (int64_t row = 0; row < block.num_rows; ++row) query[row] = query_of<T>(block, row);
+    for (int64_t begin = keys.begin; begin < keys.end; begin = begin / 16 * 16 + 16) {
+        const int64_t end = lesser(begin / 16 * 16 + 16, keys.end);
+        for (int64_t h = 0; h < block.num_kv_heads; ++h) {
+            const Tile<T> tile{places.key, begin, end, h * block.head_span};
+            const Tile<T> ahead = following(block, places, true, begin, h);
+            const int64_t first_row = h * block.rows_per_kv;
+            for (int64_t i = 0; i < end - begin; i += kTileCols) {
                 const T *key[kTileCols], *next[kTileCols];
                 for (int c = 0; c < kTileCols; ++c) {
-                    key[c] = places[lesser(i + c, end - 1)] + h * head_span;
-                    next[c] = places[lesser(i + c + kAhead, keys.end - 1)] + h * head_span;
+                    key[c] = tile.at(i + c);
+                    next[c] = ahead.at(i + c);
                 }
-                const int64_t cols = lesser(kTileCols, end - i);
+                const int64_t cols = lesser(kTileCols, end - begin - i);
                 for (int64_t r = 0; r < block.rows_per_kv; r += kRows) {
                     const int rows = static_cast<int>(lesser(kRows, block.rows_per_kv - r));
                     float out[kRows * kTileCols];
-                    dot_rows<T>(rows, query + first_row + r, key, task.head_dim,
+                    dot_rows<T>(rows, query + first_row + r, key, block.task.head_dim,
                                 r == 0 ? next : nullptr, out);
                     for (int j = 0; j < rows; ++j) {
-                        float* to = scores[first_row + r + j] + i;
-                        for (int64_t c = 0; c < cols; ++c) to[c] = out[j * kTileCols + c];
+                        float* to = scores[first_row + r + j] + begin + i;
+                        const float* from = out + j * kTileCols;
+                        if (cols == kTileCols) {
+                            std::memcpy(to, from, sizeof(float) * kTileCols);
+                        } else {
+                            for (int64_t c = 0; c < cols; ++c) to[c] = from[c];
+                        }
                     }
                 }
             }
@@ -107,9 +171,49 @@ void score(const Block& block, Range keys, const T* const* places, float (*score
     }
 }
 
-// Scores to weights relative to the largest, in place; zero where the row sees nothing.
-KV_INLINE void soften(const AttentionTask& task, Range keys, float* scores, float* top,
-                      float* sum) {
+// The same with turned keys.
+template <typename T>
+void score_turned(const Block& block, const Range* visible, const Places<T>& places,
+                  float (*scores)[kSplit]) {
+    using Keys = Turned<T>;
+    alignas(64) T queries[kMaxRows * kMaxHeadDim];
+    alignas(64) typename Keys::Word turned[kMaxHeadDim][16];
+    const T* query[kMaxRows];
+    for (int64_t row = 0; row < block.num_rows; ++row) {
+        T* to = queries + row * block.width;
+        const size_t bytes = sizeof(T) * static_cast<size_t>(block.task.head_dim);
+        std::memset(static_cast<void*>(to), 0, sizeof(T) * static_cast<size_t>(block.width));
+        std::memcpy(to, query_of<T>(block, row), bytes);
+        query[row] = to;
+    }
+    for (int64_t h = 0; h < block.num_kv_heads; ++h) {
+        for (int64_t begin = places.keys.begin / 16 * 16; begin < places.keys.end; begin += 16) {
+            const T* key[16];
+            for (int64_t i = 0; i < 16; ++i) {
+                const bool is_seen = begin + i >= places.keys.begin && begin + i < places.keys.end;
+                key[i] = is_seen ? places.key[begin + i] + h * block.head_span : nullptr;
+            }
+            Keys::turn(key, block.task.head_dim, turned);
+            const int64_t end = (h + 1) * block.rows_per_kv;
+            for (int64_t r = h * block.rows_per_kv; r < end; r += Keys::kRows) {
+                const int rows = static_cast<int>(lesser(Keys::kRows, end - r));
+                float* out[Keys::kRows];
+                bool is_seen = false;
+                for (int j = 0; j < rows; ++j) {
+                    out[j] = scores[r + j] + begin;
+                    is_seen |= !common(visible[r + j], {begin, begin + 16}).empty();
+                }
+                if (is_seen) Keys::dots(rows, query + r, turned, block.width, out);
+            }
+        }
+    }
+}
+
+// Scores to weights relative to the largest; zero for keys of the row's first and last 16 that it
+// doesn't see.
+template <typename Weight>
+KV_INLINE void soften(const AttentionTask& task, Range keys, float* scores, Weight* weights,
+                      float* top, float* sum) {
     const Vec scale = set1(task.scale), cap = set1(task.soft_cap);
     const Vec lanes = iota();
     const int64_t first_step = keys.begin / 16 * 16;
@@ -117,109 +221,158 @@ KV_INLINE void soften(const AttentionTask& task, Range keys, float* scores, floa
     for (int64_t i = first_step; i < keys.end; i += 16) {
         Vec s = load(scores + i) * scale;
         if (task.soft_cap > 0) s = cap * tanh(s / cap);
-        s = where_less(lanes, set1(static_cast<float>(keys.begin - i)), set1(-kInfinity), s);
-        s = where_less(lanes, set1(static_cast<float>(keys.end - i)), s, set1(-kInfinity));
+        if (i < keys.begin) {
+            s = where_less(lanes, set1(static_cast<float>(keys.begin - i)), set1(-kInfinity), s);
+        }
+        if (i + 16 > keys.end) {
+            s = where_less(lanes, set1(static_cast<float>(keys.end - i)), s, set1(-kInfinity));
+        }
         store(scores + i, s);
         m = max(s, m);
     }
     *top = max_lane(m);
     Vec sums = set1(0.0f);
     for (int64_t i = first_step; i < keys.end; i += 16) {
-        const Vec p = exp(load(scores + i) - set1(*top));
-        store(scores + i, p);
-        sums = sums + p;
+        sums = sums + keep_weights(weights + i, exp(load(scores + i) - set1(*top)));
     }
     *sum = sum_of(sums);
 }
 
-// acc[row][col .. col + 16 * COLS] += weights[row][i] * value[i], key by key. `last` lanes of the
-// last vector exist.
-template <typename T, int ROWS, int COLS>
-KV_INLINE void add_values(Range keys, const T* const* places, int64_t offset, int last,
-                          const float* const* weights, float* const* acc) {
-    Vec sums[ROWS][COLS];
+// acc[row][32 * UNITS] += weights[row][i] * value[i], in the keys' order. Where a step takes two
+// keys, one that lies outside counts nothing. `last` elements of the last unit exist.
+template <typename T, int ROWS, int UNITS>
+KV_INLINE void add_values(Range keys, const T* const* place, int64_t offset, int last,
+                          const Tile<T>* ahead, const typename Values<T>::Weight* const* weights,
+                          float* const* acc) {
+    using V = Values<T>;
+    alignas(64) static const T zeros[32 * UNITS] = {};
+    Vec sums[ROWS][2 * UNITS];
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 8
-        for (int c = 0; c < COLS; ++c) sums[r][c] = load(acc[r] + 16 * c);
+        for (int c = 0; c < 2 * UNITS; ++c) sums[r][c] = load(acc[r] + 16 * c);
     }
-    for (int64_t i = keys.begin; i < keys.end; ++i) {
-        const T* value = places[i] + offset;
-        const T* next = places[lesser(i + kAhead, keys.end - 1)] + offset;
+    for (int64_t i = keys.begin / V::kKeys * V::kKeys; i < keys.end; i += V::kKeys) {
+        V values[UNITS];
 #pragma GCC unroll 8
-        for (int c = 0; c < COLS; c += 64 / (16 * sizeof(T))) __builtin_prefetch(next + 16 * c);
-        Vec v[COLS];
+        for (int u = 0; u < UNITS; ++u) {
+            const T* value[V::kKeys];
+#pragma GCC unroll 2
+            for (int k = 0; k < V::kKeys; ++k) {
+                const bool is_visible = i + k >= keys.begin && i + k < keys.end;
+                value[k] = is_visible ? place[i + k] + offset + 32 * u : zeros + 32 * u;
+            }
+            values[u] = UNITS == 1 && last < 32 ? V::load_n(value, last) : V::load(value);
+        }
+        if (ahead) {
+#pragma GCC unroll 2
+            for (int k = 0; k < V::kKeys; ++k) {
+                const T* next = ahead->at(i + k - keys.begin);
 #pragma GCC unroll 8
-        for (int c = 0; c < COLS; ++c) {
-            v[c] = COLS == 1 ? load_some(value, last) : load(value + 16 * c);
+                for (size_t at = 0; at < 32 * UNITS; at += 64 / sizeof(T)) {
+                    __builtin_prefetch(next + at, 0, 2);
+                }
+            }
         }
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r) {
-            const Vec w = set1(weights[r][i]);
+            const auto w = V::weight(weights[r] + i);
 #pragma GCC unroll 8
-            for (int c = 0; c < COLS; ++c) sums[r][c] = fma(w, v[c], sums[r][c]);
+            for (int c = 0; c < 2 * UNITS; ++c) {
+                sums[r][c] = values[c / 2].add(sums[r][c], w, c % 2);
+            }
         }
     }
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 8
-        for (int c = 0; c < COLS; ++c) store(acc[r] + 16 * c, sums[r][c]);
+        for (int c = 0; c < 2 * UNITS; ++c) store(acc[r] + 16 * c, sums[r][c]);
     }
 }
 
-// Vectors side by side for so many rows: few rows leave registers for more of the head.
-constexpr int value_cols(int rows) { return 2 * rows <= kValueRows ? 2 * kValueCols : kValueCols; }
+// Units side by side for so many rows: few rows leave registers for more of the head.
+constexpr int value_units(int rows) { return 2 * rows <= kValueRows ? 2 * kValueUnits : kValueUnits; }
 
 // The same over the whole head, for a number of rows known at run time.
 template <typename T, int ROWS = kValueRows>
-KV_INLINE void add_head(int rows, Range keys, const T* const* places, int64_t offset,
-                        int64_t head_dim, const float* const* weights, float* const* acc) {
+KV_INLINE void add_head(int rows, Range keys, const T* const* place, int64_t offset,
+                        int64_t head_dim, const Tile<T>* ahead,
+                        const typename Values<T>::Weight* const* weights, float* const* acc) {
     if constexpr (ROWS > 1) {
         if (rows < ROWS) {
-            return add_head<T, ROWS - 1>(rows, keys, places, offset, head_dim, weights, acc);
+            return add_head<T, ROWS - 1>(rows, keys, place, offset, head_dim, ahead, weights, acc);
         }
     }
-    constexpr int kCols = value_cols(ROWS);
+    constexpr int kUnits = value_units(ROWS);
     int64_t d = 0;
     float* at[ROWS];
-    for (; d + 16 * kCols <= head_dim; d += 16 * kCols) {
+    Tile<T> tile;
+    if (ahead) tile = *ahead;
+    for (; d + 32 * kUnits <= head_dim; d += 32 * kUnits) {
         for (int r = 0; r < ROWS; ++r) at[r] = acc[r] + d;
-        add_values<T, ROWS, kCols>(keys, places, offset + d, 16, weights, at);
+        add_values<T, ROWS, kUnits>(keys, place, offset + d, 32, ahead ? &tile : nullptr, weights,
+                                    at);
+        tile.head_offset += 32 * kUnits;
     }
-    for (; d < head_dim; d += 16) {
+    for (; d < head_dim; d += 32) {
         for (int r = 0; r < ROWS; ++r) at[r] = acc[r] + d;
-        const int last = static_cast<int>(lesser(16, head_dim - d));
-        add_values<T, ROWS, 1>(keys, places, offset + d, last, weights, at);
+        const int last = static_cast<int>(lesser(32, head_dim - d));
+        add_values<T, ROWS, 1>(keys, place, offset + d, last, ahead ? &tile : nullptr, weights, at);
+        tile.head_offset += 32;
     }
 }
 
 // One tile of rows: the keys that all of them see together, the others row by row.
-// Each row still adds its keys in ascending order.
+// Each row still adds its keys in ascending order, and the keys of one step in one step.
 template <typename T>
-KV_INLINE void weigh_values(int rows, const Range* visible, const T* const* places, int64_t offset,
-                            int64_t head_dim, const float* const* weights, float* const* acc) {
-    Range common = visible[0];
+KV_INLINE void weigh_rows(int rows, const Range* visible, const T* const* place, int64_t offset,
+                          int64_t head_dim, const Tile<T>* ahead,
+                          const typename Values<T>::Weight* const* weights, float* const* acc) {
+    constexpr int64_t kKeys = Values<T>::kKeys;
+    Range all = visible[0];
+    bool are_equal = true;
     for (int r = 1; r < rows; ++r) {
-        common.begin = greater(common.begin, visible[r].begin);
-        common.end = lesser(common.end, visible[r].end);
+        are_equal &= visible[r].begin == all.begin && visible[r].end == all.end;
+        all = common(all, visible[r]);
     }
-    if (common.begin >= common.end) {
-        for (int r = 0; r < rows; ++r) {
-            add_head<T>(1, visible[r], places, offset, head_dim, weights + r, acc + r);
-        }
+    if (!are_equal) all = {(all.begin + kKeys - 1) / kKeys * kKeys, all.end / kKeys * kKeys};
+    if (all.empty()) all = {visible[0].begin, visible[0].begin};
+    const auto alone = [&](int r, Range keys) {
+        if (keys.empty()) return;
+        add_head<T>(1, keys, place, offset, head_dim, nullptr, weights + r, acc + r);
+    };
+    if (all.empty()) {
+        for (int r = 0; r < rows; ++r) alone(r, visible[r]);
         return;
     }
-    for (int r = 0; r < rows; ++r) {
-        const Range before{visible[r].begin, common.begin};
-        if (before.begin < before.end) {
-            add_head<T>(1, before, places, offset, head_dim, weights + r, acc + r);
-        }
-    }
-    add_head<T>(rows, common, places, offset, head_dim, weights, acc);
-    for (int r = 0; r < rows; ++r) {
-        const Range after{common.end, visible[r].end};
-        if (after.begin < after.end) {
-            add_head<T>(1, after, places, offset, head_dim, weights + r, acc + r);
+    for (int r = 0; r < rows; ++r) alone(r, {visible[r].begin, all.begin});
+    add_head<T>(rows, all, place, offset, head_dim, ahead, weights, acc);
+    for (int r = 0; r < rows; ++r) alone(r, {all.end, visible[r].end});
+}
+
+// values[row] = the sum of the visible values, weighted. `step` keys of all heads at a time.
+template <typename T>
+void weigh(const Block& block, const Range* visible, const Places<T>& places, int64_t step,
+           const typename Values<T>::Weight (*weights)[kSplit], float* values) {
+    const Range keys = places.keys;
+    for (int64_t begin = keys.begin; begin < keys.end; begin = (begin / step + 1) * step) {
+        const Range some{begin, lesser((begin / step + 1) * step, keys.end)};
+        for (int64_t h = 0; h < block.num_kv_heads; ++h) {
+            const Tile<T> ahead = following(block, places, false, begin, h);
+            for (int64_t r = 0; r < block.rows_per_kv; r += kValueRows) {
+                const int rows = static_cast<int>(lesser(kValueRows, block.rows_per_kv - r));
+                const int64_t first = h * block.rows_per_kv + r;
+                const typename Values<T>::Weight* of[kValueRows];
+                float* acc[kValueRows];
+                Range seen[kValueRows] = {};
+                for (int j = 0; j < rows; ++j) {
+                    of[j] = weights[first + j];
+                    acc[j] = values + (first + j) * block.width;
+                    seen[j] = common(visible[first + j], some);
+                }
+                weigh_rows<T>(rows, seen, places.value, h * block.head_span, block.task.head_dim,
+                              r == 0 && step == 16 ? &ahead : nullptr, of, acc);
+            }
         }
     }
 }
@@ -231,21 +384,21 @@ struct Gathered {
 };
 
 KV_INLINE void merge(Gathered* into, float* into_values, Gathered from, const float* from_values,
-                     int64_t head_dim) {
+                     int64_t width) {
     if (from.sum == 0) return;
     if (into->sum == 0) {
         *into = from;
-        std::memcpy(into_values, from_values, sizeof(float) * static_cast<size_t>(head_dim));
+        std::memcpy(into_values, from_values, sizeof(float) * static_cast<size_t>(width));
         return;
     }
     const float top = into->top > from.top ? into->top : from.top;
     const float a = exp(into->top - top), b = exp(from.top - top);
     into->top = top;
     into->sum = into->sum * a + from.sum * b;
-    for_lanes(head_dim, [&](int64_t i, int n) {
-        const Vec old = load_some(into_values + i, n) * set1(a);
-        store_some(into_values + i, fma(load_some(from_values + i, n), set1(b), old), n);
-    });
+    for (int64_t i = 0; i < width; i += 16) {
+        const Vec old = load(into_values + i) * set1(a);
+        store(into_values + i, fma(load(from_values + i), set1(b), old));
+    }
 }
 
 template <typename T>
@@ -262,76 +415,67 @@ void finish(const Block& block, int64_t row, Gathered gathered, const float* val
         const float kept = exp(gathered.top - top);
         scale = kept / (gathered.sum * kept + exp(sink - top));
     }
-    for_lanes(task.head_dim, [&](int64_t i, int n) {
-        store_some(out + i, load_some(values + i, n) * set1(scale), n);
-    });
+    for (int64_t i = 0; i < task.head_dim; i += 32) {
+        const Vec a = load(values + i) * set1(scale), b = load(values + i + 16) * set1(scale);
+        if (i + 32 <= task.head_dim) {
+            Values<T>::store(out + i, a, b);
+        } else {
+            T some[32];
+            Values<T>::store(some, a, b);
+            std::memcpy(out + i, some, sizeof(T) * static_cast<size_t>(task.head_dim - i));
+        }
+    }
 }
 
+template <typename T>
 struct alignas(64) Workspace {
     float scores[kMaxRows][kSplit];
-    float values[kMaxRows * kMaxHeadDim];  // [num_rows][head_dim rounded up to lanes]
-    const void* keys[kSplit];
+    alignas(64) typename Values<T>::Weight weights[kMaxRows][kSplit];
+    alignas(64) float values[kMaxRows * kMaxHeadDim];  // [num_rows][width]
+    Places<T> places;
 };
 
 // One split of all rows of a block: fills gathered[row] and workspace.values.
 template <typename T>
-void attend_split(const Block& block, int64_t split, Workspace& space, Gathered* gathered) {
-    const AttentionTask& task = block.task;
-    const int64_t padded = (task.head_dim + 15) / 16 * 16;
-    const int64_t head_span = task.page_size * task.head_dim;
-
+void attend_split(const Block& block, int64_t split, Workspace<T>& space, Gathered* gathered) {
     Range visible[kMaxRows], all{kSplit, 0};
     for (int64_t row = 0; row < block.num_rows; ++row) {
-        visible[row] = Block::within(block.visible(block.query_of(row)), split);
-        if (visible[row].begin >= visible[row].end) visible[row] = {0, 0};
-        if (visible[row].begin == visible[row].end) continue;
+        visible[row] = block.visible(row, split);
+        gathered[row] = {-kInfinity, 0.0f};
+        if (visible[row].empty()) continue;
         all.begin = lesser(all.begin, visible[row].begin);
         all.end = greater(all.end, visible[row].end);
     }
-    const T** places = reinterpret_cast<const T**>(space.keys);
-    if (all.begin < all.end) {
-        locate<T>(task, block.item, task.key_pages, task.key_page_stride, split, all, places);
-        score<T>(block, all, places, space.scores);
-        locate<T>(task, block.item, task.value_pages, task.value_page_stride, split, all, places);
+    std::memset(space.values, 0, sizeof(float) * static_cast<size_t>(block.num_rows * block.width));
+    if (all.empty()) return;
+    const bool are_many = block.rows_per_kv >= kManyRows;
+    space.places.locate(block, split, all);
+    if constexpr (Turned<T>::kIs) {
+        if (are_many) score_turned<T>(block, visible, space.places, space.scores);
     }
-    std::memset(space.values, 0, sizeof(float) * static_cast<size_t>(block.num_rows * padded));
+    if (!Turned<T>::kIs || !are_many) score<T>(block, space.places, space.scores);
     for (int64_t row = 0; row < block.num_rows; ++row) {
-        gathered[row] = {-kInfinity, 0.0f};
-        if (visible[row].begin < visible[row].end) {
-            soften(task, visible[row], space.scores[row], &gathered[row].top, &gathered[row].sum);
-        }
+        if (visible[row].empty()) continue;
+        soften(block.task, visible[row], space.scores[row], space.weights[row], &gathered[row].top,
+               &gathered[row].sum);
     }
-    for (int64_t h = block.item.kv_head_begin; h < block.item.kv_head_end; ++h) {
-        const int64_t first_row = (h - block.item.kv_head_begin) * block.rows_per_kv;
-        for (int64_t r = 0; r < block.rows_per_kv; r += kValueRows) {
-            const int rows = static_cast<int>(lesser(kValueRows, block.rows_per_kv - r));
-            const float* weights[kValueRows];
-            float* acc[kValueRows];
-            for (int j = 0; j < rows; ++j) {
-                weights[j] = space.scores[first_row + r + j];
-                acc[j] = space.values + (first_row + r + j) * padded;
-            }
-            weigh_values<T>(rows, visible + first_row + r, places, h * head_span, task.head_dim,
-                            weights, acc);
-        }
-    }
+    weigh<T>(block, visible, space.places, are_many ? kSplit : 16, space.weights, space.values);
 }
 
 template <typename T>
 void attend(const AttentionTask& task, const AttentionItem& item) {
     const Block block(task, item);
-    const int64_t d = task.head_dim, padded = (d + 15) / 16 * 16;
-    Workspace space;
+    Workspace<T> space;
     Gathered gathered[kMaxRows];
     if (item.split >= 0) {
         attend_split<T>(block, item.split, space, gathered);
         for (int64_t row = 0; row < block.num_rows; ++row) {
-            float* to = item.partials +
-                        (row * item.num_splits + item.split - item.first_split) * (2 + d);
+            float* to = item.partials + (row * item.num_splits + item.split - item.first_split) *
+                                            partial_floats(task.head_dim);
             to[0] = gathered[row].top;
             to[1] = gathered[row].sum;
-            std::memcpy(to + 2, space.values + row * padded,
-                        sizeof(float) * static_cast<size_t>(d));
+            std::memcpy(to + 2, space.values + row * block.width,
+                        sizeof(float) * static_cast<size_t>(block.width));
         }
         return;
     }
@@ -341,25 +485,25 @@ void attend(const AttentionTask& task, const AttentionItem& item) {
     for (int64_t s = 0; s < item.num_splits; ++s) {
         attend_split<T>(block, item.first_split + s, space, gathered);
         for (int64_t row = 0; row < block.num_rows; ++row) {
-            merge(&merged[row], merged_values + row * padded, gathered[row],
-                  space.values + row * padded, d);
+            merge(&merged[row], merged_values + row * block.width, gathered[row],
+                  space.values + row * block.width, block.width);
         }
     }
     for (int64_t row = 0; row < block.num_rows; ++row) {
-        finish<T>(block, row, merged[row], merged_values + row * padded);
+        finish<T>(block, row, merged[row], merged_values + row * block.width);
     }
 }
 
 template <typename T>
 void merge_splits(const AttentionTask& task, const AttentionItem& item) {
     const Block block(task, item);
-    const int64_t d = task.head_dim;
     alignas(64) float values[kMaxHeadDim];
     for (int64_t row = 0; row < block.num_rows; ++row) {
         Gathered merged{-kInfinity, 0.0f};
         for (int64_t s = 0; s < item.num_splits; ++s) {
-            const float* from = item.partials + (row * item.num_splits + s) * (2 + d);
-            merge(&merged, values, {from[0], from[1]}, from + 2, d);
+            const float* from =
+                item.partials + (row * item.num_splits + s) * partial_floats(task.head_dim);
+            merge(&merged, values, {from[0], from[1]}, from + 2, block.width);
         }
         finish<T>(block, row, merged, values);
     }

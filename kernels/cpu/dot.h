@@ -22,7 +22,7 @@ KV_INLINE void dot_tile(const T* const* x, const T* const* w, int64_t k,
         for (int c = 0; c < COLS; ++c) b[c] = Op::load(w[c] + i);
         if (next) {
 #pragma GCC unroll 8
-            for (int c = 0; c < COLS; ++c) __builtin_prefetch(next[c] + i);
+            for (int c = 0; c < COLS; ++c) __builtin_prefetch(next[c] + i, 0, 2);
         }
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r) {
@@ -44,14 +44,18 @@ KV_INLINE void dot_tile(const T* const* x, const T* const* w, int64_t k,
         }
     }
 
-    float folded[(ROWS * COLS + 3) / 4 * 4];
+    // Straight into `out` where nothing is stored past its end: to be read again, wider than it was
+    // written, would stall.
+    constexpr bool kWhole = ROWS * COLS % 4 == 0;
+    float spare[kWhole ? 1 : (ROWS * COLS + 3) / 4 * 4];
+    float* to = kWhole ? out : spare;
 #pragma GCC unroll 8
     for (int i4 = 0; i4 < ROWS * COLS; i4 += 4) {
         const int last = ROWS * COLS - 1;
         sum4(sums[i4], sums[i4 + 1 < last ? i4 + 1 : last], sums[i4 + 2 < last ? i4 + 2 : last],
-             sums[i4 + 3 < last ? i4 + 3 : last], folded + i4);
+             sums[i4 + 3 < last ? i4 + 3 : last], to + i4);
     }
-    std::memcpy(out, folded, sizeof(float) * ROWS * COLS);
+    if (!kWhole) std::memcpy(out, spare, sizeof(float) * ROWS * COLS);
 }
 
 // The same for a number of rows known at run time, at most kTileRows<T>.

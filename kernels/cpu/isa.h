@@ -103,10 +103,16 @@ struct RopeTask {
 // Keys are taken in splits of this many, at absolute positions: a query's partial sums, and the
 // order in which they are merged, depend on its position alone.
 constexpr int64_t kSplit = 256;
-// Query rows (tokens x heads) of one attention block.
-constexpr int kBlockRows = 24;
-constexpr int kMaxRows = 32;
+// Query rows (tokens x heads) of one attention block at most.
+constexpr int kMaxRows = 64;
+// From so many rows of one KV head on, a block is one KV head's, of about kBlockRows.
+constexpr int kManyRows = 16;
+constexpr int kBlockRows = 48;
 constexpr int64_t kMaxHeadDim = 512;
+// A row's sums are kept in units of 32.
+constexpr int64_t padded_head(int64_t head_dim) { return (head_dim + 31) / 32 * 32; }
+// Of one row and split: max, sum, weighted values.
+constexpr int64_t partial_floats(int64_t head_dim) { return 2 + padded_head(head_dim); }
 
 struct AttentionTask {
     const void* query;  // [T, num_heads, head_dim], dense but for the first stride
@@ -132,7 +138,7 @@ struct AttentionItem {
     int32_t kv_head_begin, kv_head_end;
     int32_t group_begin, group_end;
     int64_t split;    // compute this split into `partials`; -1: all of them, into the output
-    float* partials;  // [rows][split - first_split][2 + head_dim]: max, sum, weighted values
+    float* partials;  // [rows][split - first_split][partial_floats]
     int64_t first_split, num_splits;  // what the queries of this block can see
 };
 

@@ -273,7 +273,6 @@ void unpack_rows(Context& context, const char* packed, int64_t row_bytes, const 
 void run_attention(Context& context, int dtype, const AttentionTask& task, int64_t num_seqs) {
     const int64_t group = task.num_heads / task.num_kv_heads;
     const int64_t heads_at_once = std::min<int64_t>(group, kBlockRows);
-    const int64_t row_floats = 2 + task.head_dim;
 
     // Keys times queries of each sequence, so that long ones can be cut into splits.
     const auto num_queries = [&](int64_t b) {
@@ -292,26 +291,30 @@ void run_attention(Context& context, int dtype, const AttentionTask& task, int64
     }
     const int64_t products = total * task.num_heads * task.head_dim * 2;
     const int threads = context.threads_for(products, kMinProducts);
-    const int64_t share = ceil_div(total * task.num_kv_heads, int64_t{4} * threads);
+    const int64_t share = ceil_div(total * task.num_kv_heads, int64_t{2} * threads);
 
     std::vector<AttentionItem> items, merges;
-    int64_t partial_floats = 0;
+    int64_t num_floats = 0;
     for (int64_t b = 0; b < num_seqs; ++b) {
         const int64_t queries = num_queries(b);
-        const int64_t block = std::max<int64_t>(1, kBlockRows / heads_at_once);
+        // Blocks of about equal size: a small last one would read all keys for few rows.
+        const int64_t most = std::max<int64_t>(1, kBlockRows / heads_at_once);
+        const int64_t block = ceil_div(queries, std::max<int64_t>(1, ceil_div(queries, most)));
         for (int64_t q = 0; q < queries; q += block) {
             const int64_t q_end = std::min(queries, q + block);
             const auto [begin, end] = keys_of(b, q, q_end);
             const int64_t first_split = begin / kSplit;
             const int64_t num_splits = ceil_div(end, kSplit) - first_split;
-            // Few queries: several KV heads at once, which lie side by side in a page.
+            // Few rows: all KV heads at once, which lie side by side in a page.
             const int64_t rows = (q_end - q) * heads_at_once;
             const int64_t work = (q_end - q) * (end - begin);
-            int64_t kv_heads = heads_at_once < group ? 1 : std::max<int64_t>(1, kBlockRows / rows);
-            kv_heads = std::min(kv_heads, task.num_kv_heads);
+            int64_t kv_heads = 1;
+            if (rows < kManyRows && heads_at_once == group) {
+                kv_heads = std::min<int64_t>(kMaxRows / rows, task.num_kv_heads);
+            }
             const bool cut = threads > 1 && num_splits > 1 && work * kv_heads > share;
             if (threads > 1 && !cut) {
-                kv_heads = std::max<int64_t>(1, std::min(kv_heads, share / std::max<int64_t>(work, 1)));
+                kv_heads = std::clamp<int64_t>(share / std::max<int64_t>(work, 1), 1, kv_heads);
             }
             for (int64_t h = 0; h < task.num_kv_heads; h += kv_heads) {
                 for (int64_t g = 0; g < group; g += heads_at_once) {
@@ -335,13 +338,13 @@ void run_attention(Context& context, int dtype, const AttentionTask& task, int64
                     // An offset for now: the buffer comes when its size is known.
                     item.partials = nullptr;
                     merges.push_back(item);
-                    merges.back().split = partial_floats;
-                    partial_floats += item_rows * num_splits * row_floats;
+                    merges.back().split = num_floats;
+                    num_floats += item_rows * num_splits * partial_floats(task.head_dim);
                 }
             }
         }
     }
-    std::vector<float> partials(static_cast<size_t>(partial_floats));
+    std::vector<float> partials(static_cast<size_t>(num_floats));
     std::vector<AttentionItem> pieces;
     for (AttentionItem& merge : merges) {
         merge.partials = partials.data() + merge.split;

@@ -6,6 +6,8 @@
 #include "linear.h"
 #include "rows.h"
 #include "rope.h"
+#include "values.h"
+#include "turned.h"
 #include "attention.h"
 
 namespace {

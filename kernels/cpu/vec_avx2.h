@@ -219,8 +219,8 @@ constexpr int kLinearSums = 4;
 constexpr int kTileCols = 2;
 template <typename T>
 constexpr int kTileRows = 2;
-// Of the product with the values: rows by vectors.
+// Of the product with the values: rows by units of 32 elements.
 constexpr int kValueRows = 3;
-constexpr int kValueCols = 2;
+constexpr int kValueUnits = 1;
 
 }  // namespace

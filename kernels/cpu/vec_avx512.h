@@ -1,6 +1,8 @@
 // Sixteen float lanes in one AVX-512 register.
 #pragma once
 
+#define KV_AVX512
+
 namespace {
 using namespace kv;
 
@@ -208,8 +210,8 @@ template <typename T>
 constexpr int kTileRows = 6;
 template <>
 constexpr int kTileRows<bf16> = kBf16TileRows;
-// Of the product with the values: rows by vectors.
+// Of the product with the values: rows by units of 32 elements.
 constexpr int kValueRows = 6;
-constexpr int kValueCols = 4;
+constexpr int kValueUnits = 2;
 
 }  // namespace

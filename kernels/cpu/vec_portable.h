@@ -237,8 +237,8 @@ constexpr int kLinearSums = 2;
 constexpr int kTileCols = 2;
 template <typename T>
 constexpr int kTileRows = 1;
-// Of the product with the values: rows by vectors.
+// Of the product with the values: rows by units of 32 elements.
 constexpr int kValueRows = 2;
-constexpr int kValueCols = 1;
+constexpr int kValueUnits = 1;
 
 }  // namespace
