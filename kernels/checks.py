@@ -278,6 +278,12 @@ class CheckedOps:
             _refuse("pages.values", values, f"like pages.keys, {_shown(keys)}")
         self._scales("pages.key_scales", pages.key_scales, keys)
         self._scales("pages.value_scales", pages.value_scales, keys)
+        if (
+            pages.key_scales is not None
+            and pages.value_scales is not None
+            and pages.value_scales.stride() != pages.key_scales.stride()
+        ):
+            _refuse("pages.value_scales", pages.value_scales, "strides of pages.key_scales")
         return shape
 
     def _scales(self, name: str, scales: torch.Tensor | None, entries: torch.Tensor) -> None:

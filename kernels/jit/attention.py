@@ -59,9 +59,11 @@ def choose_tiles(
     dtype: torch.dtype,
     *,
     exact: bool,
+    quantised: bool = False,
 ) -> AttentionTiles:
     """Tiles that spill no registers (docs/kernels-gpu.md has what the compiler made of each).
 
+    `quantised` pages take registers to convert their entries in.
     With `exact` both kernels take the same step, and lay a row out over threads in the same way, so
     that its sums add up in the same order.
     """
@@ -82,10 +84,13 @@ def choose_tiles(
         return AttentionTiles(both, both)
     if exact:
         if width > 128:
-            return AttentionTiles(tiles(32, 32, 8, 3), tiles(32, 32, 8, 2))
+            tile = 16 if quantised and target.backend == "hip" else 32
+            return AttentionTiles(tiles(32, tile, 8, 3), tiles(32, tile, 8, 2))
         if target.arch == "sm_90":  # one warp group for 64 rows, two for 128
             tile = 64 if width <= 64 else 32
             return AttentionTiles(tiles(64, tile, 4, 3), tiles(128, tile, 8, 2))
+        if quantised and target.has_large_tile_instructions:
+            return AttentionTiles(tiles(64, 64, 8, 2), tiles(64, 64, 8, 2))
         num_warps = 4 if target.backend == "hip" else 8
         stages = 2 if target.backend == "hip" else 3
         return AttentionTiles(tiles(64, 32, num_warps, stages), tiles(64, 32, num_warps, 2))
@@ -109,9 +114,12 @@ def _attend(
     query_position,
     key_head,
     value_head,
+    key_scale_head,
+    value_scale_head,
     page_table,
     key_page_stride,
     value_page_stride,
+    scale_page_stride,
     begin,
     end,
     visible_begin,
@@ -124,6 +132,7 @@ def _attend(
     PAGE_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     MASKED: tl.constexpr,
+    QUANTISED: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
 ):
@@ -131,6 +140,8 @@ def _attend(
 
     `begin` is a multiple of TILE. Unless MASKED, every row sees every key of the range.
     Slots outside visible_begin .. visible_end are never read, so what they hold can't show.
+    Entries of QUANTISED pages are exact in every dtype that queries have; scales of keys go to the
+    scores, and those of values to the weights, after these were summed.
     """
     step = tl.arange(0, TILE)
     column = tl.arange(0, BLOCK_D)
@@ -155,7 +166,16 @@ def _attend(
         else:
             key = tl.load(key_at)
 
-        score = tl.dot(query, key, input_precision="ieee") * scale_log2
+        score = tl.dot(query, key.to(query.dtype), input_precision="ieee") * scale_log2
+        if QUANTISED:
+            scale_at = page * scale_page_stride + position % PAGE_SIZE
+            if MASKED:
+                key_scale = tl.load(key_scale_head + scale_at, mask=inside, other=0.0)
+                value_scale = tl.load(value_scale_head + scale_at, mask=inside, other=0.0)
+            else:
+                key_scale = tl.load(key_scale_head + scale_at)
+                value_scale = tl.load(value_scale_head + scale_at)
+            score = score * key_scale[None, :]
         if HAS_SOFT_CAP:
             # soft_cap is given in base 2 as well. tanh by the exponential that can't overflow.
             fall = tl.exp2(tl.abs(score) * (-2.0 * 1.4426950408889634 / soft_cap))
@@ -186,6 +206,11 @@ def _attend(
             value = tl.load(value_at, mask=(column < HEAD_DIM)[None, :], other=0.0)
         else:
             value = tl.load(value_at)
+        if QUANTISED:
+            # Weights by scales may be smaller than a float16 can be; a bfloat16 can.
+            weight = weight * value_scale[None, :]
+            kind = tl.float32 if query.dtype == tl.float32 else tl.bfloat16
+            value = value.to(kind)
         acc = tl.dot(weight.to(value.dtype), value, acc, input_precision="ieee")
     return acc, maximum, total
 
@@ -220,6 +245,17 @@ def _first_visible(position, window, HAS_WINDOW: tl.constexpr):
         return tl.maximum(position - window + 1, 0)
     else:
         return position * 0
+
+
+@triton.jit
+def _scale_heads(
+    key_scales, value_scales, kv_head, PAGE_SIZE: tl.constexpr, QUANTISED: tl.constexpr
+):
+    """Where a head's scales begin; anything unless QUANTISED."""
+    if QUANTISED:
+        return key_scales + kv_head * PAGE_SIZE, value_scales + kv_head * PAGE_SIZE
+    else:
+        return kv_head, kv_head
 
 
 # --- decode ---------------------------------------------------------------------------------------
@@ -273,6 +309,8 @@ def decode_kernel(
     query,
     key_pages,
     value_pages,
+    key_scales,
+    value_scales,
     page_tables,
     seq_lens,
     query_starts,
@@ -280,6 +318,7 @@ def decode_kernel(
     query_stride,
     key_page_stride,
     value_page_stride,
+    scale_page_stride,
     page_table_stride,
     num_seqs,
     max_splits,
@@ -295,6 +334,7 @@ def decode_kernel(
     TILE: tl.constexpr,
     SPLIT: tl.constexpr,
     BY_QUERY: tl.constexpr,
+    QUANTISED: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
@@ -328,6 +368,9 @@ def decode_kernel(
     queries = tl.load(
         query_row + (head * HEAD_DIM)[:, None] + column[None, :], mask=mask, other=0.0
     )
+    key_scale_head, value_scale_head = _scale_heads(
+        key_scales, value_scales, kv_head, PAGE_SIZE, QUANTISED
+    )
     acc, maximum, total = _attend(
         tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32),
         tl.full([BLOCK_M], float("-inf"), dtype=tl.float32),
@@ -336,9 +379,12 @@ def decode_kernel(
         tl.zeros([BLOCK_M], dtype=tl.int32) + (visible_end - 1),
         key_pages + kv_head * (PAGE_SIZE * HEAD_DIM),
         value_pages + kv_head * (PAGE_SIZE * HEAD_DIM),
+        key_scale_head,
+        value_scale_head,
         page_tables + sequence.to(tl.int64) * page_table_stride,
         key_page_stride,
         value_page_stride,
+        scale_page_stride,
         begin,
         end,
         visible_begin,
@@ -351,6 +397,7 @@ def decode_kernel(
         PAGE_SIZE,
         TILE,
         True,
+        QUANTISED,
         HAS_WINDOW,
         HAS_SOFT_CAP,
     )
@@ -440,6 +487,8 @@ def extend_kernel(
     query,
     key_pages,
     value_pages,
+    key_scales,
+    value_scales,
     page_tables,
     seq_lens,
     query_starts,
@@ -447,6 +496,7 @@ def extend_kernel(
     query_stride,
     key_page_stride,
     value_page_stride,
+    scale_page_stride,
     page_table_stride,
     num_seqs,
     min_queries,
@@ -462,6 +512,7 @@ def extend_kernel(
     TILE: tl.constexpr,
     SPLIT: tl.constexpr,
     EXACT: tl.constexpr,
+    QUANTISED: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
@@ -498,6 +549,9 @@ def extend_kernel(
     page_table = page_tables + sequence.to(tl.int64) * page_table_stride
     key_head = key_pages + kv_head * (PAGE_SIZE * HEAD_DIM)
     value_head = value_pages + kv_head * (PAGE_SIZE * HEAD_DIM)
+    key_scale_head, value_scale_head = _scale_heads(
+        key_scales, value_scales, kv_head, PAGE_SIZE, QUANTISED
+    )
     block_first = seq_len - num_queries + first
     visible_end = tl.minimum(block_first + BLOCK_Q, seq_len)
     visible_begin = _first_visible(block_first, window, HAS_WINDOW)
@@ -529,9 +583,12 @@ def extend_kernel(
                 query_position,
                 key_head,
                 value_head,
+                key_scale_head,
+                value_scale_head,
                 page_table,
                 key_page_stride,
                 value_page_stride,
+                scale_page_stride,
                 begin,
                 plain,
                 visible_begin,
@@ -544,6 +601,7 @@ def extend_kernel(
                 PAGE_SIZE,
                 TILE,
                 False,
+                QUANTISED,
                 HAS_WINDOW,
                 HAS_SOFT_CAP,
             )
@@ -555,9 +613,12 @@ def extend_kernel(
             query_position,
             key_head,
             value_head,
+            key_scale_head,
+            value_scale_head,
             page_table,
             key_page_stride,
             value_page_stride,
+            scale_page_stride,
             plain,
             end,
             visible_begin,
@@ -570,6 +631,7 @@ def extend_kernel(
             PAGE_SIZE,
             TILE,
             True,
+            QUANTISED,
             HAS_WINDOW,
             HAS_SOFT_CAP,
         )
@@ -716,14 +778,19 @@ class Attention:
         }
 
     def _keys(self) -> dict[str, object]:
+        scales = self.pages.key_scales
         return {
             "query": self.query,
             "key_pages": self.pages.keys,
             "value_pages": self.pages.values,
+            "key_scales": scales,
+            "value_scales": self.pages.value_scales,
             "page_tables": self.page_tables,
             "query_stride": self.query.stride(0),
             "key_page_stride": self.pages.keys.stride(0),
             "value_page_stride": self.pages.values.stride(0),
+            "scale_page_stride": 0 if scales is None else scales.stride(0),
+            "QUANTISED": scales is not None,
             "page_table_stride": self.page_tables.stride(0),
             "scale_log2": self.scale * _LOG2_E,
             "soft_cap": (self.soft_cap or 0.0) * _LOG2_E,

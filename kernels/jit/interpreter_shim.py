@@ -4,6 +4,9 @@ bfloat16: the interpreter keeps it as the whole number of its bit pattern and th
 and multiplies the patterns (3.6 to 3.9; upstream: "we just don't support it yet", triton PR 11585).
 Here each operation on bfloat16 goes through float32 and rounds to nearest, ties to even.
 
+float8e4nv: the interpreter loses the carry of a mantissa that rounds up to the next power of two,
+and cuts small numbers off (3.9). Here torch converts.
+
 tl.dot: the interpreter asks BLAS, which sums a row in an order that depends on the row's place.
 Here each element is one chain over ascending K in float32, as the kernels count on.
 
@@ -16,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
@@ -46,6 +50,8 @@ def install() -> None:
 
     def cast(method: Any) -> Any:
         def computed(self: Any, source: Any, target: Any, *rest: Any) -> Any:
+            if target.scalar == tl.float8e4nv and source.data.dtype == np.float32:
+                return handle(_to_float8(source.data), tl.float8e4nv)
             if target.scalar == tl.bfloat16 and not _is_bfloat16(source):
                 wide = method(self, source, tl.float32, *rest)
                 return handle(_to_bfloat16(wide.data), tl.bfloat16)
@@ -79,6 +85,11 @@ def _is_bfloat16(value: Any) -> bool:
 
 def _to_float32(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
     return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _to_float8(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+    narrow = torch.from_numpy(np.ascontiguousarray(values)).to(torch.float8_e4m3fn)
+    return np.asarray(narrow.view(torch.uint8).numpy())
 
 
 def _to_bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:

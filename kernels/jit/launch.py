@@ -51,6 +51,13 @@ class Target:
         """
         return self.arch in ("sm_90", "sm_100", "sm_103", "sm_110")
 
+    @property
+    def has_fp8(self) -> bool:
+        """Whether it converts e4m3 numbers. (gfx942 has another e4m3, whose bits differ.)"""
+        if self.backend == "cuda":
+            return int(self.arch.removeprefix("sm_")) >= 89
+        return self.backend == "interpreter"
+
 
 def current_target() -> Target:
     """What Triton would compile for in this process. Needs a device, or `TRITON_INTERPRET=1`."""

@@ -12,10 +12,27 @@ import triton
 import triton.language as tl
 
 from kernels.jit.launch import Launch, Schedule
-from kernels.ops import KVPages
+from kernels.ops import QUANTISED, KVPages
 
 _BLOCK_H = 8
 """Heads of one program."""
+
+
+@triton.jit
+def _quantise(x, MOST: tl.constexpr):
+    """Entries and scales of rows, as `kernels.ops.KVPages` defines them; entries in float32."""
+    size = tl.abs(x)
+    # Infinite where anything is no finite number: a maximum alone would overlook NaN.
+    amax = tl.max(tl.where(size < float("inf"), size, float("inf")), 1)
+    scale = amax / MOST
+    is_normal = (scale >= 1.1754943508222875e-38) & (amax < float("inf"))
+    divisor = tl.where(is_normal, scale, 1.0)
+    entry = tl.where(is_normal[:, None], x / divisor[:, None], 0.0)
+    if MOST == 127.0:
+        # Adding and taking away 1.5 * 2^23 rounds to the nearest whole number, ties to even.
+        entry = (entry + 12582912.0) - 12582912.0
+    scale = tl.where(is_normal, scale, 0.0)
+    return entry, tl.where(amax < float("inf"), scale, float("nan"))
 
 
 @triton.jit
@@ -26,12 +43,15 @@ def rope_store_kernel(
     cos_sin,
     key_pages,
     value_pages,
+    key_scales,
+    value_scales,
     slot_mapping,
     q_norm,
     k_norm,
     qkv_stride,
     key_page_stride,
     value_page_stride,
+    scale_page_stride,
     norm_eps,
     norm_weight_offset,
     HEADS: tl.constexpr,
@@ -42,9 +62,13 @@ def rope_store_kernel(
     PAGE_SIZE: tl.constexpr,
     HAS_Q_NORM: tl.constexpr,
     HAS_K_NORM: tl.constexpr,
+    MOST: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """Program (token, BLOCK_H of its query, key and value heads)."""
+    """Program (token, BLOCK_H of its query, key and value heads).
+
+    MOST is the largest number of quantised pages' dtype, 0 where pages are not quantised.
+    """
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     column = tl.arange(0, BLOCK_D)
@@ -89,24 +113,31 @@ def rope_store_kernel(
     sin = tl.where(is_first, -sin, sin)
     turned = own * cos[None, :] + other * sin[None, :]
     result = tl.where(is_turned[None, :] & (head < HEADS + KV_HEADS)[:, None], turned, own)
-    result = result.to(query_out.dtype.element_ty)
 
     query_at = (token * HEADS + head)[:, None] * HEAD_DIM + column[None, :]
-    tl.store(query_out + query_at, result, mask=is_query[:, None] & in_head[None, :])
+    query = result.to(query_out.dtype.element_ty)
+    tl.store(query_out + query_at, query, mask=is_query[:, None] & in_head[None, :])
     slot = tl.load(slot_mapping + token)
     if slot >= 0:
         page = slot // PAGE_SIZE
         in_page = slot % PAGE_SIZE
         key_at = ((head - HEADS) * PAGE_SIZE + in_page)[:, None] * HEAD_DIM + column[None, :]
         value_at = key_at - KV_HEADS * PAGE_SIZE * HEAD_DIM
+        entry = result
+        if MOST > 0:
+            entry, entry_scale = _quantise(result, MOST)
+            scale_at = page * scale_page_stride + (head - HEADS) * PAGE_SIZE + in_page
+            tl.store(key_scales + scale_at, entry_scale, mask=is_key)
+            tl.store(value_scales + scale_at - KV_HEADS * PAGE_SIZE, entry_scale, mask=is_value)
+        entry = entry.to(key_pages.dtype.element_ty)
         tl.store(
             key_pages + page * key_page_stride + key_at,
-            result,
+            entry,
             mask=is_key[:, None] & in_head[None, :],
         )
         tl.store(
             value_pages + page * value_page_stride + value_at,
-            result,
+            entry,
             mask=is_value[:, None] & in_head[None, :],
         )
 
@@ -136,12 +167,15 @@ def rope_store_launch(
             "cos_sin": cos_sin,
             "key_pages": pages.keys,
             "value_pages": pages.values,
+            "key_scales": pages.key_scales,
+            "value_scales": pages.value_scales,
             "slot_mapping": slot_mapping,
             "q_norm": q_norm,
             "k_norm": k_norm,
             "qkv_stride": qkv.stride(0),
             "key_page_stride": pages.keys.stride(0),
             "value_page_stride": pages.values.stride(0),
+            "scale_page_stride": 0 if pages.key_scales is None else pages.key_scales.stride(0),
             "norm_eps": norm_eps,
             "norm_weight_offset": norm_weight_offset,
             "HEADS": num_heads,
@@ -152,6 +186,7 @@ def rope_store_launch(
             "PAGE_SIZE": page_size,
             "HAS_Q_NORM": q_norm is not None,
             "HAS_K_NORM": k_norm is not None,
+            "MOST": QUANTISED.get(pages.keys.dtype, 0.0),
             "BLOCK_H": _BLOCK_H,
         },
         Schedule(num_warps=4, num_stages=1),

@@ -73,7 +73,9 @@ class TritonOps:
         self._run = runner or runner_for(self._target, torch.device(device))
         self._experts: dict[tuple[int, ...], _Experts] = {}
         self.exact = exact
-        self.page_dtypes: tuple[torch.dtype, ...] = ()
+        self.page_dtypes: tuple[torch.dtype, ...] = (torch.int8,)
+        if self._target.has_fp8:
+            self.page_dtypes += (torch.float8_e4m3fn,)
         # A part of the pages' identity: another compiler may give other bits.
         self.name = f"triton {triton.__version__} {self._target.arch}"
         if not exact:
@@ -242,7 +244,14 @@ class TritonOps:
             window,
             soft_cap,
             sinks,
-            attention.choose_tiles(self._target, head_dim, group, query.dtype, exact=self.exact),
+            attention.choose_tiles(
+                self._target,
+                head_dim,
+                group,
+                query.dtype,
+                exact=self.exact,
+                quantised=pages.key_scales is not None,
+            ),
             self.exact,
         )
         out = torch.empty_like(query, memory_format=torch.contiguous_format)

@@ -25,6 +25,9 @@ _POINTERS = {
     torch.bfloat16: "*bf16",
     torch.int32: "*i32",
     torch.int64: "*i64",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
+    torch.float8_e4m3fn: "*fp8e4nv",
 }
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 

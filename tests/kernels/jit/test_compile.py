@@ -7,6 +7,7 @@ what they would launch. Numbers move between Triton versions: bounds are asserte
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from jit_compile import Compiled, compile_launch  # noqa: E402
 
 from kernels.jit import TritonOps  # noqa: E402
 from kernels.jit.launch import Launch, Target  # noqa: E402
-from kernels.ops import KVPages  # noqa: E402
+from kernels.ops import QUANTISED, KVPages  # noqa: E402
 
 TARGETS = {
     "sm_80": Target("cuda", "sm_80"),
@@ -31,16 +32,33 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
+I8, F8 = torch.int8, torch.float8_e4m3fn
+
+
+def pages_of(kv_heads: int, head_dim: int, dtype: torch.dtype) -> KVPages:
+    """Of one layer of two, page-major."""
+    pool = empty(512, 2, 2, kv_heads, 16, head_dim, dtype=dtype)
+    keys, values = pool[:, 0, 0], pool[:, 0, 1]
+    if dtype not in QUANTISED:
+        return KVPages(keys, values)
+    scales = empty(512, 2, 2, kv_heads, 16, dtype=torch.float32)
+    return KVPages(keys, values, scales[:, 0, 0], scales[:, 0, 1])
+
+
 def attention(
-    head_dim: int, *, featured: bool = False, heads: int = 32, kv_heads: int = 8
+    head_dim: int,
+    *,
+    featured: bool = False,
+    heads: int = 32,
+    kv_heads: int = 8,
+    page_dtype: torch.dtype = torch.bfloat16,
 ) -> Callable[[TritonOps], object]:
     """A mixed batch: all three kernels. Heads as in Llama 3 8B, if not given."""
 
     def call(ops: TritonOps) -> torch.Tensor:
-        pool = empty(512, 2, 2, kv_heads, 16, head_dim)
         return ops.paged_attention(
             empty(2000, heads, head_dim),
-            KVPages(pool[:, 0, 0], pool[:, 0, 1]),
+            pages_of(kv_heads, head_dim, page_dtype),
             empty(4, 256, dtype=torch.int32),
             empty(4, dtype=torch.int32),
             empty(5, dtype=torch.int32),
@@ -65,13 +83,13 @@ def grouped(ops: TritonOps) -> torch.Tensor:
     return ops.grouped_linear(empty(64, 2048), experts, empty(64, dtype=torch.int64))
 
 
-def rope_store(ops: TritonOps) -> torch.Tensor:
-    pool, norm = empty(512, 2, 2, 8, 16, 128), empty(128)
+def rope_store(ops: TritonOps, page_dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    norm = empty(128)
     return ops.rope_store(
         empty(64, 48 * 128),
         empty(64, dtype=torch.int32),
         empty(4096, 128, dtype=torch.float32),
-        KVPages(pool[:, 0, 0], pool[:, 0, 1]),
+        pages_of(8, 128, page_dtype),
         empty(64, dtype=torch.int64),
         q_norm=norm,
         k_norm=norm,
@@ -100,13 +118,27 @@ MATRIX_CALLS = {
     "attention 128 window cap sinks": attention(128, featured=True),
     "attention 256 window cap sinks": attention(256, featured=True),
     "attention 128 of 64 heads on one": attention(128, heads=64, kv_heads=1),
+    "attention 64 int8": attention(64, page_dtype=I8),
+    "attention 128 int8": attention(128, page_dtype=I8),
+    "attention 256 window cap sinks int8": attention(256, featured=True, page_dtype=I8),
     "linear 1 narrow": linear(1, 4096),
     "linear 32 wide": linear(32, 28672),
     "linear 200": linear(200, 4096),
     "linear 4096": linear(4096, 4096),
     "grouped linear": grouped,
 }
-OTHER_CALLS = {"rope_store": rope_store, "rows": row_operations, "sample": sample}
+OTHER_CALLS = {
+    "rope_store": rope_store,
+    "rope_store int8": partial(rope_store, page_dtype=I8),
+    "rows": row_operations,
+    "sample": sample,
+}
+FP8_CALLS = {
+    "attention 64 fp8": attention(64, page_dtype=F8),
+    "attention 128 fp8": attention(128, page_dtype=F8),
+    "attention 256 window cap sinks fp8": attention(256, featured=True, page_dtype=F8),
+    "rope_store fp8": partial(rope_store, page_dtype=F8),
+}
 
 
 def record(target: Target, call: Callable[[TritonOps], object], *, exact: bool) -> list[Launch]:
@@ -152,7 +184,15 @@ def test_exact_kernels_use_matrix_instructions_and_spill_nothing(arch: str, name
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", TARGETS)
-@pytest.mark.parametrize("name", ["attention 128", "attention 256 window cap sinks"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "attention 128",
+        "attention 256 window cap sinks",
+        "attention 128 int8",
+        "attention 256 window cap sinks int8",
+    ],
+)
 def test_kernels_without_exact_spill_nothing(arch: str, name: str) -> None:
     target = TARGETS[arch]
     for launch in record(target, MATRIX_CALLS[name], exact=False):
@@ -168,14 +208,33 @@ def test_other_kernels_compile(arch: str, name: str) -> None:
         check_budget(launch, compile_launch(launch, target), target)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
+@pytest.mark.parametrize("name", FP8_CALLS)
+def test_kernels_with_pages_of_e4m3_spill_nothing(arch: str, name: str) -> None:
+    target = TARGETS[arch]
+    for launch in record(target, FP8_CALLS[name], exact=True):
+        check_budget(launch, compile_launch(launch, target), target)
+
+
+def test_only_some_targets_have_e4m3() -> None:
+    has_it = {
+        name: F8 in TritonOps("meta", target=target, runner=lambda _: None).page_dtypes
+        for name, target in TARGETS.items()
+    }
+    assert has_it == {"sm_80": False, "sm_90": True, "sm_100": True, "gfx942": False}
+
+
 @pytest.mark.parametrize("arch", TARGETS)
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("heads", [8, 32, 512])
+@pytest.mark.parametrize("page_dtype", [torch.bfloat16, I8], ids=str)
 def test_exact_attention_takes_one_step_and_one_kind_of_instruction(
-    arch: str, head_dim: int, heads: int
+    arch: str, head_dim: int, heads: int, page_dtype: torch.dtype
 ) -> None:
     target = TARGETS[arch]
-    extend, decode, _ = record(target, attention(head_dim, heads=heads), exact=True)
+    call = attention(head_dim, heads=heads, page_dtype=page_dtype)
+    extend, decode, _ = record(target, call, exact=True)
     for name in ("TILE", "SPLIT", "BLOCK_D"):
         assert extend.arguments[name] == decode.arguments[name]
     assert matrix_instruction(extend, target) == matrix_instruction(decode, target)

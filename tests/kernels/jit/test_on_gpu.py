@@ -96,9 +96,27 @@ def test_row_operations(ops: Ops, width: int, dtype: torch.dtype) -> None:
     jit_cases.check_rows(ops, 33, width, dtype, "cuda")
 
 
+@pytest.mark.parametrize("page_dtype", [None, torch.int8, torch.float8_e4m3fn])
 @pytest.mark.parametrize("dtype", [BF16, F16, F32])
-def test_rope_store(ops: Ops, dtype: torch.dtype) -> None:
-    jit_cases.check_rope_store(ops, 200, dtype, "cuda")
+def test_rope_store(ops: Ops, dtype: torch.dtype, page_dtype: torch.dtype | None) -> None:
+    _skip_unless(ops, page_dtype)
+    jit_cases.check_rope_store(ops, 200, dtype, "cuda", page_dtype)
+
+
+@pytest.mark.parametrize("page_dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantised_pages(ops: Ops, page_dtype: torch.dtype) -> None:
+    _skip_unless(ops, page_dtype)
+    jit_cases.check_quantised_edges(ops, page_dtype, "cuda")
+    for dtype in (BF16, F16, F32):
+        case = AttentionCase((700, 1, 257), (90, 1, 1), dtype=dtype, page_dtype=page_dtype)
+        jit_cases.check_attention(ops, case, "cuda")
+    case = AttentionCase((600, 40), (0, 0), head_dim=128, page_dtype=page_dtype)
+    jit_cases.check_bits(ops, case, (200, 37), "cuda")
+
+
+def _skip_unless(ops: Ops, page_dtype: torch.dtype | None) -> None:
+    if page_dtype is not None and page_dtype not in ops.page_dtypes:
+        pytest.skip(f"{ops.name} keeps no pages of {page_dtype}")
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32])

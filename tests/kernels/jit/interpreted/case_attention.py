@@ -9,6 +9,7 @@ from jit_cases import AttentionCase, check_attention, check_bits, make_ops
 from kernels.ops import KVPages
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+I8, F8 = torch.int8, torch.float8_e4m3fn
 
 
 @pytest.mark.parametrize(
@@ -31,6 +32,14 @@ BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
         AttentionCase((80, 257, 19), (33, 1, 2), num_kv_heads=1, window=20, has_sinks=True),
         AttentionCase((270, 5), (40, 1), num_kv_heads=1, head_dim=16, soft_cap=10.0, dtype=F32),
         AttentionCase((40, 3), (20, 3), num_heads=3, num_kv_heads=1, head_dim=256, page_size=128),
+        # Quantised pages.
+        AttentionCase((1, 17, 255), (1, 1, 1), page_dtype=I8),
+        AttentionCase((257, 15), (1, 1), page_size=64, dtype=F16, num_kv_heads=1, page_dtype=I8),
+        AttentionCase((257, 31), (1, 1), num_kv_heads=1, soft_cap=5.0, dtype=F32, page_dtype=I8),
+        AttentionCase((300, 33), (60, 1), num_heads=6, window=70, dtype=F16, page_dtype=I8),
+        AttentionCase((270, 5), (40, 1), num_kv_heads=1, head_dim=24, dtype=F32, page_dtype=I8),
+        AttentionCase((40, 257, 3), (20, 1, 3), num_kv_heads=1, has_sinks=True, page_dtype=F8),
+        AttentionCase((33,), (33,), num_kv_heads=1, dtype=F32, page_dtype=F8),
     ],
 )
 def test_against_float64(case: AttentionCase) -> None:
@@ -47,6 +56,7 @@ def test_without_exact() -> None:
     [
         (AttentionCase((290, 40), (0, 0), num_heads=2, num_kv_heads=1, head_dim=32), (200,)),
         (AttentionCase((70, 30), (0, 0), num_heads=3, num_kv_heads=1, window=20), (37,)),
+        (AttentionCase((270, 30), (0, 0), num_heads=2, num_kv_heads=1, page_dtype=I8), (133,)),
     ],
 )
 def test_bits_do_not_depend_on_chunks_mates_and_pages(

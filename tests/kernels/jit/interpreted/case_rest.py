@@ -46,9 +46,15 @@ def test_row_operations(ops: Ops, dtype: torch.dtype) -> None:
     jit_cases.check_rows(ops, 3, 1100, dtype, "cpu")
 
 
+@pytest.mark.parametrize("page_dtype", [None, torch.int8, torch.float8_e4m3fn])
 @pytest.mark.parametrize("dtype", [BF16, F32])
-def test_rope_store(ops: Ops, dtype: torch.dtype) -> None:
-    jit_cases.check_rope_store(ops, 9, dtype, "cpu")
+def test_rope_store(ops: Ops, dtype: torch.dtype, page_dtype: torch.dtype | None) -> None:
+    jit_cases.check_rope_store(ops, 9, dtype, "cpu", page_dtype)
+
+
+@pytest.mark.parametrize("page_dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantised_pages_at_the_edges(ops: Ops, page_dtype: torch.dtype) -> None:
+    jit_cases.check_quantised_edges(ops, page_dtype, "cpu")
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32])
