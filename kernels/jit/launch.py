@@ -53,7 +53,7 @@ class Target:
 
     @property
     def has_fp8(self) -> bool:
-        """Whether it converts e4m3 numbers. (gfx942 has another e4m3, whose bits differ.)"""
+        """Whether it converts e4m3 numbers; those of gfx942 are others, whose bits differ."""
         if self.backend == "cuda":
             return int(self.arch.removeprefix("sm_")) >= 89
         return self.backend == "interpreter"
