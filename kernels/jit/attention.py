@@ -63,7 +63,7 @@ def choose_tiles(
 ) -> AttentionTiles:
     """Tiles that spill no registers (docs/kernels-gpu.md has what the compiler made of each).
 
-    `quantised` pages take registers to convert their entries in.
+    `quantised` pages take registers to convert their entries in, so no larger tiles then.
     With `exact` both kernels take the same step, and lay a row out over threads in the same way, so
     that its sums add up in the same order.
     """
@@ -82,7 +82,7 @@ def choose_tiles(
     if dtype == torch.float32:  # no matrix instructions at full precision
         both = Tiles(max(16, least_rows), 32 if width <= 128 else 16, Schedule(4, 1))
         return AttentionTiles(both, both)
-    if exact:
+    if exact or quantised:
         if width > 128:
             tile = 16 if quantised and target.backend == "hip" else 32
             return AttentionTiles(tiles(32, tile, 8, 3), tiles(32, tile, 8, 2))
@@ -90,7 +90,7 @@ def choose_tiles(
             tile = 64 if width <= 64 else 32
             return AttentionTiles(tiles(64, tile, 4, 3), tiles(128, tile, 8, 2))
         if quantised and target.has_large_tile_instructions:
-            return AttentionTiles(tiles(64, 64, 8, 2), tiles(64, 64, 8, 2))
+            return AttentionTiles(tiles(64, 32, 8, 2), tiles(64, 32, 8, 1))
         num_warps = 4 if target.backend == "hip" else 8
         stages = 2 if target.backend == "hip" else 3
         return AttentionTiles(tiles(64, 32, num_warps, stages), tiles(64, 32, num_warps, 2))
