@@ -84,7 +84,7 @@ def choose_tiles(
         return AttentionTiles(both, both)
     if exact or quantised:
         if width > 128:
-            tile = 16 if quantised and target.backend == "hip" else 32
+            tile = 16 if quantised and (target.backend == "hip" or not exact) else 32
             return AttentionTiles(tiles(32, tile, 8, 3), tiles(32, tile, 8, 2))
         if target.arch == "sm_90":  # one warp group for 64 rows, two for 128
             tile = 64 if width <= 64 else 32
