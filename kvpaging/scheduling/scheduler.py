@@ -278,6 +278,12 @@ class Scheduler:
             whose = "this tenant" if full.is_tenants else "all requests together"
             raise TooManyPinned(full.needed, full.pinned, full.limit, whose) from None
 
+    def _keep_pin(self, sequence: Sequence, lease: PageLease) -> None:
+        """Its prompt is computed: where a pin of it was promised, keep it."""
+        name = sequence.request.request_id
+        if self.cache.pins.is_promised(name):
+            self.cache.keep_pin(name, lease, sequence.chain)
+
     def _stop_idle(self) -> None:
         """Idle work gives way to a request that waits: pages and place, at once."""
         first = self._waiting.first()
@@ -720,8 +726,8 @@ class Scheduler:
         if entry.sample_for:
             if lease is not None and lease.num_proven < lease.num_published:
                 self.cache.prove(lease, sequence.chain)
-            if lease is not None and self.cache.pins.is_promised(sequence.request.request_id):
-                self.cache.keep_pin(sequence.request.request_id, lease, sequence.chain)
+            if sequence.first_token_s is None and lease is not None:
+                self._keep_pin(sequence, lease)
             twins = self._fork(sequence, samples) if len(samples) > 1 else ()
             sequence.is_forked = True
             self._append(sequence, samples[0], now)
