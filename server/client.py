@@ -16,7 +16,7 @@ from kvpaging.base.config import EngineConfig
 from kvpaging.base.errors import EngineDied
 from kvpaging.base.ids import RequestId
 from kvpaging.engine.messages import CacheStats, EngineStats, PagePicture, PinList
-from kvpaging.scheduling.outputs import SequenceOutput
+from kvpaging.scheduling.outputs import Flushed, SequenceOutput
 from kvpaging.scheduling.request import Request
 
 
@@ -80,6 +80,9 @@ class EngineClient(Protocol):
 
     def unpin(self, request_id: RequestId) -> None:
         """End the pin that this request made."""
+
+    async def flush_cache(self, level: str | None) -> Flushed:
+        """Empty one level of the cache, or all, and wait for it. Raises `EngineDied`."""
 
     async def close(self) -> None:
         """End the engine."""

@@ -20,6 +20,7 @@ import logging
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, assert_never, cast
 
 from kvpaging.base.clock import Clock, monotonic
@@ -53,8 +54,8 @@ from kvpaging.engine.messages import (
     StepDone,
     ToEngine,
 )
-from kvpaging.scheduling.events import Abort, Arrival, Finish, Unpin
-from kvpaging.scheduling.outputs import Rejection, SequenceOutput
+from kvpaging.scheduling.events import Abort, Arrival, Finish, Flush, Unpin
+from kvpaging.scheduling.outputs import Flushed, Rejection, SequenceOutput
 from kvpaging.scheduling.request import Request
 from server.client import EngineState, EngineStatus, ShuttingDown
 from server.engine_process import EngineLink, EngineProcess, describe_exit
@@ -82,6 +83,8 @@ class SupervisorLimits:
     """And for so long: the engine process is killed, and another one started."""
     query_s: float = 5.0
     """For the answer to `pages`, `cache_stats` or `pins`."""
+    flush_s: float = 60.0
+    """For emptying levels: half a minute for a remote one, after what is on its way."""
     max_pending_outputs: int = 4096
     """So many outputs behind, a reader loses its request."""
     close_s: float = 3.0
@@ -125,7 +128,7 @@ class EngineSupervisor:
 
         self._streams: dict[RequestId, Stream] = {}
         self._num_sent_since_step = 0
-        self._queries: dict[int, asyncio.Future[Answer]] = {}
+        self._queries: dict[int, asyncio.Future[Answer | Flushed]] = {}
         self._query_ids = itertools.count()
         self._suspects = Suspects()
         self._completions: deque[float] = deque(maxlen=NUM_RATED_COMPLETIONS)
@@ -178,11 +181,18 @@ class EngineSupervisor:
         if self._state is EngineState.READY:
             self._send(Unpin(request_id))
 
-    async def _ask(self, query: Callable[[int], Query], timeout_s: float) -> Answer:
+    async def flush_cache(self, level: str | None) -> Flushed:
+        """See `EngineClient.flush_cache`. Raises `EngineDied` also when it takes too long."""
+        flush = partial(Flush, level=level)
+        return cast(Flushed, await self._ask(flush, self._limits.flush_s))
+
+    async def _ask(
+        self, query: Callable[[int], Query | Flush], timeout_s: float
+    ) -> Answer | Flushed:
         if self._state is not EngineState.READY:
             raise EngineDied(f"the engine is {self._state}: {self._detail}")
         query_id = next(self._query_ids)
-        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[Answer | Flushed] = asyncio.get_running_loop().create_future()
         self._queries[query_id] = answer
         try:
             self._send(query(query_id))
@@ -253,9 +263,7 @@ class EngineSupervisor:
             case StepDone():
                 self._take_step(message)
             case PagePicture() | CacheStats() | PinList():
-                answer = self._queries.get(message.query_id)
-                if answer is not None and not answer.done():
-                    answer.set_result(message)
+                self._answer(message)
             case Loading():
                 self._detail = _describe_loading(message)
                 if self._on_loading is not None:
@@ -273,6 +281,11 @@ class EngineSupervisor:
             case _:
                 assert_never(message)
 
+    def _answer(self, answer: Answer | Flushed) -> None:
+        asked = self._queries.get(answer.query_id)
+        if asked is not None and not asked.done():
+            asked.set_result(answer)
+
     def _lose(self, fault: str) -> None:
         """The socket to the engine is closed: it crashed, ended, or broke the protocol."""
         if self._closed or self._process is None:
@@ -284,6 +297,9 @@ class EngineSupervisor:
         self._num_sent_since_step = 0
         self._suspects.accuse(stream.request for stream in self._streams.values())
         self._fail_all(EngineDied("the engine process ended under this request"))
+        for asked in self._queries.values():
+            if not asked.done():
+                asked.set_exception(EngineDied("the engine process ended under this question"))
         if was_ready and died_after_s >= self._limits.steady_s:
             self._num_crashes = 0
         self._num_crashes += 1
@@ -389,6 +405,8 @@ class EngineSupervisor:
         self._stats = step.stats
         self._progress_at = self._clock()
         self._num_sent_since_step = 0
+        for flushed in step.outputs.flushed:
+            self._answer(flushed)
         for rejection in step.outputs.rejections:
             stream = self._streams.pop(rejection.request_id, None)
             if stream is not None:

@@ -77,6 +77,8 @@ class _CachedPages:
         key = self._index.entry(page_id).link.key
         is_leaf = not self._index.has_children(key)
         is_over = is_leaf and self._retained.is_over(key)
+        if is_over:
+            self._evictions.add(key, EvictionCause.EXPIRED)
         if is_over or key in self.unproven or len(self._index.pages_of(key)) > 1:
             self.withdraw(page_id)
             return False
@@ -193,6 +195,11 @@ class CacheManager:
         return self.allocator.num_available
 
     @property
+    def level_names(self) -> tuple[str, ...]:
+        """Of the levels below the device, the fastest first."""
+        return () if self._levels is None else self._levels.names
+
+    @property
     def has_levels(self) -> bool:
         """Pages may be found below the device."""
         return self._levels is not None and self._prefix_cache
@@ -249,7 +256,7 @@ class CacheManager:
             links=chain.links,
             num_matched=num_matched,
             lookup=lookup,
-            level_names=() if self._levels is None else self._levels.names,
+            level_names=self.level_names,
             is_enabled=self._prefix_cache,
         )
         return explain(found, self.evictions)
@@ -315,7 +322,7 @@ class CacheManager:
         Others may share them at once, but they outlive their owners, and go down to other levels,
         only once they are proven.
         """
-        if not self._prefix_cache or not lease.retention.store:
+        if not self._prefix_cache or not lease.retention.store or lease.is_private:
             return
         self._publish(lease, chain, num_computed_tokens // self.page_size, is_proven=False)
 
@@ -324,6 +331,8 @@ class CacheManager:
 
         Where what goes before them is not, they are worth nothing without it.
         """
+        if lease.is_private:
+            return
         first = lease.num_published
         parent = chain.parent_of(first)
         self._publish(
@@ -338,7 +347,7 @@ class CacheManager:
 
         Each of them is used once more by that, and goes down where that makes uses enough.
         """
-        for i in range(lease.num_proven, lease.num_published):
+        for i in () if lease.is_private else range(lease.num_proven, lease.num_published):
             page_id, parent, link = lease.pages[i], chain.parent_of(i), chain.links[i]
             is_new = page_id not in self.index
             if is_new:  # another reader failed, and withdrew it
@@ -409,6 +418,7 @@ class CacheManager:
         twin = self._lease([*lease.pages[:full], *taken], 0, lease.retention, lease.budget)
         twin.num_published = min(lease.num_published, full)
         twin.num_proven = min(lease.num_proven, full)
+        twin.is_private = lease.is_private
         return twin, lease.pages[full] if tail else None
 
     def unpin(self, page_id: PageId) -> None:
@@ -437,12 +447,39 @@ class CacheManager:
         self.pins.promise(name, tenant, tenant_pages, chain, len(chain.links), ttl_s)
 
     def keep_pin(self, name: str, lease: PageLease, chain: PrefixChain) -> None:
-        """The promised pages are computed and proven: they are not evicted from now on."""
+        """The promised pages are computed and proven: they are not evicted from now on.
+
+        A pin that met a flush ends here: nobody would find its pages.
+        """
+        if lease.is_private:
+            self.drop_pin(name)
+            return
         self.allocator.share(self.pins.keep(name, chain, lease.pages, self.retained.now_s))
 
     def drop_pin(self, name: str) -> None:
         """The pin ends, kept or not: its pages are cached like any others."""
         self.allocator.release(self.pins.drop(name))
+
+    def flush(self) -> int:
+        """Forget every page that can be found; returns how many. O(pages that hold something).
+
+        Pages in use stay with those who use them, who write on and are found by nobody. Pins end.
+        """
+        num_found = len(self.index)
+        self.allocator.release(self.pins.disown())
+        for lease in self.leases.values():
+            lease.is_private = True
+        for page_id in tuple(self.index):
+            self.evictions.add(self.index.entry(page_id).link.key, EvictionCause.FLUSH)
+            if page_id in self._cached:
+                self.discard(page_id)
+            else:
+                self._cached.withdraw(page_id)
+        return num_found
+
+    def drop_stores(self) -> None:
+        """Copy nothing down of what waits for it."""
+        self._stores.drop()
 
     def distrust(self, lease: PageLease) -> None:
         """Its logits were no numbers: withdraw every page of it that nobody sampled well from."""

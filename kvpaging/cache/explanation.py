@@ -271,6 +271,8 @@ def _below(lookup: Lookup, page: int) -> tuple[str | None, MissReason | None]:
         level = one.level_of(page)
         if level is None:
             continue
+        if one.is_begun and page < one.first + one.num_loaded:
+            return None, None  # it came, and has left again
         if page >= one.first + one.num_worth:
             return level, MissReason.COMPUTING_FASTER
         if not one.is_begun:

@@ -41,6 +41,23 @@ class PageLoad(msgspec.Struct, frozen=True, gc=False):
     links: tuple[ChainLink, ...]
 
 
+class LevelFlush(msgspec.Struct, frozen=True, gc=False):
+    """Empty these levels, after all stores that were ordered before. Answered by `LevelsFlushed`.
+
+    What goes there is found again; a load under way brings what it has read.
+    """
+
+    query_id: int
+    levels: tuple[str, ...]
+
+
+class LevelsFlushed(msgspec.Struct, frozen=True, tag=True):
+    """The levels of a `LevelFlush` are empty; how many pages each had, where it knows."""
+
+    query_id: int
+    pages: dict[str, int | None]
+
+
 class LevelLoad(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What one level did for a load."""
 

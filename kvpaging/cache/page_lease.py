@@ -26,5 +26,7 @@ class PageLease:
     """How many of the first pages some sequence read and sampled finite logits from."""
     is_live: bool = True
     retention: Retention = AS_IT_IS
+    is_private: bool = False
+    """The cache was emptied meanwhile: none of its pages is found by others from then on."""
     budget: Budget | None = None
     """Who pays for the pages that are taken for it; `None`: a tenant without a bound."""

@@ -192,6 +192,16 @@ class Pins:
             key = node.parent
         return given_back
 
+    def disown(self) -> list[PageId]:
+        """Every kept pin ends, and no page is owned; what is promised can still be kept."""
+        owned = list(self._owned)
+        for key in self._owned.values():
+            self._nodes[key].page_id = None
+        self._owned.clear()
+        for name in [name for name, pin in self._pins.items() if pin.is_kept]:
+            self.drop(name)
+        return owned
+
     def next_over(self, now_s: float) -> str | None:
         """A pin whose time is over; `None`: there is none."""
         while self._ends and self._ends[0][0] <= now_s:

@@ -40,6 +40,11 @@ class StoreQueue:
         if self._wants_evicted:
             self._urgent.append(order)
 
+    def drop(self) -> None:
+        """Copy nothing of what was ordered so far."""
+        self._waiting.clear()
+        self._urgent.clear()
+
     def take(self) -> tuple[PageStore, ...]:
         """What the next step shall copy before it writes anything: what must, and what may."""
         taken, self._urgent = self._urgent, []

@@ -138,7 +138,7 @@ class Engine:
         self._step_s = ended - max(submitted_s, self._ended_s)
         self._ended_s = ended
         computes = plan.scheduled or any(held.plan.scheduled for held in self._held)
-        if not computes and (self._scheduler.num_loading or self._cache.has_stores):
+        if not computes and (self._scheduler.waits_for_levels or self._cache.has_stores):
             self._executor.wait(LOAD_WAIT_S)
         return outputs
 

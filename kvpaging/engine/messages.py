@@ -16,7 +16,7 @@ from kvpaging.cache.load_costs import LoadChoices
 from kvpaging.cache.pins import PinState
 from kvpaging.cache.statistics import LoadTimes
 from kvpaging.levels.level import BelowStats
-from kvpaging.scheduling.events import Abort, Arrival, Finish, Unpin
+from kvpaging.scheduling.events import Abort, Arrival, Finish, Flush, Unpin
 from kvpaging.scheduling.outputs import StepOutputs
 
 PROTOCOL_VERSION: Final = 1
@@ -163,5 +163,5 @@ class StartFailed(msgspec.Struct, frozen=True, tag=True):
 
 Query = GetPages | GetCacheStats | GetPins
 Answer = PagePicture | CacheStats | PinList
-ToEngine = Hello | Arrival | Abort | Finish | Unpin | Query | Shutdown
+ToEngine = Hello | Arrival | Abort | Finish | Unpin | Flush | Query | Shutdown
 FromEngine = Hello | Loading | Ready | StepDone | Answer | StartFailed

@@ -12,7 +12,7 @@ from kernels.ops import Ops
 from kvpaging.base.clock import monotonic
 from kvpaging.base.errors import LawBroken
 from kvpaging.base.ids import StepId
-from kvpaging.cache.lower_levels import LowerLevels, PagesLoaded
+from kvpaging.cache.lower_levels import LevelsFlushed, LowerLevels, PagesLoaded
 from kvpaging.execution.decode_graphs import Capture
 from kvpaging.execution.executor import RunningStep
 from kvpaging.execution.kv_pool import KVPool
@@ -90,8 +90,8 @@ class LocalExecutor:
         """The levels' totals; see `executor.Executor.below`."""
         return BelowStats() if self._mover is None else self._mover.stats()
 
-    def completions(self) -> Sequence[PagesLoaded]:
-        """Loads that ended; see `executor.Executor.completions`."""
+    def completions(self) -> Sequence[PagesLoaded | LevelsFlushed]:
+        """Loads and flushes that ended; see `executor.Executor.completions`."""
         return () if self._mover is None else self._mover.completions()
 
     def wait(self, timeout_s: float) -> None:
@@ -136,6 +136,8 @@ class LocalExecutor:
         """Stores read their pages now; loads, which may write to the same pages, begin after."""
         if self._mover is None:
             return
+        for flush in plan.flushes:
+            self._mover.flush(flush)
         self._mover.store(plan.stores)
         for load in plan.loads:
             self._mover.begin(load)

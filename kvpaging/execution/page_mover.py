@@ -24,7 +24,15 @@ from itertools import groupby
 from typing import Final
 
 from kvpaging.base.clock import Clock, monotonic
-from kvpaging.cache.lower_levels import Held, LevelLoad, PageLoad, PagesLoaded, PageStore
+from kvpaging.cache.lower_levels import (
+    Held,
+    LevelFlush,
+    LevelLoad,
+    LevelsFlushed,
+    PageLoad,
+    PagesLoaded,
+    PageStore,
+)
 from kvpaging.cache.prefix_key import ChainLink
 from kvpaging.execution.kv_pool import KVPool
 from kvpaging.levels.level import BelowStats, Complaints, Level, StoredPage
@@ -59,6 +67,8 @@ class _Fetch:
     load: PageLoad
     begun_s: float
     """When it was ordered; it is given up a while after that."""
+    num_flushes: int
+    """That were ordered before it."""
     ended_s: float = 0.0
     num_done: int = 0
     asked: tuple[str, int, float] | None = None
@@ -108,13 +118,16 @@ class PageMover:
         self._give_up_s = give_up_s
         self._clock = clock
         self._fetches: deque[_Fetch] = deque()
-        self._stores: queue.SimpleQueue[_StoreOrder | None] = queue.SimpleQueue()
+        self._stores: queue.SimpleQueue[_StoreOrder | LevelFlush | None] = queue.SimpleQueue()
         self._loads: queue.SimpleQueue[_Fetch | None] = queue.SimpleQueue()
         self._complaints = Complaints(_logger, clock)
         self.num_queued_bytes = 0
         """Copied out of the pool and not yet written."""
         self._queued_lock = threading.Lock()
         self._news = threading.Event()
+        self._flush_lock = threading.Lock()
+        self._num_flushes = 0
+        self._flushed: queue.SimpleQueue[LevelsFlushed] = queue.SimpleQueue()
         self.num_dropped_stores = 0
         """Pages not kept because writing could not follow."""
         self._threads = [
@@ -188,15 +201,23 @@ class PageMover:
 
     def begin(self, load: PageLoad) -> None:
         """Begin a load; `completions` tells its end."""
-        fetch = _Fetch(load, self._clock())
+        fetch = _Fetch(load, self._clock(), self._num_flushes)
         self._fetches.append(fetch)
         self._loads.put(fetch)
 
-    def completions(self) -> tuple[PagesLoaded, ...]:
-        """Loads that ended since the last call, and those given up because they took too long."""
+    def flush(self, order: LevelFlush) -> None:
+        """Empty levels when what was ordered before is written; `completions` tells the end."""
+        with self._flush_lock:
+            self._num_flushes += 1
+            self._stores.put(order)
+
+    def completions(self) -> tuple[PagesLoaded | LevelsFlushed, ...]:
+        """What ended since the last call; loads that took too long are given up."""
         self._news.clear()
         now = self._clock()
-        ended: list[PagesLoaded] = []
+        ended: list[PagesLoaded | LevelsFlushed] = []
+        while not self._flushed.empty():
+            ended.append(self._flushed.get())
         for fetch in self._fetches.copy():
             with fetch.lock:
                 if not fetch.is_over and now - fetch.begun_s < self._give_up_s:
@@ -226,11 +247,23 @@ class PageMover:
 
     def _run_stores(self) -> None:
         while (order := self._stores.get()) is not None:
+            if isinstance(order, LevelFlush):
+                self._flush(order)
+                continue
             pages, takers = order
             for setting in takers:
                 self._guarded(partial(setting.level.store, pages, STORE_DEADLINE_S))
             with self._queued_lock:
                 self.num_queued_bytes -= self._page_bytes * len(pages)
+
+    def _flush(self, order: LevelFlush) -> None:
+        pages: dict[str, int | None] = {}
+        for level in (setting.level for setting in self._settings):
+            if level.name in order.levels:
+                pages[level.name] = level.stats().num_pages
+                self._guarded(level.clear)
+        self._flushed.put(LevelsFlushed(order.query_id, pages))
+        self._news.set()
 
     def _run_loads(self) -> None:
         while (fetch := self._loads.get()) is not None:
@@ -267,7 +300,7 @@ class PageMover:
             came = self._ask(setting, [links[k] for k in missing], fetch)
             for k, page in zip(missing, came, strict=True):
                 found[k] = page
-            self._promote([page for page in came if page is not None], self._settings[:i])
+            self._promote([page for page in came if page is not None], self._settings[:i], fetch)
         pages: list[StoredPage] = []
         for page in found:
             if page is None:
@@ -294,12 +327,21 @@ class PageMover:
             fetch.note(sum(page is not None for page in came), self._clock())
         return came
 
-    def _promote(self, pages: list[StoredPage], above: Sequence[LevelSetting]) -> None:
-        """Keep what came from far away nearer: it was used before, and is again."""
+    def _promote(
+        self, pages: list[StoredPage], above: Sequence[LevelSetting], fetch: _Fetch
+    ) -> None:
+        """Keep what came from far away nearer: it was used before, and is again.
+
+        Not what was read before a flush: it would come back there.
+        """
         takers = tuple(setting for setting in above if setting.min_uses == 1)
         kept = [page for page in pages if takers and self._has_room()]
-        if kept:
-            self._stores.put((kept, takers))
+        with self._flush_lock:
+            if kept and fetch.num_flushes == self._num_flushes:
+                self._stores.put((kept, takers))
+                kept = []
+        with self._queued_lock:
+            self.num_queued_bytes -= self._page_bytes * len(kept)
 
     def _is_page_of(self, page: StoredPage, link: ChainLink) -> bool:
         return (

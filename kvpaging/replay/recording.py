@@ -23,11 +23,11 @@ import msgspec
 from kvpaging.base.config import SchedulerConfig
 from kvpaging.base.errors import ConfigError
 from kvpaging.base.ids import PageKey, RequestId
-from kvpaging.cache.lower_levels import Held, LowerLevels, PagesLoaded
+from kvpaging.cache.lower_levels import Held, LevelsFlushed, LowerLevels, PagesLoaded
 from kvpaging.cache.prefix_key import ChainLink, PrefixChain, root_key
 from kvpaging.cache.retention import AS_IT_IS, Retention
 from kvpaging.replay.trace import TraceRequest
-from kvpaging.scheduling.events import Abort, Arrival, Event, Finish, Unpin
+from kvpaging.scheduling.events import Abort, Arrival, Event, Finish, Flush, Unpin
 from kvpaging.scheduling.outputs import FinishReason, Rejection, SequenceOutput, StepOutputs
 from kvpaging.scheduling.plan import StepPlan, StepResult
 from kvpaging.scheduling.request import Request
@@ -104,7 +104,15 @@ class EndedOutput(msgspec.Struct, frozen=True, array_like=True):
     num_tokens: int
 
 
-RecordedEvent = RecordedArrival | RecordedAbort | RecordedUnpin | RecordedFinish | PagesLoaded
+class RecordedFlush(msgspec.Struct, frozen=True, tag="flush"):
+    """The operator emptied a level, or all (`None`)."""
+
+    level: str | None
+
+
+RecordedEvent = (
+    RecordedArrival | RecordedAbort | RecordedUnpin | RecordedFinish | RecordedFlush | PagesLoaded
+)
 
 
 class RecordedStep(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -290,6 +298,10 @@ class Recorder:
         match event:
             case PagesLoaded():
                 return event
+            case LevelsFlushed():
+                return None  # nothing is decided by it
+            case Flush(_, level):
+                return RecordedFlush(level)
             case Arrival(request):
                 return None if self._is_refused(request, refused) else self._arrival(request)
             case Abort(request_id):

@@ -28,6 +28,7 @@ from kvpaging.replay.recording import (
     RecordedArrival,
     RecordedEvent,
     RecordedFinish,
+    RecordedFlush,
     RecordedStep,
     RecordedUnpin,
     plan_digest,
@@ -35,7 +36,7 @@ from kvpaging.replay.recording import (
     read_steps,
 )
 from kvpaging.replay.trace import open_binary
-from kvpaging.scheduling.events import Abort, Arrival, Event, Finish, Unpin
+from kvpaging.scheduling.events import Abort, Arrival, Event, Finish, Flush, Unpin
 from kvpaging.scheduling.plan import Sample, StepPlan, StepResult
 from kvpaging.scheduling.request import Request, SamplingParams
 from kvpaging.scheduling.scheduler import Scheduler
@@ -225,6 +226,8 @@ def _event(event: RecordedEvent, numbers: PageNumbers, page_size: int) -> Event:
             )
         case RecordedAbort(request):
             return Abort(_id(request))
+        case RecordedFlush(level):
+            return Flush(0, level)
         case RecordedUnpin(request):
             return Unpin(_id(request))
         case RecordedFinish(request, output_index, num_tokens):

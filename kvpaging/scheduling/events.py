@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from kvpaging.base.ids import RequestId
-from kvpaging.cache.lower_levels import PagesLoaded
+from kvpaging.cache.lower_levels import LevelsFlushed, PagesLoaded
 from kvpaging.scheduling.request import Request
 
 
@@ -38,4 +38,11 @@ class Unpin(msgspec.Struct, frozen=True, tag=True):
     request_id: RequestId
 
 
-Event = Arrival | Abort | Finish | Unpin | PagesLoaded
+class Flush(msgspec.Struct, frozen=True, tag=True):
+    """The operator empties a level, or all (`None`). Answered by `Flushed`, once it is done."""
+
+    query_id: int
+    level: str | None
+
+
+Event = Arrival | Abort | Finish | Unpin | Flush | PagesLoaded | LevelsFlushed

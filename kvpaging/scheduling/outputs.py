@@ -79,8 +79,18 @@ class Rejection(msgspec.Struct, frozen=True):
     param: str | None = None
 
 
+class Flushed(msgspec.Struct, frozen=True):
+    """A `Flush` is done."""
+
+    query_id: int
+    pages: dict[str, int | None]
+    """Pages that were forgotten, by level; `None` where only its server knows. A level that is
+    not here is not there."""
+
+
 class StepOutputs(msgspec.Struct, frozen=True):
     """Everything that one step has to say."""
 
     outputs: tuple[SequenceOutput, ...] = ()
     rejections: tuple[Rejection, ...] = ()
+    flushed: tuple[Flushed, ...] = ()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import msgspec
 
 from kvpaging.base.ids import PageId, SeqId, StepId
-from kvpaging.cache.lower_levels import PageLoad, PageStore
+from kvpaging.cache.lower_levels import LevelFlush, PageLoad, PageStore
 from kvpaging.scheduling.request import SamplingParams
 
 
@@ -60,6 +60,7 @@ class PageCopy(msgspec.Struct, frozen=True, gc=False):
 class StepPlan(msgspec.Struct, frozen=True, gc=False):
     """One step's work, in this order: `removed`, `added`, `stores`, `loads`, `copies`, `scheduled`.
 
+    `flushes` come before all of these, and end with a `LevelsFlushed` event.
     `stores` read their pages before anything is written; `loads` only begin here, and end with a
     `PagesLoaded` event before some later plan.
 
@@ -75,6 +76,7 @@ class StepPlan(msgspec.Struct, frozen=True, gc=False):
     scheduled: tuple[ScheduledSequence, ...]
     stores: tuple[PageStore, ...] = ()
     loads: tuple[PageLoad, ...] = ()
+    flushes: tuple[LevelFlush, ...] = ()
 
     @property
     def num_new_tokens(self) -> int:

@@ -21,17 +21,18 @@ from kvpaging.base.errors import BadRequest, ConfigError, LawBroken, TooManyPinn
 from kvpaging.base.ids import PageId, RequestId, SeqId, StepId
 from kvpaging.cache.allocator import OutOfPages
 from kvpaging.cache.cache_manager import CacheManager
-from kvpaging.cache.explanation import Lookup
+from kvpaging.cache.explanation import DEVICE, Lookup
 from kvpaging.cache.load_costs import LoadChoices, LoadCosts
-from kvpaging.cache.lower_levels import PageLoad, PagesLoaded
+from kvpaging.cache.lower_levels import LevelFlush, LevelsFlushed, PageLoad, PagesLoaded
 from kvpaging.cache.page_lease import PageLease
 from kvpaging.cache.pins import PinsFull
 from kvpaging.cache.prefix_key import PrefixChain
 from kvpaging.scheduling import admission
-from kvpaging.scheduling.events import Abort, Arrival, Event, Finish, Unpin
+from kvpaging.scheduling.events import Abort, Arrival, Event, Finish, Flush, Unpin
 from kvpaging.scheduling.outputs import (
     Finished,
     FinishReason,
+    Flushed,
     Recomputed,
     Rejection,
     SequenceOutput,
@@ -114,6 +115,11 @@ class Scheduler:
         self._removed: list[SeqId] = []
         self._copied: dict[StepId, tuple[PageId, ...]] = {}
         """Pages kept from being overwritten until the step that copies from them is applied."""
+        self._flushes: list[LevelFlush] = []
+        """For the next plan."""
+        self._flushing: dict[int, dict[str, int | None]] = {}
+        """Flushes that levels below work on, with what the device gave."""
+        self._flushed: list[Flushed] = []
         self._outputs: list[SequenceOutput] = []
         self._rejections: list[Rejection] = []
         self._blocked: Sequence | None = None
@@ -136,6 +142,8 @@ class Scheduler:
             or self._removed
             or self._outputs
             or self._rejections
+            or self._flushing
+            or self._flushed
             or self.cache.has_stores
         )
 
@@ -148,6 +156,11 @@ class Scheduler:
     def num_waiting(self) -> int:
         """Sequences that wait for pages or for a place."""
         return len(self._waiting)
+
+    @property
+    def waits_for_levels(self) -> bool:
+        """Levels below load pages, or are being emptied."""
+        return bool(self._loading or self._flushing)
 
     @property
     def num_loading(self) -> int:
@@ -189,6 +202,7 @@ class Scheduler:
             self._plan_waiting(draft, now)
             self._look_ahead(draft)
         removed, self._removed = tuple(self._removed), []
+        flushes, self._flushes = tuple(self._flushes), []
         return StepPlan(
             step_id=step_id,
             removed=removed,
@@ -197,6 +211,7 @@ class Scheduler:
             scheduled=tuple(entry for _, entry in draft.entries.values()),
             stores=self.cache.take_stores(),
             loads=tuple(draft.loads),
+            flushes=flushes,
         )
 
     def _take_in(self, event: Event, now: float) -> None:
@@ -213,10 +228,28 @@ class Scheduler:
             case Unpin(request_id):
                 if request_id in self.cache.pins:
                     self.cache.drop_pin(request_id)
+            case Flush(query_id, level):
+                self._flush(query_id, level)
             case PagesLoaded():
                 self._take_loaded(event)
+            case LevelsFlushed(query_id, pages):
+                self._flushed.append(Flushed(query_id, self._flushing.pop(query_id) | pages))
             case _:
                 assert_never(event)
+
+    def _flush(self, query_id: int, level: str | None) -> None:
+        """Empty the device now, and let the levels below be emptied."""
+        pages: dict[str, int | None] = {}
+        if level in (None, DEVICE):
+            pages[DEVICE] = self.cache.flush()
+        if level != DEVICE:
+            self.cache.drop_stores()
+        levels = tuple(name for name in self.cache.level_names if level in (None, name))
+        if levels:
+            self._flushes.append(LevelFlush(query_id, levels))
+            self._flushing[query_id] = pages
+        else:
+            self._flushed.append(Flushed(query_id, pages))
 
     def _arrive(self, request: Request, now: float) -> None:
         rejection = self._refusal(request)
@@ -690,7 +723,8 @@ class Scheduler:
             self._load_costs.computed(num_tokens, result.elapsed_s)
         outputs, self._outputs = tuple(self._outputs), []
         rejections, self._rejections = tuple(self._rejections), []
-        return StepOutputs(outputs, rejections)
+        flushed, self._flushed = tuple(self._flushed), []
+        return StepOutputs(outputs, rejections, flushed)
 
     def _commit(
         self,

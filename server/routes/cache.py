@@ -5,11 +5,13 @@ The routes are the operator's, see `server.operator_door`: they tell what all te
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Annotated, Final
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
+from typing_extensions import TypedDict
 
+from kvpaging.base.errors import BadRequest
 from server.observe.cache_report import CacheReport, report
 from server.routes.answers import json_response
 from server.schemas.errors import ErrorResponse
@@ -17,6 +19,38 @@ from server.service import ServiceDep
 from server.sse import until_gone
 
 router: Final = APIRouter(tags=["operations"])
+
+LevelName = Annotated[
+    str | None, Query(description="`device`, `host`, `disk` or `remote`; without it, all of them.")
+]
+
+
+class FlushAnswer(TypedDict):
+    """What was forgotten."""
+
+    pages: dict[str, int | None]
+    """By level; `null` where only its server knows."""
+
+
+@router.delete(
+    "/cache",
+    summary="Empty the cache, or one level of it",
+    responses={
+        200: {"model": FlushAnswer},
+        400: {"model": ErrorResponse, "description": "No such level here"},
+        503: {"model": ErrorResponse},
+    },
+)
+async def flush(request: Request, service: ServiceDep, level: LevelName = None) -> Response:
+    """Forget pages, and wait until it is done. Pages in use stay with the requests that use them.
+
+    What they compute is not found by others either, until they have ended.
+    """
+    service.engine_config()
+    flushed = await until_gone(request.receive, service.client.flush_cache(level))
+    if not flushed.pages:
+        raise BadRequest(f"there is no level {level!r:.60} here", param="level")
+    return json_response(FlushAnswer(pages=flushed.pages))
 
 
 @router.get(

@@ -201,6 +201,25 @@ class CacheMachine(RuleBasedStateMachine):
         with pytest.raises(LawBroken):
             self.cache.release(live.lease)
 
+    @rule()
+    def flush(self) -> None:
+        """Nothing is found any more; whoever runs keeps its pages, and is found by nobody."""
+        num_found = len(self.cache.index)
+        assert self.cache.flush() == num_found
+        assert not len(self.cache.index)
+        assert self.cache.allocator.num_cached == 0
+        assert all(live.lease.is_private for live in self.live)
+        self.was_flushed()
+
+    def was_flushed(self) -> None:
+        """For machines that know more."""
+
+    @invariant()
+    def nobody_finds_a_private_page(self) -> None:
+        for live in getattr(self, "live", ()):
+            if live.lease.is_private:
+                assert not any(page_id in self.cache.index for page_id in live.lease.pages)
+
     @invariant()
     def every_sequence_reads_its_own_tokens(self) -> None:
         for live in getattr(self, "live", ()):

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kvpaging.base.config import EngineConfig, SchedulerConfig
-from kvpaging.cache.lower_levels import Held, LevelLoad, PageLoad, PagesLoaded
+from kvpaging.cache.lower_levels import Held, LevelLoad, LevelsFlushed, PageLoad, PagesLoaded
 from kvpaging.cache.prefix_key import ChainLink
 from kvpaging.levels.level import BelowStats
 from kvpaging.scheduling.plan import (
@@ -168,7 +168,7 @@ class DigestExecutor:
     def below(self) -> BelowStats:
         return BelowStats()
 
-    def completions(self) -> tuple[PagesLoaded, ...]:
+    def completions(self) -> tuple[PagesLoaded | LevelsFlushed, ...]:
         return () if self.levels is None else self.levels.completions(self.slots, self.page_size)
 
     def wait(self, timeout_s: float) -> None:
@@ -196,6 +196,7 @@ class DigestLevels:
         self.wants_evicted = wants_evicted
         self.pages: dict[bytes, tuple[bytes, list[int]]] = {}
         self.pending: list[tuple[int, PageLoad]] = []
+        self.flushed: list[LevelsFlushed] = []
         self.num_loaded = 0
         self.num_missed = 0
         self._rng = rng
@@ -212,6 +213,10 @@ class DigestLevels:
         return (Held("digest", found),) if found else ()
 
     def carry_out(self, plan: StepPlan, slots: list[int], size: int) -> None:
+        for order in plan.flushes:
+            assert order.levels == self.names
+            self.flushed.append(LevelsFlushed(order.query_id, {"digest": len(self.pages)}))
+            self.pages.clear()
         for store in plan.stores:
             content = slots[store.page_id * size : (store.page_id + 1) * size]
             packed = b"".join(token.to_bytes(4, "little") for token in content)
@@ -224,12 +229,13 @@ class DigestLevels:
                 slots[page_id * size : (page_id + 1) * size] = [GARBAGE] * size
             self.pending.append((self._rng.randint(0, 4), load))
 
-    def completions(self, slots: list[int], size: int) -> tuple[PagesLoaded, ...]:
+    def completions(self, slots: list[int], size: int) -> tuple[PagesLoaded | LevelsFlushed, ...]:
         while self.forgets and self.pages and self._rng.random() < 0.2:
             del self.pages[self._rng.choice(list(self.pages))]
         due = [load for delay, load in self.pending if delay <= 0]
         self.pending = [(delay - 1, load) for delay, load in self.pending if delay > 0]
-        return tuple(self._complete(load, slots, size) for load in due)
+        flushed, self.flushed = self.flushed, []
+        return (*flushed, *(self._complete(load, slots, size) for load in due))
 
     def _complete(self, load: PageLoad, slots: list[int], size: int) -> PagesLoaded:
         num_pages = 0

@@ -31,6 +31,7 @@ from kvpaging.scheduling.events import Arrival
 from kvpaging.scheduling.outputs import (
     Finished,
     FinishReason,
+    Flushed,
     Recomputed,
     SequenceOutput,
     Timings,
@@ -171,6 +172,12 @@ class FakeEngineClient:
 
     def unpin(self, request_id: RequestId) -> None:
         self.unpinned.append(request_id)
+
+    async def flush_cache(self, level: str | None) -> Flushed:
+        pages: dict[str, int | None] = {"device": 5, "disk": 7, "remote": None}
+        if level is not None:
+            pages = {name: count for name, count in pages.items() if name == level}
+        return Flushed(1, pages)
 
     async def close(self) -> None:
         self.state = EngineState.DEAD

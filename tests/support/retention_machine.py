@@ -70,7 +70,7 @@ class RetentionMachine(CacheMachine):
     @rule(data=st.data(), ttl_s=st.sampled_from([None, 4.0]))
     def pin(self, data: st.DataObject, ttl_s: float | None) -> None:
         live = data.draw(st.sampled_from(self.live))
-        if not live.lease.retention.store:
+        if live.lease.is_private or not live.lease.retention.store:
             return
         name, self.num_pins = f"p{self.num_pins}", self.num_pins + 1
         before, num_before = self.snapshot(), self.cache.pins.num_pages
@@ -106,6 +106,10 @@ class RetentionMachine(CacheMachine):
         del self.pins[name]
         self.note_uses()
         self.cache.drop_pin(name.split(":")[0])
+
+    def was_flushed(self) -> None:
+        self.pins.clear()
+        assert not self.cache.pins.num_pages
 
     def was_loaded(self, lease: PageLease) -> None:
         self.note(lease)

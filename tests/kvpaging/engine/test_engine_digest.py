@@ -25,7 +25,7 @@ from kvpaging.cache.cache_manager import CacheManager
 from kvpaging.cache.prefix_key import SharedPrefix
 from kvpaging.cache.retention import AS_IT_IS, Retention
 from kvpaging.engine.engine import Engine
-from kvpaging.scheduling.events import Abort, Arrival, Event, Finish, Unpin
+from kvpaging.scheduling.events import Abort, Arrival, Event, Finish, Flush, Unpin
 from kvpaging.scheduling.outputs import FinishReason, StepOutputs
 from kvpaging.scheduling.plan import Sample, StepPlan, StepResult
 from kvpaging.scheduling.request import Request, SamplingParams
@@ -69,8 +69,10 @@ class Collector:
         self.reasons: dict[tuple[str, int], FinishReason] = {}
         self.rejected: dict[str, str] = {}
         self.outputs: list = []
+        self.flushed: list[int] = []
 
     def take(self, outputs: StepOutputs) -> None:
+        self.flushed += [flushed.query_id for flushed in outputs.flushed]
         for rejection in outputs.rejections:
             self.rejected[rejection.request_id] = rejection.code
         for output in outputs.outputs:
@@ -150,6 +152,7 @@ def test_random_arrivals_aborts_and_tiny_pools(seed: int, depth: int, has_levels
     accepted: dict[str, Request] = {}
     aborted: set[str] = set()
     finished_by_text: set[tuple[str, int]] = set()
+    num_flushes = 0
     num_steps, arrivals = 0, rng.randint(20, 40)
     while arrivals or loop.scheduler.has_work or loop.in_flight:
         num_steps += 1
@@ -179,6 +182,9 @@ def test_random_arrivals_aborts_and_tiny_pools(seed: int, depth: int, has_levels
             events.append(Arrival(accepted[name]))
         if accepted and rng.random() < 0.05:
             events.append(Unpin(RequestId(rng.choice(list(accepted)))))
+        if rng.random() < 0.05:
+            num_flushes += 1
+            events.append(Flush(num_flushes, rng.choice([None, "device", "digest"])))
         live = [name for name in accepted if name not in aborted]
         if live and rng.random() < 0.1:
             name = rng.choice(live)
@@ -192,6 +198,7 @@ def test_random_arrivals_aborts_and_tiny_pools(seed: int, depth: int, has_levels
         if not loop.scheduler.has_work:
             for outputs in loop.drain():
                 seen.take(outputs)
+    assert sorted(seen.flushed) == list(range(1, num_flushes + 1))
     stop = frozenset(config.eos_token_ids)
     for name, order in accepted.items():
         if name in seen.rejected:

@@ -12,7 +12,7 @@ import torch
 
 from kvpaging.base.ids import PageId, PageKey, SeqId
 from kvpaging.base.kv_spec import KVSpec
-from kvpaging.cache.lower_levels import PageLoad, PagesLoaded, PageStore
+from kvpaging.cache.lower_levels import LevelFlush, LevelsFlushed, PageLoad, PagesLoaded, PageStore
 from kvpaging.cache.prefix_key import ChainLink
 from kvpaging.execution import page_mover
 from kvpaging.execution.kv_pool import KVPool
@@ -229,3 +229,65 @@ def test_what_leaves_the_host_goes_down(pool: KVPool) -> None:
     host.store(pages[2:4], 1.0)
     assert below.contains([page.key for page in pages]) == [True] * 2 + [False] * 4
     assert below.load([pages[0].key], 1.0) == [pages[0]]
+
+
+def flushed(mover: PageMover, *levels: str) -> LevelsFlushed:
+    mover.flush(LevelFlush(3, levels))
+    ended: list[PagesLoaded | LevelsFlushed] = []
+    until(lambda: ended.extend(mover.completions()) or ended)
+    (answer,) = ended
+    assert isinstance(answer, LevelsFlushed)
+    return answer
+
+
+def test_a_flush_comes_after_what_was_ordered_and_before_what_follows(
+    make: Callable[..., PageMover], pool: KVPool
+) -> None:
+    class Slow(HostLevel):
+        def store(self, pages: Sequence[StoredPage], deadline_s: float) -> int:
+            time.sleep(0.05)
+            return super().store(pages, deadline_s)
+
+    level = Slow(1 << 20)
+    mover = make(level)
+    mover.store([PageStore(PageId(1), PageKey(bytes(32)), link(1), num_uses=1)])
+    mover.flush(LevelFlush(3, ("host",)))
+    mover.store([PageStore(PageId(2), PageKey(bytes(32)), link(2), num_uses=1)])
+    until(lambda: not mover.num_queued_bytes)
+    assert level.contains([link(1).key, link(2).key]) == [False, True]
+    assert mover.completions() == (LevelsFlushed(3, {"host": 1}),)
+
+
+def test_only_the_levels_that_are_named_are_emptied(
+    make: Callable[..., PageMover], pool: KVPool
+) -> None:
+    host, other = HostLevel(1 << 20), HostLevel(1 << 20)
+    other.name = "other"
+    mover = make(host, other)
+    stored(mover, other, pool, [1, 2])
+    assert flushed(mover, "other") == LevelsFlushed(3, {"other": 2})
+    assert host.stats().num_pages == 2
+
+
+def test_what_was_read_before_a_flush_is_not_kept_nearer_after_it(
+    make: Callable[..., PageMover], pool: KVPool
+) -> None:
+    read, go_on = threading.Event(), threading.Event()
+
+    def wait(pages: list[StoredPage | None]) -> list[StoredPage | None]:
+        read.set()
+        go_on.wait(5)
+        return pages
+
+    near, far = HostLevel(1 << 20), BadLevel(wait)
+    far.name = "far"
+    far.store([StoredPage(link(1).key, PageKey(bytes(32)), link(1).tokens, bytes(64))], 1.0)
+    mover = make(near, far)
+    mover.begin(PageLoad(SeqId(1), (PageId(40),), (link(1),)))
+    read.wait(5)
+    flushed(mover, "host", "far")
+    go_on.set()
+    ended: list[PagesLoaded | LevelsFlushed] = []
+    until(lambda: ended.extend(mover.completions()) or ended)
+    until(lambda: not mover.num_queued_bytes)
+    assert not near.contains([link(1).key])[0]

@@ -23,7 +23,7 @@ from kvpaging.engine.engine import Engine
 from kvpaging.replay.recording import RecordedStep, Recorder, create_file, read_steps
 from kvpaging.replay.rerun import rerun
 from kvpaging.replay.trace import open_trace
-from kvpaging.scheduling.events import Abort, Arrival, Event, Finish, Unpin
+from kvpaging.scheduling.events import Abort, Arrival, Event, Finish, Flush, Unpin
 from kvpaging.scheduling.plan import StepPlan, StepResult
 from kvpaging.scheduling.request import Request, SamplingParams
 
@@ -122,6 +122,8 @@ def live_run(
             events.append(Finish(RequestId(lot.choice(names[-5:])), lot.randint(0, 1), 1))
         if names and lot.random() < 0.1:
             events.append(Unpin(RequestId(lot.choice(names))))
+        if lot.random() < 0.03:
+            events.append(Flush(step, lot.choice([None, "device", "digest"])))
         engine.step(events)
         prompts = [*prompts, *(row.tokens[:16] for row in executor.rows.values())][-40:]
     while engine.has_work:

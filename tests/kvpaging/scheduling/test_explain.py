@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import msgspec
 import pytest
-from digest_model import DigestExecutor, DigestLevels, digest_config
+from digest_model import DigestExecutor, DigestLevels, digest, digest_config
 
 from kvpaging.base.ids import RequestId
 from kvpaging.cache.evictions import EvictionCause
@@ -15,7 +15,7 @@ from kvpaging.cache.explanation import CacheExplanation, LevelMatch, MissedRun, 
 from kvpaging.cache.lower_levels import Held, LevelLoad, PagesLoaded
 from kvpaging.cache.prefix_key import ChainLink
 from kvpaging.engine.engine import Engine
-from kvpaging.scheduling.events import Abort, Arrival, Event
+from kvpaging.scheduling.events import Abort, Arrival, Event, Flush
 from kvpaging.scheduling.outputs import Finished
 from kvpaging.scheduling.plan import StepPlan
 from kvpaging.scheduling.request import Request, SamplingParams
@@ -327,3 +327,59 @@ def test_time_saved_is_what_computing_would_have_taken_less_the_loads() -> None:
     scene.engine._scheduler._load_costs.computed(100, 100.0)  # a second a token
     scene.ask(LONG)
     assert scene.engine.cache_stats().saved_s == pytest.approx(20 * 1.0 - 0.5)
+
+
+def flush(scene: Scene, level: str | None = None) -> dict[str, int | None]:
+    found = []
+    events: list[Event] = [Flush(7, level)]
+    while not found:
+        found += scene.engine.step(events).flushed
+        events = []
+    (flushed,) = found
+    assert flushed.query_id == 7
+    return flushed.pages
+
+
+def test_an_emptied_cache_says_so() -> None:
+    scene = Scene()
+    scene.ask(PROMPT)
+    scene.now = 150.0
+    assert flush(scene) == {"device": 2}
+    assert flush(scene) == {"device": 0}
+    assert flush(scene, "disk") == {}
+    scene.now = 153.0
+    told = scene.ask(PROMPT)
+    assert told.missed[0] == MissedRun(MissReason.EVICTED, 0, 8, EvictionCause.FLUSH, 3.0)
+    assert scene.engine.cache_stats().evictions["flush"] == 2
+    assert scene.ask(PROMPT).all.num_cached_tokens == 8
+
+
+def test_one_level_is_emptied_alone() -> None:
+    below = DigestLevels(random.Random(0), store_at_uses=(1,), wants_evicted=False, forgets=False)
+    scene = Scene(levels=below)
+    scene.ask(PROMPT)
+    scene.engine.step()
+    assert len(below.pages) == 2
+    assert flush(scene, "device") == {"device": 2}
+    assert scene.ask(PROMPT).levels[1] == LevelMatch("digest", 2, 0, None)
+    assert flush(scene, "digest") == {"digest": 2}
+    assert scene.ask(PROMPT).levels[0].num_pages == 2
+    assert flush(scene) == {"device": 2, "digest": 0}
+    assert scene.ask(PROMPT).all.num_cached_tokens == 0
+
+
+def test_who_runs_through_a_flush_keeps_its_answer_and_shares_nothing() -> None:
+    scene = Scene()
+    order = scene.order(PROMPT, new=12)
+    alone = [digest(PROMPT, 0, 0)]
+    while len(alone) < 12:
+        alone.append(digest([*PROMPT, *alone], 0, 0))
+    tokens: list[int] = []
+    events: list[Event] = [Arrival(order)]
+    while events or scene.engine.has_work:
+        for output in scene.engine.step(events).outputs:
+            tokens += [sample.token_id for sample in output.samples]
+        events = [Flush(1, None)] if len(tokens) == 4 else []
+    assert tokens == alone[: len(tokens)]
+    assert len(tokens) > 8
+    assert scene.ask([*PROMPT, *tokens]).all.num_cached_tokens == 0

@@ -63,3 +63,25 @@ def test_without_an_engine_there_are_none() -> None:
         answer = Caller(make_app(engine)).get("/cache/stats")
         assert answer.status_code == 503
         assert answer.headers["retry-after"]
+
+
+def test_emptying_says_what_was_there() -> None:
+    http = Caller(make_app(FakeEngineClient()))
+    answer = http.request("DELETE", "/cache")
+    assert answer.json() == {"pages": {"device": 5, "disk": 7, "remote": None}}
+    assert http.request("DELETE", "/cache?level=disk").json() == {"pages": {"disk": 7}}
+    assert http.request("GET", "/cache").status_code == 405
+
+
+def test_a_level_that_is_not_there_is_no_success() -> None:
+    answer = Caller(make_app(FakeEngineClient())).request("DELETE", "/cache?level=tape")
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "level"
+    assert "'tape'" in answer.json()["error"]["message"]
+
+
+def test_only_the_operator_empties_it() -> None:
+    http = Caller(make_app(FakeEngineClient(), api_keys=("k",), operator_key="op"))
+    for key, status in (("k", 403), ("op", 200)):
+        headers = {"Authorization": f"Bearer {key}"}
+        assert http.request("DELETE", "/cache", headers=headers).status_code == status
