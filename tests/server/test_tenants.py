@@ -85,3 +85,9 @@ def test_no_secret_is_put_among_other_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds other files"):
         secret_for(None, str(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_where_a_name_ends_and_a_salt_begins_is_part_of_the_namespace() -> None:
+    namespaces = Namespaces(b"s" * 32)
+    cuts = [("a", "bc"), ("ab", "c"), ("abc", None)]
+    assert len({namespaces.owner(tenant, salt).namespace for tenant, salt in cuts}) == 3
