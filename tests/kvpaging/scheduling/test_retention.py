@@ -153,6 +153,17 @@ def test_pages_leave_when_their_time_is_over_and_use_renews_it() -> None:
     assert bench.cache.allocator.num_cached == 0
 
 
+def test_what_has_an_end_is_not_stored_when_it_is_evicted() -> None:
+    bench = Bench(levels=Levels())
+    bench.run(order("short", [1] * 9, 1, retention=Retention(ttl_s=10.0)))
+    bench.run(order("long", [2] * 9, 1))
+    bench.fill()
+    assert bench.hit([1] * 9) == bench.hit([2] * 9) == 0
+    evicted = {store.link.tokens for store in bench.stores if store.is_eviction}
+    assert b"\2\0\0\0" * SIZE in evicted
+    assert b"\1\0\0\0" * SIZE not in evicted
+
+
 def test_who_sets_no_end_keeps_what_he_used_and_nothing_after_it() -> None:
     bench = Bench()
     bench.run(order("a", [1] * 9, 1, retention=Retention(ttl_s=10.0)))
