@@ -13,6 +13,7 @@ import torch
 
 from kernels.errors import ShapeError
 from kernels.ops import QUANTISED, KVPages, Linear, Ops
+from kernels.quantization import MAX_INT8_FEATURES
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -34,6 +35,17 @@ class CheckedOps:
         if bias is not None:
             self._vector("bias", bias, weight.shape[0], weight.dtype)
         return self.inner.prepare_linear(weight, bias)
+
+    def prepare_int8_linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
+        self._floats("weight", weight, 2)
+        if weight.shape[1] > MAX_INT8_FEATURES:
+            raise ShapeError(
+                f"weight has {weight.shape[1]} columns; an int8 weight has at most "
+                f"{MAX_INT8_FEATURES}"
+            )
+        if bias is not None:
+            self._vector("bias", bias, weight.shape[0], weight.dtype)
+        return self.inner.prepare_int8_linear(weight, bias)
 
     def linear(self, x: torch.Tensor, weight: Linear) -> torch.Tensor:
         self._rows("x", x, weight.in_features)

@@ -56,7 +56,10 @@ class Linear(Protocol):
     def out_features(self) -> int: ...
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
-        """Rows of the weight, `[len(ids), in_features]`: the embedding of a tied LM head."""
+        """Rows of the weight, `[len(ids), in_features]`: the embedding of a tied LM head.
+
+        Of an int8 weight: what its numbers stand for, in the dtype that it had.
+        """
 
 
 class Ops(Protocol):
@@ -75,6 +78,14 @@ class Ops(Protocol):
         """Take a weight `[N, K]` (and bias `[N]`) over; the caller drops its reference.
 
         May repack, but never keeps two copies.
+        """
+
+    def prepare_int8_linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
+        """The same, kept as int8 with a float32 scale for each row (`kernels.quantization`).
+
+        Products take x as it is, or in 16 bits with a scale for each of its rows, which is finer
+        than bfloat16; sums and scales are float32 or exact. Raises `ShapeError` where K is above
+        `quantization.MAX_INT8_FEATURES`, `ValueError` where the weight isn't finite.
         """
 
     def linear(self, x: torch.Tensor, weight: Linear) -> torch.Tensor:

@@ -76,7 +76,7 @@ def announcement(settings: Settings, config: EngineConfig, address: tuple[Any, .
     exact = "exact" if config.exact else "not exact"
     facts = [
         ("model", f"{settings.model_name} ({config.architecture})"),
-        ("device", f"{config.device}, {config.dtype}, {config.threads} threads"),
+        ("device", f"{config.device}, {_numbers(config)}, {config.threads} threads"),
         ("kernels", f"{config.kernels} ({exact})"),
         (
             "KV pages",
@@ -88,6 +88,12 @@ def announcement(settings: Settings, config: EngineConfig, address: tuple[Any, .
         ("try", _curl(settings, address)),
     ]
     return [f"kvpaging {version('kvpaging')} is ready", *(f"  {k:<8}  {v}" for k, v in facts)]
+
+
+def _numbers(config: EngineConfig) -> str:
+    if config.quantization is None:
+        return config.dtype
+    return f"{config.dtype} with {config.quantization} weights"
 
 
 def _curl(settings: Settings, address: tuple[Any, ...]) -> str:

@@ -55,6 +55,11 @@ def _auto(value: object) -> object:
     return None if value == "auto" else value
 
 
+def _none(value: object) -> object:
+    """`none` is the word for "as it is"."""
+    return None if value == "none" else value
+
+
 def _policy(value: str) -> str:
     if value not in POLICIES:
         raise ValueError(f"one of {', '.join(POLICIES)}{did_you_mean(value, POLICIES)}")
@@ -106,6 +111,10 @@ class Settings(BaseModel):
     )
     dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, BeforeValidator(_auto)] = (
         Field(None, description="auto, float32, bfloat16 or float16")
+    )
+    quantization: Annotated[Literal["int8"] | None, BeforeValidator(_none)] = Field(
+        None,
+        description="none or int8: linears' weights in a byte each, a scale for each output",
     )
     kv_cache_dtype: Annotated[
         Literal["float32", "bfloat16", "float16", "int8", "fp8_e4m3"] | None, BeforeValidator(_auto)
@@ -275,6 +284,7 @@ class Settings(BaseModel):
             model=self.model_or_demo,
             device=self.device,
             dtype=self.dtype,
+            quantization=self.quantization,
             kv_cache_dtype=self.kv_cache_dtype,
             page_size=self.page_size,
             max_num_seqs=self.max_num_seqs,

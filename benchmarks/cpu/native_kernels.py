@@ -93,6 +93,16 @@ def linears(native: Ops, dtype: torch.dtype) -> Iterator[Case]:
                 m * n * k,
                 _packed_by_torch(x, plain),
             )
+        int8 = following([native.prepare_int8_linear(weight) for weight in plain])
+        for m in (1, 8, 32, 512):
+            x = torch.randn(m, k).to(dtype)
+            yield Case(
+                f"int8 linear {k}->{n} M={m}",
+                lambda x=x, weight=int8: native.linear(x, weight()),
+                lambda x=x, weight=natural: F.linear(x, weight()),
+                n * k,
+                m * n * k,
+            )
 
 
 def _packed_by_torch(x: torch.Tensor, plain: list[torch.Tensor]) -> Call | None:

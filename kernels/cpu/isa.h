@@ -14,10 +14,20 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #define KV_X86 1
+// GCC 12 takes the undefined lanes of its own intrinsics for mistakes.
+#if !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
 #include <immintrin.h>
+#if !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
 #else
 #define KV_X86 0
 #endif
@@ -44,12 +54,17 @@ constexpr int64_t kPanelCols = 16;
 constexpr int64_t kWordBytes = 4;
 constexpr int64_t kStepBytes = kPanelCols * kWordBytes;
 
+// Whether a weight is of x's dtype, or int8 with a scale for each column.
+enum Weight : int { kSame = 0, kInt8 = 1 };
+constexpr int kNumWeights = 2;
+
 // Rows of x, to be packed for a linear.
 struct PackTask {
     const void* x;
     int64_t x_stride;
     const int64_t* rows;  // row r of the task is row rows[r] of x; null: row r
     int64_t k;
+    float* scales;  // int8 weights: what row r of the task is to be multiplied with again
 };
 
 struct LinearTask {
@@ -57,6 +72,8 @@ struct LinearTask {
     int64_t num_rows, num_tiles;
     const int64_t* rows;  // row r of the task is row rows[r] of out; null: row r
     const void* weight;   // packed
+    const float* scales;  // int8: of each column, whole panels, and behind them int32 column sums
+    const float* x_scales;  // int8: of each packed row
     const void* bias;     // [n] or null
     void* out;            // rows of n
     int64_t n, steps;
@@ -146,11 +163,12 @@ struct Kernels {
     const char* name;
 
     // Linears: rows of a tile at most, bytes of a packed row and step, packing, products.
-    int64_t tile_rows;
-    int64_t row_step_bytes[kNumDtypes];
-    void (*pack_rows[kNumDtypes])(const PackTask&, int64_t row_begin, int64_t row_end, void* out);
-    void (*linear[kNumDtypes])(const LinearTask&, int64_t panel_begin, int64_t panel_end,
-                               int64_t tile_begin, int64_t tile_end);
+    int64_t tile_rows[kNumWeights];
+    int64_t row_step_bytes[kNumWeights][kNumDtypes];
+    void (*pack_rows[kNumWeights][kNumDtypes])(const PackTask&, int64_t row_begin, int64_t row_end,
+                                               void* out);
+    void (*linear[kNumWeights][kNumDtypes])(const LinearTask&, int64_t panel_begin,
+                                            int64_t panel_end, int64_t tile_begin, int64_t tile_end);
     void (*norm[kNumDtypes])(const NormTask&, int64_t row_begin, int64_t row_end);
     void (*gated[kNumDtypes])(const GatedTask&, int64_t row_begin, int64_t row_end);
     void (*rope_store[kNumDtypes])(const RopeTask&, int64_t row_begin, int64_t row_end);

@@ -1,4 +1,4 @@
-// AVX-512 with products of pairs of bfloat16.
+// AVX-512 with products of pairs of bfloat16, and of bytes: every CPU that has the first has both.
 //
 // A CPU with AMX would get a table of its own beside this one: the same kernels but for linears and
 // scores of many rows, which would take the weight in its natural order as the A operand.
@@ -6,9 +6,9 @@
 
 #if KV_X86
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512bf16,avx512vnni,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), apply_to = function)
 #else
-#pragma GCC target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
+#pragma GCC target("avx512bf16,avx512vnni,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
 #endif
 
 #define KV_BF16_DOT

@@ -14,7 +14,7 @@ from ctypes import c_char_p, c_float, c_int, c_int64, c_void_p
 
 from kernels.errors import KernelUnavailableError
 
-VERSION = 2
+VERSION = 3
 """Of the interface between `native_ops` and the library; both must name the same."""
 
 _REMEDY = "install kvpaging with a C++ compiler at hand (g++ or clang++)"
@@ -23,10 +23,10 @@ _REMEDY = "install kvpaging with a C++ compiler at hand (g++ or clang++)"
 _WORK: dict[str, list[type]] = {
     "kv_pack_weight": [c_void_p, c_int64, c_int64, c_void_p],
     "kv_unpack_rows": [c_void_p, c_int64, c_void_p, c_int64, c_void_p],
-    "kv_linear": [c_int, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_int64,
-                  c_void_p, c_int],
+    "kv_linear": [c_int, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int64,
+                  c_int64, c_void_p, c_int],
     "kv_grouped_linear": [c_int, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p,
-                          c_int64, c_int64, c_int64, c_void_p],
+                          c_void_p, c_int64, c_int64, c_int64, c_void_p],
     "kv_norm": [c_int, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int,
                 c_float, c_float, c_void_p],
     "kv_gated": [c_int, c_int, c_void_p, c_int64, c_int64, c_int64, c_void_p],

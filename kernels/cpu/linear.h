@@ -8,6 +8,10 @@
 //
 // Each element of the result is one chain of sums over ascending k, whatever the tile, the number
 // of rows or of threads: its bits depend on its row of x and its column of the weight alone.
+//
+// A weight of int8 has a scale for each column. Where the CPU multiplies bytes, a row of x becomes
+// whole numbers of 16 bits with a scale of its own, each as two bytes: the sums are exact, and a
+// row depends on no other. Elsewhere bytes are widened to float.
 #pragma once
 
 namespace {
@@ -17,37 +21,66 @@ constexpr int64_t kBlockBytes = 256 << 10;
 // With one tile there is no time to fetch a block: steps ahead in each panel.
 constexpr int64_t kStepsAhead = 64;
 
+// The largest whole number that x becomes where bytes are multiplied.
+constexpr float kLargestWhole = 32767.0f;
+constexpr int64_t kMaxTileRows = 16;
+
 // Bytes that a packed row takes for each step.
 template <typename T>
 constexpr int64_t row_step_bytes() {
     return static_cast<int64_t>(sizeof(typename Lanes<T>::X)) * Lanes<T>::kNumbers;
 }
 
-// Rows [begin, end) of x as one tile: [step][row][number], zeros behind the last column.
+// The largest magnitude of a row; NaN where it holds anything that isn't finite.
 template <typename T>
+float largest(const T* x, int64_t k) {
+    Vec most = set1(0.0f), spoilt = set1(0.0f);
+    for (int64_t i = 0; i < k; i += 16) {
+        const Vec v = k - i >= 16 ? load(x + i) : load_n(x + i, static_cast<int>(k - i));
+        most = max(most, max(v, set1(0.0f) - v));
+        spoilt = spoilt + v * set1(0.0f);
+    }
+    float sum[4];
+    sum4(spoilt, spoilt, spoilt, spoilt, sum);
+    return max_lane(most) + sum[0];
+}
+
+// Rows [begin, end) of x as one tile: [step][row][number], zeros behind the last column.
+template <typename T, typename W>
 void pack_rows(const PackTask& task, int64_t begin, int64_t end, void* out) {
-    using L = Lanes<T>;
+    using L = Lanes<W>;
     const int64_t steps = (task.k + L::kDepth - 1) / L::kDepth;
     const int64_t stride = (end - begin) * L::kNumbers;
+    const auto row_of = [&](int64_t r) {
+        return static_cast<const T*>(task.x) + (task.rows ? task.rows[r] : r) * task.x_stride;
+    };
+    float unit[kMaxTileRows];  // whole numbers to one of x
+    for (int64_t r = begin; r < end; ++r) {
+        unit[r - begin] = 1.0f;
+        if (!task.scales) continue;
+        const float scale = L::kWhole ? largest(row_of(r), task.k) / kLargestWhole : 1.0f;
+        // So small that its inverse overflows: zero. NaN stays.
+        unit[r - begin] = scale < std::numeric_limits<float>::min() ? 0.0f : 1.0f / scale;
+        task.scales[r] = scale;
+    }
     // A cache line of each row at a time, so that the tile is written from one end to the other.
     constexpr int64_t kChunk = 16;
     for (int64_t step = 0; step < steps; step += kChunk) {
         for (int64_t r = begin; r < end; ++r) {
-            const T* row =
-                static_cast<const T*>(task.x) + (task.rows ? task.rows[r] : r) * task.x_stride;
-            const T* x = row + step * L::kDepth;
+            const T* x = row_of(r) + step * L::kDepth;
             typename L::X* to =
                 static_cast<typename L::X*>(out) + step * stride + (r - begin) * L::kNumbers;
+            const float u = unit[r - begin];
             if ((step + kChunk) * L::kDepth <= task.k) {
 #pragma GCC unroll 16
-                for (int64_t s = 0; s < kChunk; ++s) L::pack(x + s * L::kDepth, to + s * stride);
+                for (int64_t s = 0; s < kChunk; ++s) L::pack(x + s * L::kDepth, u, to + s * stride);
                 continue;
             }
             const int64_t left = task.k - step * L::kDepth;
             T last[kChunk * L::kDepth] = {};
             std::memcpy(last, x, static_cast<size_t>(left) * sizeof(T));
             for (int64_t s = 0; s * L::kDepth < left; ++s) {
-                L::pack(last + s * L::kDepth, to + s * stride);
+                L::pack(last + s * L::kDepth, u, to + s * stride);
             }
         }
     }
@@ -59,14 +92,16 @@ struct Ahead {
     int64_t panel_stride, step_stride, steps;  // in bytes but for the last
 };
 
-// out[row][panel] = each row of a tile times each of the panels side by side.
+// out[row][panel] = each row of a tile times each of the panels side by side. `column_sums`: of
+// the first panel on, where the weight has them.
 template <typename W, int ROWS, int PANELS>
-void product(const void* tile, const char* panels, int64_t steps, const Ahead& ahead, float* out) {
+void product(const void* tile, const char* panels, int64_t steps, const Ahead& ahead,
+             const int32_t* column_sums, float* out) {
     using L = Lanes<W>;
     const typename L::X* x = static_cast<const typename L::X*>(tile);
-    Vec sums[ROWS * PANELS];
+    typename L::Sum sums[ROWS * PANELS];
 #pragma GCC unroll 32
-    for (int i = 0; i < ROWS * PANELS; ++i) sums[i] = set1(0.0f);
+    for (int i = 0; i < ROWS * PANELS; ++i) sums[i] = L::zero();
     const int64_t panel_bytes = steps * kStepBytes;
     const char* next = ahead.from;
     const int64_t panel_stride = ahead.panel_stride, step_stride = ahead.step_stride;
@@ -90,33 +125,40 @@ void product(const void* tile, const char* panels, int64_t steps, const Ahead& a
         x += ROWS * L::kNumbers;
     }
 #pragma GCC unroll 32
-    for (int i = 0; i < ROWS * PANELS; ++i) store(out + i * kPanelCols, sums[i]);
+    for (int i = 0; i < ROWS * PANELS; ++i) {
+        store(out + i * kPanelCols, L::total(sums[i], column_sums + i % PANELS * kPanelCols));
+    }
 }
 
-using Product = void (*)(const void*, const char*, int64_t, const Ahead&, float*);
+using Product = void (*)(const void*, const char*, int64_t, const Ahead&, const int32_t*,
+                         float*);
 
 // Panels that tiles of at most so many rows take at once: as many sums as the registers hold.
+template <typename W>
 constexpr int panels_at_once(int64_t rows) {
-    return 4 * rows <= kLinearSums ? 4 : 2 * rows <= kLinearSums ? 2 : 1;
+    return 4 * rows <= Lanes<W>::kSums ? 4 : 2 * rows <= Lanes<W>::kSums ? 2 : 1;
 }
 
 // The product for numbers of rows and panels known at run time.
-template <typename W, int ROWS = kLinearRows>
+template <typename W, int ROWS = Lanes<W>::kRows>
 Product product_for(int64_t rows, int panels) {
     if constexpr (ROWS > 1) {
         if (rows < ROWS) return product_for<W, ROWS - 1>(rows, panels);
     }
-    constexpr int kMost = panels_at_once(ROWS);
+    constexpr int kMost = panels_at_once<W>(ROWS);
     if (panels == 1) return product<W, ROWS, 1>;
     if (panels == 2) return product<W, ROWS, kMost < 2 ? kMost : 2>;
     return product<W, ROWS, kMost>;
 }
 
-template <typename T>
+template <typename T, typename W>
 void store_outputs(const LinearTask& task, int64_t row, int64_t col, const float* values) {
     const int n = static_cast<int>(lesser(kPanelCols, task.n - col));
     const bool whole = n == kPanelCols;
     Vec sums = load(values);
+    if constexpr (!std::is_same_v<T, W>) {
+        sums = sums * (set1(task.x_scales[row]) * load(task.scales + col));
+    }
     if (task.bias) {
         const T* bias = static_cast<const T*>(task.bias) + col;
         sums = sums + (whole ? load(bias) : load_n(bias, n));
@@ -131,17 +173,22 @@ void store_outputs(const LinearTask& task, int64_t row, int64_t col, const float
     }
 }
 
-template <typename T>
+template <typename T, typename W>
 void linear(const LinearTask& task, int64_t panel_begin, int64_t panel_end, int64_t tile_begin,
             int64_t tile_end) {
     const int64_t panel_bytes = task.steps * kStepBytes;
     const char* weight = static_cast<const char*>(task.weight);
     const char* tiles = static_cast<const char*>(task.x);
     const int64_t num_tiles = tile_end - tile_begin;
-    float out[kLinearSums * kPanelCols];
+    // Whole panels of scales lie before the sums. Without scales the sums aren't looked at.
+    const int64_t num_panels = (task.n + kPanelCols - 1) / kPanelCols;
+    const int32_t* column_sums =
+        task.scales ? reinterpret_cast<const int32_t*>(task.scales) + num_panels * kPanelCols
+                    : nullptr;
+    float out[Lanes<W>::kSums * kPanelCols];
 
     // All tiles have as many rows as the first, or one more.
-    const int most = panels_at_once((task.num_rows + task.num_tiles - 1) / task.num_tiles);
+    const int most = panels_at_once<W>((task.num_rows + task.num_tiles - 1) / task.num_tiles);
     const int64_t block_panels =
         num_tiles == 1 ? most : greater(kBlockBytes / (panel_bytes * most), 1) * most;
     for (int64_t block = panel_begin; block < panel_end; block += block_panels) {
@@ -153,7 +200,7 @@ void linear(const LinearTask& task, int64_t panel_begin, int64_t panel_end, int6
         for (int64_t t = tile_begin; t < tile_end; ++t) {
             const int64_t begin = t * task.num_rows / task.num_tiles;
             const int64_t end = (t + 1) * task.num_rows / task.num_tiles;
-            const char* x = tiles + begin * task.steps * row_step_bytes<T>();
+            const char* x = tiles + begin * task.steps * row_step_bytes<W>();
             for (int64_t panel = block; panel < block_end;) {
                 const int panels = panel + most <= block_end ? most : 1;
                 const char* w = weight + panel * panel_bytes;
@@ -166,10 +213,11 @@ void linear(const LinearTask& task, int64_t panel_begin, int64_t panel_end, int6
                     ahead = {next, kStepBytes, unit, (share + unit - 1) / unit};
                     next += share;
                 }
-                product_for<T>(end - begin, panels)(x, w, task.steps, ahead, out);
+                product_for<W>(end - begin, panels)(
+                    x, w, task.steps, ahead, column_sums + panel * kPanelCols, out);
                 for (int64_t r = 0; r < end - begin; ++r) {
                     for (int p = 0; p < panels; ++p) {
-                        store_outputs<T>(task, begin + r, (panel + p) * kPanelCols,
+                        store_outputs<T, W>(task, begin + r, (panel + p) * kPanelCols,
                                          out + (r * panels + p) * kPanelCols);
                     }
                 }

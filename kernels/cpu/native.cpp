@@ -70,7 +70,8 @@ bool cpu_has_avx512() {
 }
 bool cpu_has_avx512_bf16() {
 #if KV_X86
-    return cpu_has_avx512() && __builtin_cpu_supports("avx512bf16");
+    return cpu_has_avx512() && __builtin_cpu_supports("avx512bf16") &&
+           __builtin_cpu_supports("avx512vnni");
 #else
     return false;
 #endif
@@ -100,12 +101,14 @@ struct LinearPart {
     const int64_t* rows;  // which rows of x and out; null: the first ones
     int64_t num_rows;
     const void *weight, *bias;
+    const float* scales;  // of an int8 weight, else null
     char* out;
 };
 
 // What all parts of a linear share.
 struct LinearShape {
-    int dtype;
+    int dtype;  // of x
+    int weight;
     int64_t n, k;
     bool out_float32;
 };
@@ -136,8 +139,9 @@ void cut_linear(size_t task, int64_t num_panels, int64_t num_tiles, int threads,
 void multiply(Context& context, const LinearShape& shape, const std::vector<LinearPart>& parts) {
     const Kernels& kernels = context.kernels;
     const int64_t k = shape.k, num_panels = ceil_div(shape.n, kPanelCols);
-    const int64_t steps = ceil_div(k * dtype_bytes(shape.dtype), kWordBytes);
-    const int64_t row_bytes = steps * kernels.row_step_bytes[shape.dtype];
+    const int64_t item_bytes = shape.weight == kInt8 ? 1 : dtype_bytes(shape.dtype);
+    const int64_t steps = ceil_div(k * item_bytes, kWordBytes);
+    const int64_t row_bytes = steps * kernels.row_step_bytes[shape.weight][shape.dtype];
 
     int64_t num_rows = 0;
     for (const LinearPart& part : parts) num_rows += part.num_rows;
@@ -146,6 +150,8 @@ void multiply(Context& context, const LinearShape& shape, const std::vector<Line
     const size_t num_bytes = static_cast<size_t>(num_rows * row_bytes);
     if (memory.size() < num_bytes) memory.resize(num_bytes);
     char* packed = memory.data();
+    std::vector<float> scales(shape.weight == kInt8 ? static_cast<size_t>(num_rows) : 0);
+    float* row_scales = scales.empty() ? nullptr : scales.data();
 
     struct Tile {
         PackTask rows;
@@ -157,27 +163,28 @@ void multiply(Context& context, const LinearShape& shape, const std::vector<Line
     std::vector<LinearPiece> pieces;
     const int threads = context.threads_for(num_rows * shape.n * std::max<int64_t>(k, 1), kMinProducts);
     for (const LinearPart& part : parts) {
-        const int64_t num_tiles = ceil_div(part.num_rows, kernels.tile_rows);
+        const int64_t num_tiles = ceil_div(part.num_rows, kernels.tile_rows[shape.weight]);
         for (int64_t t = 0; t < num_tiles; ++t) {
             const int64_t begin = t * part.num_rows / num_tiles;
-            tiles.push_back({{part.x, part.x_stride, part.rows, k},
+            tiles.push_back({{part.x, part.x_stride, part.rows, k, row_scales},
                              begin,
                              (t + 1) * part.num_rows / num_tiles,
                              packed + begin * row_bytes});
         }
         cut_linear(tasks.size(), num_panels, num_tiles, threads, pieces);
-        tasks.push_back({packed, part.num_rows, num_tiles, part.rows, part.weight, part.bias,
-                         part.out, shape.n, steps, shape.out_float32});
+        tasks.push_back({packed, part.num_rows, num_tiles, part.rows, part.weight, part.scales,
+                         row_scales, part.bias, part.out, shape.n, steps, shape.out_float32});
         packed += part.num_rows * row_bytes;
+        if (row_scales) row_scales += part.num_rows;
     }
     context.pool.run(static_cast<int64_t>(tiles.size()),
                      context.threads_for(num_rows * k, kMinElements), [&](int64_t i) {
                          const Tile& tile = tiles[static_cast<size_t>(i)];
-                         kernels.pack_rows[shape.dtype](tile.rows, tile.begin, tile.end, tile.out);
+                         kernels.pack_rows[shape.weight][shape.dtype](tile.rows, tile.begin, tile.end, tile.out);
                      });
     context.pool.run(static_cast<int64_t>(pieces.size()), threads, [&](int64_t i) {
         const LinearPiece& p = pieces[static_cast<size_t>(i)];
-        kernels.linear[shape.dtype](tasks[p.task], p.panel_begin, p.panel_end, p.tile_begin,
+        kernels.linear[shape.weight][shape.dtype](tasks[p.task], p.panel_begin, p.panel_end, p.tile_begin,
                                     p.tile_end);
     });
 }
@@ -369,7 +376,7 @@ void run_attention(Context& context, int dtype, const AttentionTask& task, int64
 using kv::Context;
 
 // Raised with every change of this interface: Python refuses a library of another version.
-KV_API int kv_version() { return 2; }
+KV_API int kv_version() { return 3; }
 
 // The i-th instruction set, best first, or null: unusable here. Ends with i == kv_num_isas().
 KV_API int kv_num_isas() { return kv::kNumIsas; }
@@ -407,20 +414,21 @@ KV_API int kv_unpack_rows(Context* context, const void* packed, int64_t row_byte
     return 0;
 }
 
+// `scales` of an int8 weight, else null: of each column, whole panels, then int32 column sums.
 KV_API int kv_linear(Context* context, int dtype, const void* x, int64_t x_stride, int64_t rows,
-                     const void* weight, const void* bias, int64_t n, int64_t k, void* out,
-                     int out_float32) {
+                     const void* weight, const float* scales, const void* bias, int64_t n,
+                     int64_t k, void* out, int out_float32) {
     return kv::guarded([&] {
-        kv::run_linear(*context, {dtype, n, k, out_float32 != 0},
-                       {{static_cast<const char*>(x), x_stride, nullptr, rows, weight, bias,
+        kv::run_linear(*context, {dtype, scales ? kv::kInt8 : kv::kSame, n, k, out_float32 != 0},
+                       {{static_cast<const char*>(x), x_stride, nullptr, rows, weight, bias, scales,
                          static_cast<char*>(out)}});
     });
 }
 
 KV_API int kv_grouped_linear(Context* context, int dtype, const void* x, int64_t x_stride,
                              int64_t rows, const int64_t* expert_of_row, const void* const* weights,
-                             const void* const* biases, int64_t num_experts, int64_t n, int64_t k,
-                             void* out) {
+                             const float* const* scales, const void* const* biases,
+                             int64_t num_experts, int64_t n, int64_t k, void* out) {
     return kv::guarded([&] {
         // The rows of each expert side by side, in their order.
         std::vector<std::vector<int64_t>> rows_of(static_cast<size_t>(num_experts));
@@ -430,10 +438,10 @@ KV_API int kv_grouped_linear(Context* context, int dtype, const void* x, int64_t
         std::vector<kv::LinearPart> parts;
         for (size_t e = 0; e < rows_of.size(); ++e) {
             parts.push_back({static_cast<const char*>(x), x_stride, rows_of[e].data(),
-                             static_cast<int64_t>(rows_of[e].size()), weights[e], biases[e],
+                             static_cast<int64_t>(rows_of[e].size()), weights[e], biases[e], scales[e],
                              static_cast<char*>(out)});
         }
-        kv::run_linear(*context, {dtype, n, k, false}, parts);
+        kv::run_linear(*context, {dtype, scales[0] ? kv::kInt8 : kv::kSame, n, k, false}, parts);
     });
 }
 

@@ -19,11 +19,13 @@ import torch
 from kernels.cpu import library as native
 from kernels.errors import KernelUnavailableError, ShapeError
 from kernels.ops import KVPages, Linear
+from kernels.quantization import int8_rows
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SILU, _GELU = 0, 1
 _MAX_HEAD_DIM = 512
 _HUGE_PAGE_BYTES = 2 << 20
+_PANEL_COLUMNS = 16
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -31,11 +33,15 @@ class NativeLinear:
     """The weight in panels (linear.h), with what each call needs of it."""
 
     packed: torch.Tensor
-    dtype: torch.dtype
+    scales: torch.Tensor | None
+    """Of an int8 weight, as the library wants them: see `_scales`."""
     bias: torch.Tensor | None
+    dtype: torch.dtype
+    """Of the inputs; of the weight too where it isn't int8."""
     in_features: int
     out_features: int
     pointer: int
+    scales_pointer: int | None
     bias_pointer: int | None
     ops: NativeOps
 
@@ -88,6 +94,21 @@ class NativeOps:
     def prepare_linear(
         self, weight: torch.Tensor, bias: torch.Tensor | None = None
     ) -> NativeLinear:
+        return self._packed(weight, None, bias, weight.dtype)
+
+    def prepare_int8_linear(
+        self, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> NativeLinear:
+        whole, scales = int8_rows(weight)
+        return self._packed(whole, _scales(whole, scales), bias, weight.dtype)
+
+    def _packed(
+        self,
+        weight: torch.Tensor,
+        scales: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        dtype: torch.dtype,
+    ) -> NativeLinear:
         weight = weight.contiguous()
         out_features, in_features = weight.shape
         row_bytes = in_features * weight.itemsize
@@ -99,32 +120,37 @@ class NativeOps:
         )
         return NativeLinear(
             packed,
-            weight.dtype,
+            scales,
             bias,
+            dtype,
             in_features=in_features,
             out_features=out_features,
             pointer=packed.data_ptr(),
+            scales_pointer=None if scales is None else scales.data_ptr(),
             bias_pointer=None if bias is None else bias.data_ptr(),
             ops=self,
         )
 
     def rows_of(self, weight: NativeLinear, ids: torch.Tensor) -> torch.Tensor:
-        """Rows `ids` (int64) of a weight before it was packed. Raises `IndexError`."""
-        out = torch.empty(len(ids), weight.in_features, dtype=weight.dtype)
+        """Rows `ids` (int64) of a weight, as `Linear.rows`. Raises `IndexError`."""
         ids = ids.to(torch.int64).contiguous()
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < weight.out_features:
             raise IndexError(f"a row outside 0 to {weight.out_features - 1}")
+        stored = weight.dtype if weight.scales is None else torch.int8
+        out = torch.empty(len(ids), weight.in_features, dtype=stored)
         _check(
             self._library.kv_unpack_rows(
                 self._context,
                 weight.pointer,
-                weight.in_features * weight.dtype.itemsize,
+                weight.in_features * stored.itemsize,
                 ids.data_ptr(),
                 len(ids),
                 out.data_ptr(),
             )
         )
-        return out
+        if weight.scales is None:
+            return out
+        return (out.float() * weight.scales[ids, None]).to(weight.dtype)
 
     def linear(self, x: torch.Tensor, weight: Linear) -> torch.Tensor:
         return self._run_linear(x, weight, x.dtype)
@@ -290,6 +316,8 @@ class NativeOps:
     ) -> torch.Tensor:
         experts = [_own(weight, x) for weight in weights]
         first = experts[0]
+        if len({expert.scales is None for expert in experts}) > 1:
+            raise ShapeError("some experts' weights are int8, others are not")
         out = torch.empty(x.shape[0], first.out_features, dtype=x.dtype)
         pointers = ctypes.c_void_p * len(experts)
         _check(
@@ -301,6 +329,7 @@ class NativeOps:
                 x.shape[0],
                 expert_of_row.data_ptr(),
                 pointers(*[expert.pointer for expert in experts]),
+                pointers(*[expert.scales_pointer for expert in experts]),
                 pointers(*[expert.bias_pointer for expert in experts]),
                 len(experts),
                 first.out_features,
@@ -378,6 +407,7 @@ class NativeOps:
                 x.stride(0),
                 rows,
                 linear.pointer,
+                linear.scales_pointer,
                 linear.bias_pointer,
                 linear.out_features,
                 linear.in_features,
@@ -403,6 +433,15 @@ class NativeOps:
             )
         )
         return out
+
+
+def _scales(whole: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Whole panels of scales, float32, and the bits of as many int32 sums of the rows behind."""
+    num_columns = -(-len(scales) // _PANEL_COLUMNS) * _PANEL_COLUMNS
+    out = torch.zeros(2, num_columns)
+    out[0, : len(scales)] = scales
+    out[1].view(torch.int32)[: len(scales)] = whole.sum(dim=1, dtype=torch.int32)
+    return out.flatten()
 
 
 def _memory(num_bytes: int) -> torch.Tensor:
@@ -431,7 +470,7 @@ def _own(weight: Linear, x: torch.Tensor) -> NativeLinear:
     if not isinstance(weight, NativeLinear):
         raise TypeError(f"a weight prepared by another path: {type(weight).__name__}")
     if weight.dtype != x.dtype:
-        raise ShapeError(f"x is {x.dtype}, but the weight {weight.dtype}")
+        raise ShapeError(f"x is {x.dtype}, but the weight is for {weight.dtype}")
     return weight
 
 

@@ -15,10 +15,13 @@ namespace {
 constexpr Kernels kernels_named(const char* name) {
     return {
         name,
-        kLinearRows,
-        {row_step_bytes<float>(), row_step_bytes<bf16>(), row_step_bytes<f16>()},
-        {pack_rows<float>, pack_rows<bf16>, pack_rows<f16>},
-        {linear<float>, linear<bf16>, linear<f16>},
+        {Lanes<bf16>::kRows, Lanes<int8_t>::kRows},
+        {{row_step_bytes<float>(), row_step_bytes<bf16>(), row_step_bytes<f16>()},
+         {row_step_bytes<int8_t>(), row_step_bytes<int8_t>(), row_step_bytes<int8_t>()}},
+        {{pack_rows<float, float>, pack_rows<bf16, bf16>, pack_rows<f16, f16>},
+         {pack_rows<float, int8_t>, pack_rows<bf16, int8_t>, pack_rows<f16, int8_t>}},
+        {{linear<float, float>, linear<bf16, bf16>, linear<f16, f16>},
+         {linear<float, int8_t>, linear<bf16, int8_t>, linear<f16, int8_t>}},
         {norm<float>, norm<bf16>, norm<f16>},
         {gated<float>, gated<bf16>, gated<f16>},
         {rope_store<float>, rope_store<bf16>, rope_store<f16>},

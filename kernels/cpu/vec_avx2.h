@@ -56,6 +56,7 @@ KV_INLINE __m256 pow2(__m256 n) {
 // 2^n for whole numbers n in [-126, 127].
 KV_INLINE Vec pow2(Vec n) { return {pow2(n.lo), pow2(n.hi)}; }
 
+KV_INLINE float widen(float x) { return x; }
 KV_INLINE float widen(bf16 x) {
     return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(x.bits << 16)));
 }
@@ -157,21 +158,33 @@ struct Operand<bf16> {
     }
 };
 
+// A linear's sums in float lanes; a tile's rows at most, and its sums at most.
+struct FloatSums {
+    static constexpr int kRows = 4, kSums = 4;
+    static constexpr bool kWhole = false;
+    using Sum = Vec;
+    static KV_INLINE Vec zero() { return set1(0.0f); }
+    static KV_INLINE Vec total(Vec sum, const int32_t*) { return sum; }
+};
 // One step of a weight's panel: for each lane, kDepth elements of k; and what a packed row of x
-// holds to multiply them with.
+// holds to multiply them with, in whole numbers or as they are.
 template <typename T>
 struct Lanes;
 template <>
-struct Lanes<float> {
+struct Lanes<float> : FloatSums {
     static constexpr int kDepth = 1, kNumbers = 1;
     using X = float;
     Vec v;
-    static KV_INLINE Lanes load(const char* p) { return {::load(reinterpret_cast<const float*>(p))}; }
-    static KV_INLINE void pack(const float* x, X* to) { *to = *x; }
+    static KV_INLINE Lanes load(const char* p) {
+        Lanes w;
+        w.v = ::load(reinterpret_cast<const float*>(p));
+        return w;
+    }
+    static KV_INLINE void pack(const float* x, float, X* to) { *to = *x; }
     static KV_INLINE Vec dot(Vec sum, const X* x, Lanes w) { return fma(set1(*x), w.v, sum); }
 };
 // Neighbours in k, widened.
-struct Pair {
+struct Pair : FloatSums {
     static constexpr int kDepth = 2, kNumbers = 2;
     using X = float;
     Vec even, odd;
@@ -179,7 +192,7 @@ struct Pair {
         return fma(set1(x[1]), w.odd, fma(set1(x[0]), w.even, sum));
     }
     template <typename T>
-    static KV_INLINE void pack(const T* x, X* to) {
+    static KV_INLINE void pack(const T* x, float, X* to) {
         to[0] = widen(x[0]);
         to[1] = widen(x[1]);
     }
@@ -190,10 +203,12 @@ struct Lanes<bf16> : Pair {
         const __m256i* q = reinterpret_cast<const __m256i*>(p);
         const __m256i lo = _mm256_loadu_si256(q), hi = _mm256_loadu_si256(q + 1);
         const __m256i upper = _mm256_set1_epi32(-65536);
-        return {{{_mm256_castsi256_ps(_mm256_slli_epi32(lo, 16)),
-                  _mm256_castsi256_ps(_mm256_slli_epi32(hi, 16))},
-                 {_mm256_castsi256_ps(_mm256_and_si256(lo, upper)),
-                  _mm256_castsi256_ps(_mm256_and_si256(hi, upper))}}};
+        Lanes w;
+        w.even = {_mm256_castsi256_ps(_mm256_slli_epi32(lo, 16)),
+                  _mm256_castsi256_ps(_mm256_slli_epi32(hi, 16))};
+        w.odd = {_mm256_castsi256_ps(_mm256_and_si256(lo, upper)),
+                 _mm256_castsi256_ps(_mm256_and_si256(hi, upper))};
+        return w;
     }
 };
 template <>
@@ -207,13 +222,42 @@ struct Lanes<f16> : Pair {
         const __m256i* q = reinterpret_cast<const __m256i*>(p);
         const __m256i lo = _mm256_loadu_si256(q), hi = _mm256_loadu_si256(q + 1);
         const __m256i lower = _mm256_set1_epi32(65535);
-        return {{{widen_words(_mm256_and_si256(lo, lower)), widen_words(_mm256_and_si256(hi, lower))},
-                 {widen_words(_mm256_srli_epi32(lo, 16)), widen_words(_mm256_srli_epi32(hi, 16))}}};
+        Lanes w;
+        w.even = {widen_words(_mm256_and_si256(lo, lower)), widen_words(_mm256_and_si256(hi, lower))};
+        w.odd = {widen_words(_mm256_srli_epi32(lo, 16)), widen_words(_mm256_srli_epi32(hi, 16))};
+        return w;
     }
 };
-// A linear's tile: its rows at most, and its sums at most.
-constexpr int kLinearRows = 4;
-constexpr int kLinearSums = 4;
+// Four neighbours in k, widened from the bytes of a weight of int8.
+struct FloatBytes : FloatSums {
+    static constexpr int kDepth = 4, kNumbers = 4;
+    using X = float;
+    Vec v[4];
+    template <typename T>
+    static KV_INLINE void pack(const T* x, float, X* to) {
+        for (int i = 0; i < 4; ++i) to[i] = widen(x[i]);
+    }
+    static KV_INLINE Vec dot(Vec sum, const X* x, const FloatBytes& w) {
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) sum = fma(set1(x[i]), w.v[i], sum);
+        return sum;
+    }
+};
+template <>
+struct Lanes<int8_t> : FloatBytes {
+    static KV_INLINE __m256 widen_bytes(__m256i bytes, int i) {
+        const __m256i top = _mm256_slli_epi32(bytes, 24 - 8 * i);
+        return _mm256_cvtepi32_ps(_mm256_srai_epi32(top, 24));
+    }
+    static KV_INLINE Lanes load(const char* p) {
+        const __m256i* q = reinterpret_cast<const __m256i*>(p);
+        const __m256i lo = _mm256_loadu_si256(q), hi = _mm256_loadu_si256(q + 1);
+        Lanes w;
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) w.v[i] = {widen_bytes(lo, i), widen_bytes(hi, i)};
+        return w;
+    }
+};
 
 // Register tiles: kTileCols rows of a weight (or keys) by this many rows of activations (queries).
 constexpr int kTileCols = 2;

@@ -42,6 +42,7 @@ KV_INLINE Vec pow2(Vec n) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(i, 23))};
 }
 
+KV_INLINE float widen(float x) { return x; }
 KV_INLINE float widen(bf16 x) {
     return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(x.bits << 16)));
 }
@@ -143,21 +144,33 @@ struct Operand<bf16> {
 constexpr int kBf16TileRows = 4;
 #endif
 
+// A linear's sums in float lanes; a tile's rows at most, and its sums at most.
+struct FloatSums {
+    static constexpr int kRows = 12, kSums = 24;
+    static constexpr bool kWhole = false;
+    using Sum = Vec;
+    static KV_INLINE Vec zero() { return set1(0.0f); }
+    static KV_INLINE Vec total(Vec sum, const int32_t*) { return sum; }
+};
 // One step of a weight's panel: for each lane, kDepth elements of k; and what a packed row of x
-// holds to multiply them with.
+// holds to multiply them with, in whole numbers or as they are.
 template <typename T>
 struct Lanes;
 template <>
-struct Lanes<float> {
+struct Lanes<float> : FloatSums {
     static constexpr int kDepth = 1, kNumbers = 1;
     using X = float;
     Vec v;
-    static KV_INLINE Lanes load(const char* p) { return {::load(reinterpret_cast<const float*>(p))}; }
-    static KV_INLINE void pack(const float* x, X* to) { *to = *x; }
+    static KV_INLINE Lanes load(const char* p) {
+        Lanes w;
+        w.v = ::load(reinterpret_cast<const float*>(p));
+        return w;
+    }
+    static KV_INLINE void pack(const float* x, float, X* to) { *to = *x; }
     static KV_INLINE Vec dot(Vec sum, const X* x, Lanes w) { return fma(set1(*x), w.v, sum); }
 };
 // Neighbours in k, widened.
-struct Pair {
+struct Pair : FloatSums {
     static constexpr int kDepth = 2, kNumbers = 2;
     using X = float;
     Vec even, odd;
@@ -165,7 +178,7 @@ struct Pair {
         return fma(set1(x[1]), w.odd, fma(set1(x[0]), w.even, sum));
     }
     template <typename T>
-    static KV_INLINE void pack(const T* x, X* to) {
+    static KV_INLINE void pack(const T* x, float, X* to) {
         to[0] = widen(x[0]);
         to[1] = widen(x[1]);
     }
@@ -174,20 +187,59 @@ template <>
 struct Lanes<f16> : Pair {
     static KV_INLINE Lanes load(const char* p) {
         const __m512i pairs = _mm512_loadu_si512(p);
-        return {{{_mm512_cvtph_ps(_mm512_cvtepi32_epi16(pairs))},
-                 {_mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(pairs, 16)))}}};
+        Lanes w;
+        w.even = {_mm512_cvtph_ps(_mm512_cvtepi32_epi16(pairs))};
+        w.odd = {_mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(pairs, 16)))};
+        return w;
     }
 };
 #if defined(KV_BF16_DOT)
 template <>
-struct Lanes<bf16> {
+struct Lanes<bf16> : FloatSums {
     static constexpr int kDepth = 2, kNumbers = 1;
     using X = int;
     __m512i v;
-    static KV_INLINE Lanes load(const char* p) { return {_mm512_loadu_si512(p)}; }
-    static KV_INLINE void pack(const bf16* x, X* to) { std::memcpy(to, x, sizeof *to); }
+    static KV_INLINE Lanes load(const char* p) {
+        Lanes w;
+        w.v = _mm512_loadu_si512(p);
+        return w;
+    }
+    static KV_INLINE void pack(const bf16* x, float, X* to) { std::memcpy(to, x, sizeof *to); }
     static KV_INLINE Vec dot(Vec sum, const X* x, Lanes w) {
         return {_mm512_dpbf16_ps(sum.v, (__m512bh)_mm512_set1_epi32(*x), (__m512bh)w.v)};
+    }
+};
+// Sums of products of bytes, exact below 2^31. Numbers of x are taken 32768 higher, so that both
+// of their bytes have no sign.
+template <>
+struct Lanes<int8_t> {
+    static constexpr int kRows = 6, kSums = 12;
+    static constexpr bool kWhole = true;
+    static constexpr int kDepth = 4, kNumbers = 2;
+    using X = int;
+    struct Sum {
+        __m512i upper, lower;
+    };
+    __m512i v;
+    static KV_INLINE Sum zero() { return {_mm512_setzero_si512(), _mm512_setzero_si512()}; }
+    static KV_INLINE Lanes load(const char* p) { return {_mm512_loadu_si512(p)}; }
+    template <typename T>
+    static KV_INLINE void pack(const T* x, float unit, X* to) {
+        const __m128 v = _mm_setr_ps(widen(x[0]), widen(x[1]), widen(x[2]), widen(x[3]));
+        const __m128i whole = _mm_add_epi32(_mm_cvtps_epi32(_mm_mul_ps(v, _mm_set1_ps(unit))),
+                                            _mm_set1_epi32(32768));
+        const __m128i upper_first =
+            _mm_setr_epi8(1, 5, 9, 13, 0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1);
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_shuffle_epi8(whole, upper_first));
+    }
+    static KV_INLINE Sum dot(Sum sum, const X* x, Lanes w) {
+        return {_mm512_dpbusd_epi32(sum.upper, _mm512_set1_epi32(x[0]), w.v),
+                _mm512_dpbusd_epi32(sum.lower, _mm512_set1_epi32(x[1]), w.v)};
+    }
+    static KV_INLINE Vec total(Sum sum, const int32_t* column_sums) {
+        const __m512i offset = _mm512_slli_epi32(_mm512_loadu_si512(column_sums), 7);
+        const __m512 upper = _mm512_cvtepi32_ps(_mm512_sub_epi32(sum.upper, offset));
+        return {_mm512_fmadd_ps(upper, _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(sum.lower))};
     }
 };
 #else
@@ -195,14 +247,41 @@ template <>
 struct Lanes<bf16> : Pair {
     static KV_INLINE Lanes load(const char* p) {
         const __m512i pairs = _mm512_loadu_si512(p);
-        return {{{_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16))},
-                 {_mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(-65536)))}}};
+        Lanes w;
+        w.even = {_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16))};
+        w.odd = {_mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(-65536)))};
+        return w;
+    }
+};
+// Four neighbours in k, widened from the bytes of a weight of int8.
+struct FloatBytes : FloatSums {
+    static constexpr int kDepth = 4, kNumbers = 4;
+    using X = float;
+    Vec v[4];
+    template <typename T>
+    static KV_INLINE void pack(const T* x, float, X* to) {
+        for (int i = 0; i < 4; ++i) to[i] = widen(x[i]);
+    }
+    static KV_INLINE Vec dot(Vec sum, const X* x, const FloatBytes& w) {
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) sum = fma(set1(x[i]), w.v[i], sum);
+        return sum;
+    }
+};
+template <>
+struct Lanes<int8_t> : FloatBytes {
+    static KV_INLINE Lanes load(const char* p) {
+        const __m512i bytes = _mm512_loadu_si512(p);
+        Lanes w;
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+            const __m512i top = _mm512_slli_epi32(bytes, static_cast<unsigned>(24 - 8 * i));
+            w.v[i] = {_mm512_cvtepi32_ps(_mm512_srai_epi32(top, 24))};
+        }
+        return w;
     }
 };
 #endif
-// A linear's tile: its rows at most, and its sums at most.
-constexpr int kLinearRows = 12;
-constexpr int kLinearSums = 24;
 
 // Register tiles: kTileCols rows of a weight (or keys) by this many rows of activations (queries).
 constexpr int kTileCols = 4;

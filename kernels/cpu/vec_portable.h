@@ -182,21 +182,33 @@ struct Operand {
     static KV_INLINE Vec dot(Vec sum, Operand a, Operand b) { return fma(a.v, b.v, sum); }
 };
 
+// A linear's sums in float lanes; a tile's rows at most, and its sums at most.
+struct FloatSums {
+    static constexpr int kRows = 2, kSums = 2;
+    static constexpr bool kWhole = false;
+    using Sum = Vec;
+    static KV_INLINE Vec zero() { return set1(0.0f); }
+    static KV_INLINE Vec total(Vec sum, const int32_t*) { return sum; }
+};
 // One step of a weight's panel: for each lane, kDepth elements of k; and what a packed row of x
-// holds to multiply them with.
+// holds to multiply them with, in whole numbers or as they are.
 template <typename T>
 struct Lanes;
 template <>
-struct Lanes<float> {
+struct Lanes<float> : FloatSums {
     static constexpr int kDepth = 1, kNumbers = 1;
     using X = float;
     Vec v;
-    static KV_INLINE Lanes load(const char* p) { return {::load(reinterpret_cast<const float*>(p))}; }
-    static KV_INLINE void pack(const float* x, X* to) { *to = *x; }
+    static KV_INLINE Lanes load(const char* p) {
+        Lanes w;
+        w.v = ::load(reinterpret_cast<const float*>(p));
+        return w;
+    }
+    static KV_INLINE void pack(const float* x, float, X* to) { *to = *x; }
     static KV_INLINE Vec dot(Vec sum, const X* x, Lanes w) { return fma(set1(*x), w.v, sum); }
 };
 // Neighbours in k, widened.
-struct Pair {
+struct Pair : FloatSums {
     static constexpr int kDepth = 2, kNumbers = 2;
     using X = float;
     Vec even, odd;
@@ -204,34 +216,66 @@ struct Pair {
         return fma(set1(x[1]), w.odd, fma(set1(x[0]), w.even, sum));
     }
     template <typename T>
-    static KV_INLINE void pack(const T* x, X* to) {
+    static KV_INLINE void pack(const T* x, float, X* to) {
         to[0] = widen(x[0]);
         to[1] = widen(x[1]);
     }
 };
-// Words of two halves each.
 template <typename T>
-KV_INLINE Pair load_pairs(const char* p) {
-    T halves[32];
-    std::memcpy(halves, p, sizeof halves);
-    float even[16], odd[16];
-    for (int i = 0; i < 16; ++i) {
-        even[i] = widen(halves[2 * i]);
-        odd[i] = widen(halves[2 * i + 1]);
+struct Halves : Pair {
+    static KV_INLINE Halves load(const char* p) {
+        T halves[32];
+        std::memcpy(halves, p, sizeof halves);
+        float even[16], odd[16];
+        for (int i = 0; i < 16; ++i) {
+            even[i] = widen(halves[2 * i]);
+            odd[i] = widen(halves[2 * i + 1]);
+        }
+        Halves w;
+        w.even = ::load(even);
+        w.odd = ::load(odd);
+        return w;
     }
-    return {::load(even), ::load(odd)};
-}
-template <>
-struct Lanes<bf16> : Pair {
-    static KV_INLINE Lanes load(const char* p) { return {load_pairs<bf16>(p)}; }
 };
 template <>
-struct Lanes<f16> : Pair {
-    static KV_INLINE Lanes load(const char* p) { return {load_pairs<f16>(p)}; }
+struct Lanes<bf16> : Halves<bf16> {
+    Lanes() = default;
+    KV_INLINE Lanes(const Halves<bf16>& w) : Halves<bf16>(w) {}
 };
-// A linear's tile: its rows at most, and its sums at most.
-constexpr int kLinearRows = 2;
-constexpr int kLinearSums = 2;
+template <>
+struct Lanes<f16> : Halves<f16> {
+    Lanes() = default;
+    KV_INLINE Lanes(const Halves<f16>& w) : Halves<f16>(w) {}
+};
+// Four neighbours in k, widened from the bytes of a weight of int8.
+struct FloatBytes : FloatSums {
+    static constexpr int kDepth = 4, kNumbers = 4;
+    using X = float;
+    Vec v[4];
+    template <typename T>
+    static KV_INLINE void pack(const T* x, float, X* to) {
+        for (int i = 0; i < 4; ++i) to[i] = widen(x[i]);
+    }
+    static KV_INLINE Vec dot(Vec sum, const X* x, const FloatBytes& w) {
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) sum = fma(set1(x[i]), w.v[i], sum);
+        return sum;
+    }
+};
+template <>
+struct Lanes<int8_t> : FloatBytes {
+    static KV_INLINE Lanes load(const char* p) {
+        int8_t bytes[64];
+        std::memcpy(bytes, p, sizeof bytes);
+        Lanes w;
+        for (int i = 0; i < 4; ++i) {
+            float lanes[16];
+            for (int c = 0; c < 16; ++c) lanes[c] = bytes[4 * c + i];
+            w.v[i] = ::load(lanes);
+        }
+        return w;
+    }
+};
 
 // Register tiles: kTileCols rows of a weight (or keys) by this many rows of activations (queries).
 constexpr int kTileCols = 2;

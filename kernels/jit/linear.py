@@ -86,7 +86,8 @@ def _product(
             rest = start + along < in_features
             x = tl.load(x_at, mask=row_mask[:, None] & rest[None, :], other=0.0)
             weight = tl.load(weight_at, mask=column_mask[None, :] & rest[:, None], other=0.0)
-        acc = tl.dot(x, weight, acc, input_precision="ieee")
+        # Bytes fit into every float without rounding; their scale comes after the sum.
+        acc = tl.dot(x, weight.to(x.dtype), acc, input_precision="ieee")
     return acc
 
 
@@ -96,18 +97,20 @@ def linear_kernel(
     x,
     weight,
     bias,
+    scales,
     num_rows,
     out_features,
     in_features,
     x_stride,
     HAS_BIAS: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     EVEN_K: tl.constexpr,
 ):
-    """`out [M, N] = x [M, K] @ weight [N, K].T + bias [N]`, one tile per program."""
+    """`out [M, N] = x [M, K] @ weight [N, K].T * scales [N] + bias [N]`, one tile per program."""
     program = tl.program_id(0)
     tiles_m = tl.cdiv(num_rows, BLOCK_M)
     tiles_n = tl.cdiv(out_features, BLOCK_N)
@@ -129,6 +132,8 @@ def linear_kernel(
         BLOCK_K,
         EVEN_K,
     )
+    if HAS_SCALES:
+        acc *= tl.load(scales + column, mask=column_mask, other=0.0)[None, :]
     if HAS_BIAS:
         acc += tl.load(bias + column, mask=column_mask, other=0.0).to(tl.float32)[None, :]
     out_at = out + (row.to(tl.int64) * out_features)[:, None] + column[None, :]
@@ -141,6 +146,7 @@ def grouped_linear_kernel(
     x,
     weights,
     biases,
+    scales,
     row_order,
     expert_starts,
     num_rows,
@@ -150,6 +156,7 @@ def grouped_linear_kernel(
     NUM_EXPERTS: tl.constexpr,
     BLOCK_E: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -157,7 +164,7 @@ def grouped_linear_kernel(
 ):
     """Program (tile of columns, tile of one expert's rows): those rows times that weight.
 
-    weights, biases: addresses of the experts' tensors, int64 [NUM_EXPERTS]
+    weights, biases, scales: addresses of the experts' tensors, int64 [NUM_EXPERTS]
     row_order:       rows sorted by expert, int64 [num_rows]
     expert_starts:   where each expert's rows begin in it, int64 [NUM_EXPERTS + 1]
     """
@@ -181,7 +188,11 @@ def grouped_linear_kernel(
     row = tl.load(row_order + place, mask=row_mask, other=0)
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     column_mask = column < out_features
-    weight = tl.load(weights + own).to(tl.pointer_type(x.dtype.element_ty))
+    address = tl.load(weights + own)
+    if HAS_SCALES:
+        weight = address.to(tl.pointer_type(tl.int8))
+    else:
+        weight = address.to(tl.pointer_type(x.dtype.element_ty))
     weight = tl.multiple_of(weight, 16)
     acc = _product(
         x + row * x_stride,
@@ -194,6 +205,9 @@ def grouped_linear_kernel(
         BLOCK_K,
         EVEN_K,
     )
+    if HAS_SCALES:
+        scale = tl.load(scales + own).to(tl.pointer_type(tl.float32))
+        acc *= tl.load(scale + column, mask=column_mask, other=0.0)[None, :]
     if HAS_BIAS:
         bias = tl.load(biases + own).to(tl.pointer_type(x.dtype.element_ty))
         acc += tl.load(bias + column, mask=column_mask, other=0.0).to(tl.float32)[None, :]
@@ -206,6 +220,7 @@ def linear_launch(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
+    scales: torch.Tensor | None,
     tiles: Tiles,
 ) -> Launch:
     """Fill `out [M, N]`, contiguous; `x` may have strided rows, `weight [N, K]` is contiguous."""
@@ -220,11 +235,13 @@ def linear_launch(
             "x": x,
             "weight": weight,
             "bias": bias,
+            "scales": scales,
             "num_rows": num_rows,
             "out_features": out_features,
             "in_features": in_features,
             "x_stride": x.stride(0),
             "HAS_BIAS": bias is not None,
+            "HAS_SCALES": scales is not None,
             "BLOCK_M": tiles.block_m,
             "BLOCK_N": tiles.block_n,
             "BLOCK_K": tiles.block_k,
@@ -240,6 +257,7 @@ def grouped_linear_launch(
     x: torch.Tensor,
     weights: torch.Tensor,
     biases: torch.Tensor | None,
+    scales: torch.Tensor | None,
     row_order: torch.Tensor,
     expert_starts: torch.Tensor,
     tiles: Tiles,
@@ -257,6 +275,7 @@ def grouped_linear_launch(
             "x": x,
             "weights": weights,
             "biases": biases,
+            "scales": scales,
             "row_order": row_order,
             "expert_starts": expert_starts,
             "num_rows": num_rows,
@@ -266,6 +285,7 @@ def grouped_linear_launch(
             "NUM_EXPERTS": num_experts,
             "BLOCK_E": triton.next_power_of_2(num_experts),
             "HAS_BIAS": biases is not None,
+            "HAS_SCALES": scales is not None,
             "BLOCK_M": tiles.block_m,
             "BLOCK_N": tiles.block_n,
             "BLOCK_K": tiles.block_k,

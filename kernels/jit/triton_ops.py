@@ -13,17 +13,22 @@ import torch
 import torch.nn.functional as F  # noqa: N812  (its usual name)
 import triton
 
+from kernels.errors import ShapeError
 from kernels.jit import attention, linear, page_copies, rope, rows, sampling
 from kernels.jit.launch import Runner, Target, current_target, runner_for
 from kernels.ops import KVPages, Linear
+from kernels.quantization import int8_rows
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TritonLinear:
-    """The weight as it came: `[N, K]`, rows dense."""
+    """The weight `[N, K]`, rows dense: as it came, or int8 with a float32 scale for each row."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
+    scales: torch.Tensor | None
+    dtype: torch.dtype
+    """That it came in."""
 
     @property
     def in_features(self) -> int:
@@ -34,7 +39,10 @@ class TritonLinear:
         return self.weight.shape[0]
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.weight.index_select(0, ids)
+        rows = self.weight.index_select(0, ids)
+        if self.scales is None:
+            return rows
+        return (rows.float() * self.scales.index_select(0, ids)[:, None]).to(self.dtype)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -44,6 +52,7 @@ class _Experts:
     weights: tuple[TritonLinear, ...]
     weight_addresses: torch.Tensor
     bias_addresses: torch.Tensor | None
+    scale_addresses: torch.Tensor | None
 
 
 class TritonOps:
@@ -84,11 +93,17 @@ class TritonOps:
     def prepare_linear(
         self, weight: torch.Tensor, bias: torch.Tensor | None = None
     ) -> TritonLinear:
-        return TritonLinear(weight.contiguous(), bias)
+        return TritonLinear(weight.contiguous(), bias, None, weight.dtype)
+
+    def prepare_int8_linear(
+        self, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> TritonLinear:
+        whole, scales = int8_rows(weight)
+        return TritonLinear(whole, bias, scales, weight.dtype)
 
     def linear(self, x: torch.Tensor, weight: Linear) -> torch.Tensor:
         own = _own(weight)
-        if not self.exact:
+        if not self.exact and own.scales is None:
             return F.linear(x, own.weight, own.bias)
         return self._linear(x, own, x.dtype)
 
@@ -101,7 +116,7 @@ class TritonOps:
             tiles = linear.choose_tiles(
                 self._target, x.shape[0], own.out_features, x.dtype, exact=self.exact
             )
-            self._run(linear.linear_launch(out, x, own.weight, own.bias, tiles))
+            self._run(linear.linear_launch(out, x, own.weight, own.bias, own.scales, tiles))
         return out
 
     def grouped_linear(
@@ -126,6 +141,7 @@ class TritonOps:
                     x,
                     experts.weight_addresses,
                     experts.bias_addresses,
+                    experts.scale_addresses,
                     row_order,
                     expert_starts,
                     tiles,
@@ -138,10 +154,14 @@ class TritonOps:
         if key not in self._experts:
             device = weights[0].weight.device
             biases = [own.bias.data_ptr() for own in weights if own.bias is not None]
+            scales = [own.scales.data_ptr() for own in weights if own.scales is not None]
+            if scales and len(scales) < len(weights):
+                raise ShapeError("some experts' weights are int8, others are not")
             self._experts[key] = _Experts(
                 tuple(weights),
                 torch.tensor([own.weight.data_ptr() for own in weights], device=device),
                 torch.tensor(biases, device=device) if biases else None,
+                torch.tensor(scales, device=device) if scales else None,
             )
         return self._experts[key]
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  (its usual name)
 
 from kernels.ops import QUANTISED, KVPages, Linear
+from kernels.quantization import int8_rows
 from kernels.reference.philox import uniform
 
 _FLOAT32_ROWS_AT_ONCE = 8192
@@ -38,6 +39,27 @@ class TorchLinear:
         return self.weight[ids]
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class TorchInt8Linear:
+    """The weight as int8, a scale for each row."""
+
+    whole: torch.Tensor
+    scales: torch.Tensor
+    bias: torch.Tensor | None
+    dtype: torch.dtype
+
+    @property
+    def in_features(self) -> int:
+        return self.whole.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.whole.shape[0]
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        return (self.whole[ids].float() * self.scales[ids, None]).to(self.dtype)
+
+
 class TorchOps:
     """`kernels.ops.Ops` in plain torch."""
 
@@ -50,11 +72,20 @@ class TorchOps:
     def prepare_linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> TorchLinear:
         return TorchLinear(weight, bias)
 
+    def prepare_int8_linear(
+        self, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> TorchInt8Linear:
+        return TorchInt8Linear(*int8_rows(weight), bias, weight.dtype)
+
     def linear(self, x: torch.Tensor, weight: Linear) -> torch.Tensor:
+        if isinstance(weight, TorchInt8Linear):
+            return self.linear_float32(x, weight).to(x.dtype)
         linear = _own(weight)
         return F.linear(x, linear.weight, linear.bias)
 
     def linear_float32(self, x: torch.Tensor, weight: Linear) -> torch.Tensor:
+        if isinstance(weight, TorchInt8Linear):
+            return _int8_linear(x, weight)
         linear = _own(weight)
         wide = x.float()
         out = torch.cat(
@@ -207,6 +238,13 @@ class TorchOps:
 
     def copy_pages(self, pool: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor) -> None:
         pool[targets] = pool[sources]
+
+
+def _int8_linear(x: torch.Tensor, linear: TorchInt8Linear) -> torch.Tensor:
+    wide = x.float()
+    parts = torch.split(linear.whole, _FLOAT32_ROWS_AT_ONCE)
+    out = torch.cat([wide @ rows.float().T for rows in parts], dim=1) * linear.scales
+    return out if linear.bias is None else out + linear.bias.float()
 
 
 def _own(weight: Linear) -> TorchLinear:

@@ -38,6 +38,8 @@ class EngineOptions(msgspec.Struct, frozen=True):
     dtype: str | None = None
     kv_cache_dtype: str | None = None
     """What KV pages hold: `int8` or `fp8_e4m3`; the model's dtype if not given."""
+    quantization: str | None = None
+    """What linears' weights become as they are loaded: `int8`; the model's dtype if not given."""
     page_size: int = 16
     max_num_seqs: int = 256
     max_num_batched_tokens: int | None = None
@@ -94,6 +96,8 @@ class EngineConfig(msgspec.Struct, frozen=True):
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     scheduler: SchedulerConfig
+    quantization: str | None = None
+    """What linears' weights became: `int8`, or nothing."""
     async_scheduling: bool = False
     """The next step is planned while one computes: two plans are held."""
     numerics_identity: bytes = b""

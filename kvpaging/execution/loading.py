@@ -50,6 +50,7 @@ CPU_KV_LIMIT_BYTES: Final = 4 * GIB
 REMOTE_BATCH_S: Final = 0.4
 """For 32 pages of a load from a remote server, in exchanges of at most 0.2 s."""
 _FP8_DEVICES: Final = ". fp8_e4m3 needs an NVIDIA GPU of compute capability 8.9 or later"
+QUANTIZATIONS: Final = ("int8",)
 DEFAULT_BATCHED_TOKENS: Final = {"cpu": 512, "cuda": 8192}
 
 
@@ -71,7 +72,7 @@ def load_executor(
     ops = _ops(options, device, threads)
     dtype = _dtype(options, model_config, device, ops, decisions)
     checkpoint = Checkpoint(model_dir)
-    weight_bytes = checkpoint.num_parameters * DTYPE_BYTES[dtype]
+    weight_bytes = _weight_bytes(checkpoint, model_config, dtype, options.quantization)
     spec = KVSpec(
         num_layers=model_config.num_layers,
         num_kv_heads=model_config.num_kv_heads,
@@ -101,6 +102,7 @@ def load_executor(
         device=str(device),
         dtype=dtype,
         kv_cache_dtype=spec.dtype,
+        quantization=options.quantization,
         threads=threads,
         kernels=ops.name,
         exact=ops.exact,
@@ -149,6 +151,10 @@ def _check(options: EngineOptions) -> None:
         raise ConfigError(
             "gpu_memory_utilization: must be above 0 and at most 1, is "
             f"{options.gpu_memory_utilization}"
+        )
+    if options.quantization not in (None, *QUANTIZATIONS):
+        raise ConfigError(
+            f"quantization: {options.quantization!r} is none of {', '.join(QUANTIZATIONS)}"
         )
     if options.eviction_policy not in POLICIES:
         raise ConfigError(
@@ -263,6 +269,16 @@ def _kv_cache_dtype(options: EngineOptions, dtype: str, device: torch.device, op
             f"{' and '.join((dtype, *usable))}" + (_FP8_DEVICES if wanted == "fp8_e4m3" else "")
         )
     return wanted
+
+
+def _weight_bytes(
+    checkpoint: Checkpoint, model: ModelConfig, dtype: str, quantization: str | None
+) -> int:
+    """Of all weights: quantized, all but the embedding are linears' (the rest is small)."""
+    if quantization is None:
+        return checkpoint.num_parameters * DTYPE_BYTES[dtype]
+    embedding = model.vocab_size * model.hidden_size
+    return checkpoint.num_parameters - embedding + embedding * DTYPE_BYTES[dtype]
 
 
 def _max_num_batched_tokens(

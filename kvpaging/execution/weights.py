@@ -112,10 +112,12 @@ class Parameters:
         device: torch.device,
         dtype: torch.dtype,
         on_progress: OnProgress | None = None,
+        quantization: str | None = None,
     ) -> None:
         self.ops = ops
         self.device = device
         self.dtype = dtype
+        self._quantization = quantization
         self._prefix = ""
         self._account = _Account(checkpoint, on_progress)
 
@@ -144,11 +146,31 @@ class Parameters:
     ) -> Linear:
         """One weight for all of `names`, below each other, and their biases likewise.
 
-        `name.weight` is `[num_rows[i], num_columns]`, `name.bias` is `[num_rows[i]]`.
+        `name.weight` is `[num_rows[i], num_columns]`, `name.bias` is `[num_rows[i]]`. Quantized
+        where the operator asked for it; raises `ConfigError` where the weight can't be.
         """
+        weight, added = self._parts_of_linear(names, num_rows, num_columns, bias)
+        if self._quantization is None:
+            return self.ops.prepare_linear(weight, added)
+        try:
+            return self.ops.prepare_int8_linear(weight, added)
+        except ValueError as error:
+            names_read = ", ".join(self._prefix + name for name in names)
+            raise ConfigError(
+                f"quantization: {self._quantization}: {names_read}: {error}"
+            ) from error
+
+    def whole_linear(self, name: str, num_rows: int, num_columns: int) -> Linear:
+        """A weight that is never quantized: a few numbers that decide much, or an embedding."""
+        weight, _ = self._parts_of_linear((name,), (num_rows,), num_columns, False)
+        return self.ops.prepare_linear(weight)
+
+    def _parts_of_linear(
+        self, names: Sequence[str], num_rows: Sequence[int], num_columns: int, bias: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         weight = self._filled([f"{name}.weight" for name in names], num_rows, (num_columns,))
         added = self._filled([f"{name}.bias" for name in names], num_rows, ()) if bias else None
-        return self.ops.prepare_linear(weight, added)
+        return weight, added
 
     def finish(self, ignored: Sequence[str] = ()) -> bytes:
         """Check that nothing is left over, and return the fingerprint of all that was read.

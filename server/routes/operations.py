@@ -37,6 +37,8 @@ class Version(TypedDict):
     architecture: str | None
     device: str | None
     dtype: str | None
+    quantization: str | None
+    """What linears' weights became when they were loaded; `null`: as they are."""
     kv_cache_dtype: str | None
     kernels: str | None
     exact: bool | None
@@ -109,6 +111,7 @@ def _version(service: Service) -> Version:
         "architecture": config.architecture if config else None,
         "device": config.device if config else None,
         "dtype": config.dtype if config else None,
+        "quantization": config.quantization if config else None,
         "kv_cache_dtype": config.kv_cache_dtype if config else None,
         "kernels": config.kernels if config else None,
         "exact": config.exact if config else None,

@@ -23,10 +23,11 @@ void kv_destroy(Context*);
 int64_t kv_packed_bytes(int64_t, int64_t);
 int kv_pack_weight(Context*, const void*, int64_t, int64_t, void*);
 int kv_unpack_rows(Context*, const void*, int64_t, const int64_t*, int64_t, void*);
-int kv_linear(Context*, int, const void*, int64_t, int64_t, const void*, const void*, int64_t,
-              int64_t, void*, int);
+int kv_linear(Context*, int, const void*, int64_t, int64_t, const void*, const float*, const void*,
+              int64_t, int64_t, void*, int);
 int kv_grouped_linear(Context*, int, const void*, int64_t, int64_t, const int64_t*,
-                      const void* const*, const void* const*, int64_t, int64_t, int64_t, void*);
+                      const void* const*, const float* const*, const void* const*, int64_t, int64_t,
+                      int64_t, void*);
 int kv_norm(Context*, int, const void*, int64_t, void*, int64_t, int64_t, int64_t, const void*,
             int, float, float, void*);
 int kv_gated(Context*, int, int, const void*, int64_t, int64_t, int64_t, void*);
@@ -127,19 +128,30 @@ void linears(Pair& pair, int dtype) {
     const int64_t m = between(0, 70), n = between(1, 150), k = between(1, 300);
     Buffer x(dtype, m * k), weight(dtype, n * k), bias(dtype, n), other(dtype, n * k);
     Buffer first = packed(pair, weight, n, k), second = packed(pair, other, n, k);
-    for (int wide = 0; wide < 2; ++wide) {
-        pair.same("linear", Buffer(wide ? 0 : dtype, m * n), [&](Context* c, Buffer& out) {
-            return kv_linear(c, dtype, x.data(), k, m, first.data(), wide ? bias.data() : nullptr,
-                             n, k, out.data(), wide);
-        });
-    }
-    const void* weights[] = {first.data(), second.data()};
+    // As int8: the bytes of another buffer, and scales and column sums for whole panels.
+    Buffer bytes(0, (n * k + 3) / 4), panels(0, kv_packed_bytes(n, k) / 4);
+    kv_pack_weight(pair.three, bytes.data(), n, k, panels.data());
+    std::vector<float> scales = floats(2 * ((n + 15) / 16 * 16), 0.1f, 1.0f);
+    const void* floating[] = {first.data(), second.data()};
+    const void* whole[] = {panels.data(), panels.data()};
+    const float* no_scales[] = {nullptr, nullptr};
+    const float* both_scales[] = {scales.data(), scales.data()};
     const void* biases[] = {bias.data(), nullptr};
     const std::vector<int64_t> experts = integers<int64_t>(m, 0, 1);
-    pair.same("grouped_linear", Buffer(dtype, m * n), [&](Context* c, Buffer& out) {
-        return kv_grouped_linear(c, dtype, x.data(), k, m, experts.data(), weights, biases, 2, n, k,
-                                 out.data());
-    });
+    for (int int8 = 0; int8 < 2; ++int8) {
+        const void** weights = int8 ? whole : floating;
+        const float** of_columns = int8 ? both_scales : no_scales;
+        for (int wide = 0; wide < 2; ++wide) {
+            pair.same("linear", Buffer(wide ? 0 : dtype, m * n), [&](Context* c, Buffer& out) {
+                return kv_linear(c, dtype, x.data(), k, m, weights[0], of_columns[0],
+                                 wide ? bias.data() : nullptr, n, k, out.data(), wide);
+            });
+        }
+        pair.same("grouped_linear", Buffer(dtype, m * n), [&](Context* c, Buffer& out) {
+            return kv_grouped_linear(c, dtype, x.data(), k, m, experts.data(), weights, of_columns,
+                                     biases, 2, n, k, out.data());
+        });
+    }
 }
 
 void row_operations(Pair& pair, int dtype) {

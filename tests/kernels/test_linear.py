@@ -2,7 +2,10 @@
 
 import pytest
 import torch
-from kernel_cases import assert_close
+from kernel_cases import BOUNDS, assert_close, relative_error
+
+from kernels.errors import ShapeError
+from kernels.quantization import MAX_INT8_FEATURES, int8_rows
 
 SHAPES = [(1, 1, 8), (2, 5, 24), (3, 33, 100), (7, 64, 1), (13, 130, 96), (64, 40, 515)]
 
@@ -148,3 +151,80 @@ def test_grouped_linear_is_the_linear_of_its_expert_bit_for_bit(exact_ops, dtype
     out = exact_ops.grouped_linear(x, experts, chosen)
     for r, e in enumerate(chosen.tolist()):
         assert torch.equal(out[r : r + 1], exact_ops.linear(x[r : r + 1], experts[e]))
+
+
+def stands_for(weight):
+    """What an int8 weight's numbers stand for, float64."""
+    whole, scales = int8_rows(weight)
+    return whole.double() * scales.double()[:, None]
+
+
+def assert_near(out, expected, dtype):
+    """As close as x in 16 bits allows, and what the dtype rounds."""
+    assert out.dtype == dtype
+    error = relative_error(out, expected)
+    assert error <= max(BOUNDS[dtype], 1e-4), f"relative error {error:.2e}"
+
+
+@pytest.mark.parametrize(("m", "n", "k"), SHAPES)
+@pytest.mark.parametrize("biased", [False, True])
+def test_an_int8_linear_is_the_product_of_what_its_numbers_stand_for(ops, dtype, m, n, k, biased):
+    weight, bias = weight_and_bias(n, k, dtype)
+    x = torch.randn(m, k).to(dtype)
+    expected = x.double() @ stands_for(weight).T
+    if biased:
+        expected += bias.double()
+    prepared = ops.prepare_int8_linear(weight, bias if biased else None)
+    assert (prepared.in_features, prepared.out_features) == (k, n)
+    assert_near(ops.linear(x, prepared), expected, dtype)
+    assert_near(ops.linear_float32(x, prepared), expected, torch.float32)
+    ids = torch.arange(n)
+    assert torch.equal(prepared.rows(ids), stands_for(weight).float().to(dtype))
+
+
+@pytest.mark.parametrize("k", [40, 515])
+def test_a_row_of_an_int8_linear_is_the_same_among_any_others(on_threads, dtype, k):
+    weight, bias = weight_and_bias(75, k, dtype)
+    x = torch.randn(64, k).to(dtype) * torch.logspace(-3, 3, 64)[:, None].to(dtype)
+    ops = on_threads(1)
+    prepared = ops.prepare_int8_linear(weight, bias)
+    alone = torch.cat([ops.linear_float32(x[m : m + 1], prepared) for m in range(64)])
+    for m in range(1, 65):
+        first = int(torch.randint(0, 65 - m, ()))
+        part = ops.linear_float32(x[first : first + m], prepared)
+        assert torch.equal(part, alone[first : first + m]), f"M={m}"
+    more = on_threads(3)
+    assert torch.equal(more.linear_float32(x, more.prepare_int8_linear(weight, bias)), alone)
+    experts = [prepared, ops.prepare_int8_linear(weight.flip(0), bias)]
+    chosen = torch.arange(64) % 2
+    grouped = ops.grouped_linear(x, experts, chosen)
+    assert torch.equal(grouped[::2], ops.linear(x[::2], experts[0]))
+    assert torch.equal(grouped[1::2], ops.linear(x[1::2], experts[1]))
+
+
+def test_the_largest_sums_of_an_int8_linear_fit(exact_ops):
+    k = MAX_INT8_FEATURES
+    x, weight = torch.ones(2, k), torch.ones(3, k)
+    weight[1], x[1] = -1, -1
+    prepared = exact_ops.prepare_int8_linear(weight)
+    expected = torch.tensor([[k, -k, k], [-k, k, -k]]).double()
+    assert_near(exact_ops.linear_float32(x, prepared), expected, torch.float32)
+    with pytest.raises(ShapeError, match=f"{k + 1} columns.*{k}"):
+        exact_ops.prepare_int8_linear(torch.ones(1, k + 1))
+
+
+def test_what_is_not_finite_spoils_its_own_row_alone(exact_ops, dtype):
+    weight, _ = weight_and_bias(20, 64, dtype)
+    prepared = exact_ops.prepare_int8_linear(weight)
+    x = torch.randn(5, 64).to(dtype)
+    expected = exact_ops.linear_float32(x, prepared)
+    x[1, 3], x[3, 9] = torch.nan, torch.inf
+    out = exact_ops.linear_float32(x, prepared)
+    assert not out[[1, 3]].isfinite().any()
+    assert torch.equal(out[[0, 2, 4]], expected[[0, 2, 4]])
+    zeros = exact_ops.prepare_int8_linear(torch.zeros(4, 64).to(dtype))
+    assert torch.equal(exact_ops.linear_float32(x[:1] * 0, prepared), torch.zeros(1, 20))
+    assert torch.equal(exact_ops.linear_float32(x[:1], zeros), torch.zeros(1, 4))
+    weight[2, 2] = torch.nan
+    with pytest.raises(ValueError, match="NaN"):
+        exact_ops.prepare_int8_linear(weight)

@@ -16,6 +16,7 @@ from kv_pages import as_stored, fill_page, poisoned_pool, read_pages
 
 from kernels.checks import CheckedOps
 from kernels.ops import Ops
+from kernels.quantization import int8_rows
 from kernels.reference import TorchOps
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}
@@ -228,6 +229,30 @@ def check_linear(
         linear = ops.prepare_linear(weight, own_bias)
         assert relative_error(ops.linear(x, linear), wanted) < TOLERANCE[dtype]
         assert relative_error(ops.linear_float32(x, linear), wanted) < 1e-5
+
+
+def check_int8_linear(
+    ops: Ops, rows: int, in_features: int, out_features: int, dtype: torch.dtype, device: str
+) -> None:
+    """Both products, and experts', against what the numbers stand for in float64."""
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, in_features, generator=generator).to(dtype).to(device)
+    weight = torch.randn(out_features, in_features, generator=generator).to(dtype).to(device)
+    bias = torch.randn(out_features, generator=generator).to(dtype).to(device)
+    whole, scales = int8_rows(weight)
+    expected = x.double() @ (whole.double() * scales.double()[:, None]).T + bias.double()
+    linear = ops.prepare_int8_linear(weight, bias)
+    assert relative_error(ops.linear(x, linear), expected) < TOLERANCE[dtype]
+    assert relative_error(ops.linear_float32(x, linear), expected) < 1e-5
+    alone = ops.linear(x[-1:], linear)
+    assert torch.equal(ops.linear(x, linear)[-1:], alone)
+    other = ops.prepare_int8_linear(weight.flip(0), bias)
+    chosen = (torch.arange(rows) % 2).to(device)
+    grouped = ops.grouped_linear(x, [linear, other], chosen)
+    assert torch.equal(grouped[::2], ops.linear(x, linear)[::2])
+    assert torch.equal(grouped[1::2], ops.linear(x, other)[1::2])
+    ids = torch.tensor([0, out_features - 1], device=device)
+    assert torch.equal(linear.rows(ids), (whole.float() * scales[:, None])[ids].to(dtype))
 
 
 def check_linear_bits(

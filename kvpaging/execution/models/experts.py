@@ -37,7 +37,7 @@ class ExpertsMLP:
         self._ops = parameters.ops
         self._num_chosen = experts.num_chosen
         self._normalize = experts.normalize
-        self._router = parameters.linear(("gate",), (experts.num_experts,), hidden_size)
+        self._router = parameters.whole_linear("gate", experts.num_experts, hidden_size)
         each = [parameters.at(f"experts.{index}.") for index in range(experts.num_experts)]
         self._gate_up = [
             one.linear((names.gate, names.up), (inner, inner), hidden_size) for one in each

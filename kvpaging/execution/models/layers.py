@@ -223,9 +223,7 @@ class Embedding:
         self._ops = parameters.ops
         self._table: torch.Tensor | None = None
         if config.tie_word_embeddings:
-            self._head: Linear = parameters.linear(
-                ("model.embed_tokens",), (config.vocab_size,), config.hidden_size
-            )
+            self._head: Linear = parameters.whole_linear("model.embed_tokens", *size)
         else:
             self._table = parameters.matrix("model.embed_tokens.weight", *size)
             self._head = parameters.linear(("lm_head",), (config.vocab_size,), config.hidden_size)

@@ -18,7 +18,8 @@ from jit_compile import Compiled, compile_launch  # noqa: E402
 
 from kernels.jit import TritonOps  # noqa: E402
 from kernels.jit.launch import Launch, Target  # noqa: E402
-from kernels.ops import QUANTISED, KVPages  # noqa: E402
+from kernels.jit.triton_ops import TritonLinear  # noqa: E402
+from kernels.ops import QUANTISED, KVPages, Linear  # noqa: E402
 
 TARGETS = {
     "sm_80": Target("cuda", "sm_80"),
@@ -83,6 +84,24 @@ def grouped(ops: TritonOps) -> torch.Tensor:
     return ops.grouped_linear(empty(64, 2048), experts, empty(64, dtype=torch.int64))
 
 
+def int8_linear(rows: int) -> Callable[[TritonOps], object]:
+    def call(ops: TritonOps) -> torch.Tensor:
+        return ops.linear(empty(rows, 4096), int8_weight(4096, 4096))
+
+    return call
+
+
+def int8_weight(out_features: int, in_features: int) -> TritonLinear:
+    whole = empty(out_features, in_features, dtype=torch.int8)
+    scales = empty(out_features, dtype=torch.float32)
+    return TritonLinear(whole, None, scales, torch.bfloat16)
+
+
+def int8_grouped(ops: TritonOps) -> torch.Tensor:
+    experts: list[Linear] = [int8_weight(1536, 2048) for _ in range(128)]
+    return ops.grouped_linear(empty(64, 2048), experts, empty(64, dtype=torch.int64))
+
+
 def rope_store(ops: TritonOps, page_dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     norm = empty(128)
     return ops.rope_store(
@@ -126,6 +145,9 @@ MATRIX_CALLS = {
     "linear 200": linear(200, 4096),
     "linear 4096": linear(4096, 4096),
     "grouped linear": grouped,
+    "int8 linear 1": int8_linear(1),
+    "int8 linear 4096": int8_linear(4096),
+    "int8 grouped linear": int8_grouped,
 }
 OTHER_CALLS = {
     "rope_store": rope_store,

@@ -117,6 +117,7 @@ def test_the_length_is_cut_to_what_the_pool_holds(checkpoint: Path) -> None:
         ({"kv_cache_memory_bytes": 100}, ["KV memory", "100"]),
         ({"kv_cache_memory_bytes": 20_000, "max_model_len": 128}, ["max_model_len", "128", "pool"]),
         ({"model": "/no/such/dir"}, ["/no/such/dir"]),
+        ({"quantization": "int3"}, ["quantization", "int3", "int8"]),
         ({"kv_cache_dtype": "int4"}, ["kv_cache_dtype", "int4", "int8"]),
         (
             {"kv_cache_dtype": "float16", "dtype": "float32"},
@@ -163,6 +164,9 @@ def test_the_numerics_identity_changes_with_what_changes_bits(
     )
     plain = resolved(checkpoint, dtype="float32", kernels="torch").numerics_identity
     assert len({wide, narrow, plain}) == 3
+    quantized = resolved(checkpoint, dtype="float32", quantization="int8")
+    assert quantized.quantization == "int8"
+    assert quantized.numerics_identity != before
     make(case("llama-gqa"), tmp_path, dtype=torch.bfloat16, seed=1)
     assert resolved(tmp_path, dtype="float32").numerics_identity != before
 

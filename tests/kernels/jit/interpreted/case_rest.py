@@ -33,6 +33,11 @@ def test_linear_without_exact() -> None:
     jit_cases.check_linear(jit_cases.make_ops("cpu", exact=False), 3, 72, 20, BF16, "cpu")
 
 
+def test_int8_linear(ops: Ops) -> None:
+    jit_cases.check_int8_linear(ops, 9, 72, 40, BF16, "cpu")
+    jit_cases.check_int8_linear(ops, 9, 128, 40, torch.float32, "cpu")
+
+
 def test_rows_of_a_linear_do_not_depend_on_each_other(ops: Ops) -> None:
     jit_cases.check_linear_bits(ops, (1, 33, 300), 136, 24, "cpu")
 
