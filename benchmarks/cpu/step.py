@@ -136,7 +136,7 @@ class Steps:
             "scheduled": (),
             **parts,
         }
-        self._executor.run(StepPlan(StepId(self._step), **fields))
+        self._executor.submit(StepPlan(StepId(self._step), **fields)).result()
 
     def add(self, num_tokens: int, room: int) -> SeqId:
         """A sequence with random tokens and pages for `room` tokens; nothing is computed."""
