@@ -89,12 +89,16 @@ def load_executor(
     )
     num_pages, max_model_len = _lengths(options, model_config, spec, memory_bytes, decisions)
 
-    parameters = Parameters(checkpoint, ops, device, TORCH_DTYPES[dtype], on_progress)
+    parameters = Parameters(
+        checkpoint, ops, device, TORCH_DTYPES[dtype], on_progress, options.quantization
+    )
     with torch.inference_mode():
         model = family(model_config, parameters, max_model_len)
         fingerprint = parameters.finish(model.ignored_tensors())
         pool = KVPool(spec, num_pages, device)
-    identity = _numerics_identity(fingerprint, model_config, dtype, spec, ops, max_model_len)
+    identity = _numerics_identity(
+        fingerprint, model_config, (dtype, options.quantization), spec, ops, max_model_len
+    )
     levels = _levels(options, identity, spec.item_bytes, decisions)
     config = EngineConfig(
         model_dir=str(model_dir),
@@ -411,16 +415,19 @@ def _max_pinned_pages(
 def _numerics_identity(
     fingerprint: bytes,
     model: ModelConfig,
-    dtype: str,
+    numbers: tuple[str, str | None],
     spec: KVSpec,
     ops: Ops,
     max_model_len: int,
 ) -> bytes:
-    """SHA-256 over what a page's bits depend on besides its tokens."""
+    """SHA-256 over what a page's bits depend on besides its tokens.
+
+    `numbers`: the dtype that computes, and what the weights became.
+    """
     identity = hashlib.sha256(fingerprint + _code())
     if not ops.exact:
         identity.update(f"{torch.get_num_threads()} threads".encode())
-    identity.update(msgspec.json.encode((model, dtype, spec, ops.name)))
+    identity.update(msgspec.json.encode((model, numbers, spec, ops.name)))
     for rope in model.ropes:
         frequencies, factor = inverse_frequencies(rope, max_model_len)
         identity.update(frequencies.numpy().tobytes() + repr(factor).encode())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +12,15 @@ from checkpoints import case, make
 from ops_paths import cpu_paths
 
 from kernels import registry
+from kvpaging.base.config import EngineOptions
 from kvpaging.base.errors import ConfigError
 from kvpaging.base.kv_spec import KVSpec
+from kvpaging.execution import loading
 from kvpaging.execution.batch import DeviceBatch
 from kvpaging.execution.kv_pool import KVPool
+from kvpaging.execution.local_executor import LocalExecutor
 from kvpaging.execution.model_config import read_model_config
+from kvpaging.execution.models.layers import CausalLM
 from kvpaging.execution.models.registry import model_class
 from kvpaging.execution.weights import Checkpoint, Parameters
 
@@ -70,6 +75,33 @@ def test_all_paths_compute_the_same_int8_model(name: str, tmp_path: Path) -> Non
     assert relative(reference - whole, whole) > 1e-4
     for path in cpu_paths():
         assert relative(logits(tmp_path, path, "int8") - reference, reference) < 1e-3
+
+
+def test_the_option_reaches_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the loader that serves: other logits than whole weights give."""
+    make(case("llama-gqa"), tmp_path, dtype=torch.bfloat16)
+    models: list[CausalLM] = []
+
+    def executor_of(model: CausalLM, *rest: Any, **named: Any) -> LocalExecutor:
+        models.append(model)
+        return LocalExecutor(model, *rest, **named)
+
+    monkeypatch.setattr(loading, "LocalExecutor", executor_of)
+    for quantization in (None, "int8"):
+        options = EngineOptions(
+            model=str(tmp_path),
+            device="cpu",
+            dtype="float32",
+            threads=1,
+            kv_cache_memory_bytes=4 * 2**20,
+            quantization=quantization,
+        )
+        config, executor = loading.load_executor(options)
+        assert config.quantization == quantization
+        executor.close()
+    hidden = torch.ones(1, read_model_config(tmp_path).hidden_size)
+    whole, quantized = (model.logits(hidden) for model in models)
+    assert not torch.equal(whole, quantized)
 
 
 def test_embeddings_and_the_head_that_is_tied_to_them_stay_whole(tmp_path: Path) -> None:
