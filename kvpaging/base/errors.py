@@ -79,10 +79,19 @@ class OverBudget(BadRequest):
 class TooManyPinned(BadRequest):
     """A pin would hold more pages than pins may."""
 
-    def __init__(self, needs: int, pinned: int, limit: int, whose: str):
+    def __init__(self, needs: int, limit: int, own: int | None):
+        """`own`: what its tenant has pinned, where that meets the tenant's limit.
+
+        Else the limit of all is met, and how much others pinned is not told.
+        """
+        room = (
+            f"{own} of the {limit} that this tenant may pin are pinned"
+            if own is not None
+            else f"of the {limit} that all requests together may pin fewer are left"
+        )
         super().__init__(
-            f"the pin needs {needs} more KV pages, and {pinned} of the {limit} that {whose} may "
-            "pin are pinned; give up other pins, shorten the prompt or raise the limit",
+            f"the pin needs {needs} more KV pages, and {room}; give up other pins, shorten the "
+            "prompt or raise the limit",
             param="cache",
             code="pin_limit_exceeded",
         )

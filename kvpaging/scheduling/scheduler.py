@@ -308,8 +308,8 @@ class Scheduler:
                 name, request.tenant, request.tenant_pages, chain, request.retention.ttl_s
             )
         except PinsFull as full:
-            whose = "this tenant" if full.is_tenants else "all requests together"
-            raise TooManyPinned(full.needed, full.pinned, full.limit, whose) from None
+            own = full.pinned if full.is_tenants else None
+            raise TooManyPinned(full.needed, full.limit, own) from None
 
     def _keep_pin(self, sequence: Sequence, lease: PageLease) -> None:
         """Its prompt is computed: where a pin of it was promised, keep it."""
