@@ -66,11 +66,11 @@ struct Block {
     }
 };
 
-// Where the keys and values of a split lie in the first head of the item.
-template <typename T>
+// Where the keys and values of a split, stored as K, lie in the first head of the item.
+template <typename K>
 struct Places {
     Range keys;  // that any row sees
-    const T *key[kSplit], *value[kSplit];
+    const K *key[kSplit], *value[kSplit];
 
     void locate(const Block& block, int64_t split, Range all) {
         const AttentionTask& task = block.task;
@@ -80,9 +80,9 @@ struct Places {
         int64_t offset = (split * kSplit + all.begin) % task.page_size;
         keys = all;
         for (int64_t i = all.begin; i < all.end; ++page, offset = 0) {
-            const T* k = static_cast<const T*>(task.key_pages) +
+            const K* k = static_cast<const K*>(task.key_pages) +
                          table[page] * task.key_page_stride + head;
-            const T* v = static_cast<const T*>(task.value_pages) +
+            const K* v = static_cast<const K*>(task.value_pages) +
                          table[page] * task.value_page_stride + head;
             for (; offset < task.page_size && i < all.end; ++offset, ++i) {
                 key[i] = k + offset * task.head_dim;
@@ -91,6 +91,28 @@ struct Places {
         }
     }
 };
+
+// Fills the scales of the keys, and 0 up to whole vectors.
+inline void locate(const Block& block, int64_t split, Range keys, Scales<int8_t>* scales) {
+    const AttentionTask& task = block.task;
+    const int32_t* table = task.page_tables + block.item.seq * task.table_stride;
+    const int64_t first = keys.begin / 16 * 16, end = (keys.end + 15) / 16 * 16;
+    for (int64_t h = 0; h < block.num_kv_heads; ++h) {
+        std::memset(scales->key[h] + first, 0, sizeof(float) * static_cast<size_t>(end - first));
+        std::memset(scales->value[h] + first, 0, sizeof(float) * static_cast<size_t>(end - first));
+        const int64_t head = (block.item.kv_head_begin + h) * task.page_size;
+        int64_t page = (split * kSplit + keys.begin) / task.page_size;
+        int64_t offset = (split * kSplit + keys.begin) % task.page_size;
+        for (int64_t i = keys.begin; i < keys.end; ++page, offset = 0) {
+            const int64_t count = lesser(task.page_size - offset, keys.end - i);
+            const int64_t at = table[page] * task.scale_page_stride + head + offset;
+            const size_t bytes = sizeof(float) * static_cast<size_t>(count);
+            std::memcpy(scales->key[h] + i, task.key_scales + at, bytes);
+            std::memcpy(scales->value[h] + i, task.value_scales + at, bytes);
+            i += count;
+        }
+    }
+}
 
 // A tile is 16 keys, or values, of one head. Tiles are read head by head, then the next 16 keys:
 // that is how they lie. They are fetched this many tiles before they are needed (8 KiB of heads of
@@ -124,6 +146,17 @@ KV_INLINE Tile<T> following(const Block& block, const Places<T>& places, bool ar
     return {place, greater(first, places.keys.begin), places.keys.end, head * block.head_span};
 }
 
+// Fetches what a tile will need.
+template <typename K>
+KV_INLINE void fetch(const Tile<K>& tile, int64_t count, int64_t head_dim) {
+    for (int64_t i = 0; i < count; ++i) {
+        const K* entries = tile.at(i);
+        for (int64_t d = 0; d < head_dim; d += 64 / static_cast<int64_t>(sizeof(K))) {
+            __builtin_prefetch(entries + d, 0, 2);
+        }
+    }
+}
+
 template <typename T>
 const T* query_of(const Block& block, int64_t row) {
     const AttentionTask& task = block.task;
@@ -132,8 +165,10 @@ const T* query_of(const Block& block, int64_t row) {
 }
 
 // scores[row][i] = query . key, for all rows and the keys of the split that any of them sees.
-template <typename T>
-void score(const Block& block, const Places<T>& places, float (*scores)[kSplit]) {
+template <typename T, typename K>
+void score(const Block& block, const Places<K>& places, Wide<T, K>& wide,
+           float (*scores)[kSplit]) {
+    constexpr bool kAreStored = std::is_same_v<T, K>;
     constexpr int kRows = kTileRows<T>;
     const Range keys = places.keys;
     const T* query[kMaxRows];
@@ -141,21 +176,30 @@ void score(const Block& block, const Places<T>& places, float (*scores)[kSplit])
     for (int64_t begin = keys.begin; begin < keys.end; begin = begin / 16 * 16 + 16) {
         const int64_t end = lesser(begin / 16 * 16 + 16, keys.end);
         for (int64_t h = 0; h < block.num_kv_heads; ++h) {
-            const Tile<T> tile{places.key, begin, end, h * block.head_span};
-            const Tile<T> ahead = following(block, places, true, begin, h);
+            const Tile<K> ahead = following(block, places, true, begin, h);
+            const int64_t offset = h * block.head_span;
+            if constexpr (!kAreStored) {
+                fetch(ahead, end - begin, block.task.head_dim);
+                wide.widen(places.key, offset, begin, end, block.task.head_dim);
+            }
             const int64_t first_row = h * block.rows_per_kv;
             for (int64_t i = 0; i < end - begin; i += kTileCols) {
                 const T *key[kTileCols], *next[kTileCols];
                 for (int c = 0; c < kTileCols; ++c) {
-                    key[c] = tile.at(i + c);
-                    next[c] = ahead.at(i + c);
+                    const int64_t at = lesser(begin + i + c, end - 1);
+                    if constexpr (kAreStored) {
+                        key[c] = places.key[at] + offset;
+                        next[c] = ahead.at(i + c);
+                    } else {
+                        key[c] = wide.place[at];
+                    }
                 }
                 const int64_t cols = lesser(kTileCols, end - begin - i);
                 for (int64_t r = 0; r < block.rows_per_kv; r += kRows) {
                     const int rows = static_cast<int>(lesser(kRows, block.rows_per_kv - r));
                     float out[kRows * kTileCols];
                     dot_rows<T>(rows, query + first_row + r, key, block.task.head_dim,
-                                r == 0 ? next : nullptr, out);
+                                kAreStored && r == 0 ? next : nullptr, out);
                     for (int j = 0; j < rows; ++j) {
                         float* to = scores[first_row + r + j] + begin + i;
                         const float* from = out + j * kTileCols;
@@ -172,9 +216,9 @@ void score(const Block& block, const Places<T>& places, float (*scores)[kSplit])
 }
 
 // The same with turned keys.
-template <typename T>
-void score_turned(const Block& block, const Range* visible, const Places<T>& places,
-                  float (*scores)[kSplit]) {
+template <typename T, typename K>
+void score_turned(const Block& block, const Range* visible, const Places<K>& places,
+                  Wide<T, K>& wide, float (*scores)[kSplit]) {
     using Keys = Turned<T>;
     alignas(64) T queries[kMaxRows * kMaxHeadDim];
     alignas(64) typename Keys::Word turned[kMaxHeadDim][16];
@@ -189,9 +233,19 @@ void score_turned(const Block& block, const Range* visible, const Places<T>& pla
     for (int64_t h = 0; h < block.num_kv_heads; ++h) {
         for (int64_t begin = places.keys.begin / 16 * 16; begin < places.keys.end; begin += 16) {
             const T* key[16];
+            const Range tile = common(places.keys, {begin, begin + 16});
+            const int64_t offset = h * block.head_span;
+            if constexpr (!std::is_same_v<T, K>) {
+                wide.widen(places.key, offset, tile.begin, tile.end, block.task.head_dim);
+            }
             for (int64_t i = 0; i < 16; ++i) {
-                const bool is_seen = begin + i >= places.keys.begin && begin + i < places.keys.end;
-                key[i] = is_seen ? places.key[begin + i] + h * block.head_span : nullptr;
+                key[i] = nullptr;
+                if (begin + i < tile.begin || begin + i >= tile.end) continue;
+                if constexpr (std::is_same_v<T, K>) {
+                    key[i] = places.key[begin + i] + offset;
+                } else {
+                    key[i] = wide.place[begin + i];
+                }
             }
             Keys::turn(key, block.task.head_dim, turned);
             const int64_t end = (h + 1) * block.rows_per_kv;
@@ -210,16 +264,19 @@ void score_turned(const Block& block, const Range* visible, const Places<T>& pla
 }
 
 // Scores to weights relative to the largest; zero for keys of the row's first and last 16 that it
-// doesn't see.
-template <typename Weight>
-KV_INLINE void soften(const AttentionTask& task, Range keys, float* scores, Weight* weights,
-                      float* top, float* sum) {
+// doesn't see. The scales of quantised keys go to the scores, those of values to the weights after
+// these were summed; null: none.
+template <bool SCALED, typename Weight>
+KV_INLINE void soften(const AttentionTask& task, Range keys, const float* key_scales,
+                      const float* value_scales, float* scores, Weight* weights, float* top,
+                      float* sum) {
     const Vec scale = set1(task.scale), cap = set1(task.soft_cap);
     const Vec lanes = iota();
     const int64_t first_step = keys.begin / 16 * 16;
     Vec m = set1(-kInfinity);
     for (int64_t i = first_step; i < keys.end; i += 16) {
         Vec s = load(scores + i) * scale;
+        if constexpr (SCALED) s = s * load(key_scales + i);
         if (task.soft_cap > 0) s = cap * tanh(s / cap);
         if (i < keys.begin) {
             s = where_less(lanes, set1(static_cast<float>(keys.begin - i)), set1(-kInfinity), s);
@@ -233,7 +290,22 @@ KV_INLINE void soften(const AttentionTask& task, Range keys, float* scores, Weig
     *top = max_lane(m);
     Vec sums = set1(0.0f);
     for (int64_t i = first_step; i < keys.end; i += 16) {
-        sums = sums + keep_weights(weights + i, exp(load(scores + i) - set1(*top)));
+        const Vec p = exp(load(scores + i) - set1(*top));
+        if constexpr (SCALED) {
+            sums = sums + p;
+            Vec scaled = p * load(value_scales + i);
+            if (i < keys.begin) {
+                const Vec before = set1(static_cast<float>(keys.begin - i));
+                scaled = where_less(lanes, before, set1(0.0f), scaled);
+            }
+            if (i + 16 > keys.end) {
+                const Vec before = set1(static_cast<float>(keys.end - i));
+                scaled = where_less(lanes, before, scaled, set1(0.0f));
+            }
+            keep_weights(weights + i, scaled);
+        } else {
+            sums = sums + keep_weights(weights + i, p);
+        }
     }
     *sum = sum_of(sums);
 }
@@ -351,14 +423,28 @@ KV_INLINE void weigh_rows(int rows, const Range* visible, const T* const* place,
 }
 
 // values[row] = the sum of the visible values, weighted. `step` keys of all heads at a time.
-template <typename T>
-void weigh(const Block& block, const Range* visible, const Places<T>& places, int64_t step,
-           const typename Values<T>::Weight (*weights)[kSplit], float* values) {
+template <typename T, typename K>
+void weigh(const Block& block, const Range* visible, const Places<K>& places, Wide<T, K>& wide,
+           int64_t step, const typename Values<T>::Weight (*weights)[kSplit], float* values) {
+    constexpr bool kAreStored = std::is_same_v<T, K>;
+    if (!kAreStored) step = lesser(step, kWideKeys);
     const Range keys = places.keys;
     for (int64_t begin = keys.begin; begin < keys.end; begin = (begin / step + 1) * step) {
         const Range some{begin, lesser((begin / step + 1) * step, keys.end)};
         for (int64_t h = 0; h < block.num_kv_heads; ++h) {
-            const Tile<T> ahead = following(block, places, false, begin, h);
+            const Tile<K> ahead = following(block, places, false, begin, h);
+            const T* const* place;
+            const Tile<T>* next = nullptr;
+            int64_t offset = h * block.head_span;
+            if constexpr (kAreStored) {
+                place = places.value;
+                if (step == 16) next = &ahead;
+            } else {
+                if (step == 16) fetch(ahead, some.size(), block.task.head_dim);
+                wide.widen(places.value, offset, some.begin, some.end, block.task.head_dim);
+                place = wide.place;
+                offset = 0;
+            }
             for (int64_t r = 0; r < block.rows_per_kv; r += kValueRows) {
                 const int rows = static_cast<int>(lesser(kValueRows, block.rows_per_kv - r));
                 const int64_t first = h * block.rows_per_kv + r;
@@ -370,8 +456,8 @@ void weigh(const Block& block, const Range* visible, const Places<T>& places, in
                     acc[j] = values + (first + j) * block.width;
                     seen[j] = common(visible[first + j], some);
                 }
-                weigh_rows<T>(rows, seen, places.value, h * block.head_span, block.task.head_dim,
-                              r == 0 && step == 16 ? &ahead : nullptr, of, acc);
+                weigh_rows<T>(rows, seen, place, offset, block.task.head_dim,
+                              r == 0 ? next : nullptr, of, acc);
             }
         }
     }
@@ -427,17 +513,20 @@ void finish(const Block& block, int64_t row, Gathered gathered, const float* val
     }
 }
 
-template <typename T>
+template <typename T, typename K>
 struct alignas(64) Workspace {
     float scores[kMaxRows][kSplit];
     alignas(64) typename Values<T>::Weight weights[kMaxRows][kSplit];
     alignas(64) float values[kMaxRows * kMaxHeadDim];  // [num_rows][width]
-    Places<T> places;
+    Places<K> places;
+    Wide<T, K> wide;
+    Scales<K> scales;
 };
 
 // One split of all rows of a block: fills gathered[row] and workspace.values.
-template <typename T>
-void attend_split(const Block& block, int64_t split, Workspace<T>& space, Gathered* gathered) {
+template <typename T, typename K>
+void attend_split(const Block& block, int64_t split, Workspace<T, K>& space, Gathered* gathered) {
+    constexpr bool kIsScaled = !std::is_same_v<T, K>;
     Range visible[kMaxRows], all{kSplit, 0};
     for (int64_t row = 0; row < block.num_rows; ++row) {
         visible[row] = block.visible(row, split);
@@ -451,24 +540,32 @@ void attend_split(const Block& block, int64_t split, Workspace<T>& space, Gather
     const bool are_many = block.rows_per_kv >= kManyRows;
     space.places.locate(block, split, all);
     if constexpr (Turned<T>::kIs) {
-        if (are_many) score_turned<T>(block, visible, space.places, space.scores);
+        if (are_many) score_turned<T>(block, visible, space.places, space.wide, space.scores);
     }
-    if (!Turned<T>::kIs || !are_many) score<T>(block, space.places, space.scores);
+    if (!Turned<T>::kIs || !are_many) score<T>(block, space.places, space.wide, space.scores);
+    if constexpr (kIsScaled) locate(block, split, all, &space.scales);
     for (int64_t row = 0; row < block.num_rows; ++row) {
         if (visible[row].empty()) continue;
-        soften(block.task, visible[row], space.scores[row], space.weights[row], &gathered[row].top,
-               &gathered[row].sum);
+        const float *key_scales = nullptr, *value_scales = nullptr;
+        if constexpr (kIsScaled) {
+            key_scales = space.scales.key[row / block.rows_per_kv];
+            value_scales = space.scales.value[row / block.rows_per_kv];
+        }
+        soften<kIsScaled>(block.task, visible[row], key_scales, value_scales, space.scores[row],
+                          space.weights[row], &gathered[row].top, &gathered[row].sum);
     }
-    weigh<T>(block, visible, space.places, are_many ? kSplit : 16, space.weights, space.values);
+    weigh<T>(block, visible, space.places, space.wide, are_many ? kSplit : 16, space.weights,
+             space.values);
 }
 
-template <typename T>
+// Queries of T, pages of K: the same, or int8 with scales.
+template <typename T, typename K>
 void attend(const AttentionTask& task, const AttentionItem& item) {
     const Block block(task, item);
-    Workspace<T> space;
+    Workspace<T, K> space;
     Gathered gathered[kMaxRows];
     if (item.split >= 0) {
-        attend_split<T>(block, item.split, space, gathered);
+        attend_split(block, item.split, space, gathered);
         for (int64_t row = 0; row < block.num_rows; ++row) {
             float* to = item.partials + (row * item.num_splits + item.split - item.first_split) *
                                             partial_floats(task.head_dim);
@@ -483,7 +580,7 @@ void attend(const AttentionTask& task, const AttentionItem& item) {
     Gathered merged[kMaxRows];
     for (int64_t row = 0; row < block.num_rows; ++row) merged[row] = {-kInfinity, 0.0f};
     for (int64_t s = 0; s < item.num_splits; ++s) {
-        attend_split<T>(block, item.first_split + s, space, gathered);
+        attend_split(block, item.first_split + s, space, gathered);
         for (int64_t row = 0; row < block.num_rows; ++row) {
             merge(&merged[row], merged_values + row * block.width, gathered[row],
                   space.values + row * block.width, block.width);

@@ -109,6 +109,8 @@ struct RopeTask {
     const float* cos_sin;  // [max_positions, rotary_dim]: cosines, then sines
     void *key_pages, *value_pages;
     int64_t key_page_stride, value_page_stride;
+    float *key_scales, *value_scales;  // null: pages hold what qkv does; else int8
+    int64_t scale_page_stride;
     const int64_t* slots;
     const void *q_norm, *k_norm;  // [head_dim] or null
     int q_norm_dtype, k_norm_dtype;
@@ -136,6 +138,8 @@ struct AttentionTask {
     int64_t query_stride;
     const void *key_pages, *value_pages;
     int64_t key_page_stride, value_page_stride;
+    const float *key_scales, *value_scales;  // with int8 pages
+    int64_t scale_page_stride;
     const int32_t* page_tables;
     int64_t table_stride;
     const int32_t* seq_lens;
@@ -173,6 +177,7 @@ struct Kernels {
     void (*gated[kNumDtypes])(const GatedTask&, int64_t row_begin, int64_t row_end);
     void (*rope_store[kNumDtypes])(const RopeTask&, int64_t row_begin, int64_t row_end);
     void (*attend[kNumDtypes])(const AttentionTask&, const AttentionItem&);
+    void (*attend_int8[kNumDtypes])(const AttentionTask&, const AttentionItem&);
     // Merges an item's partials of all splits, in split order, into the output.
     void (*merge_splits[kNumDtypes])(const AttentionTask&, const AttentionItem&);
 

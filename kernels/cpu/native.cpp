@@ -361,8 +361,10 @@ void run_attention(Context& context, int dtype, const AttentionTask& task, int64
         }
     }
     pieces.insert(pieces.end(), items.begin(), items.end());
+    const auto attend =
+        task.key_scales ? context.kernels.attend_int8[dtype] : context.kernels.attend[dtype];
     context.pool.run(static_cast<int64_t>(pieces.size()), threads, [&](int64_t i) {
-        context.kernels.attend[dtype](task, pieces[static_cast<size_t>(i)]);
+        attend(task, pieces[static_cast<size_t>(i)]);
     });
     context.pool.run(static_cast<int64_t>(merges.size()), threads, [&](int64_t i) {
         context.kernels.merge_splits[dtype](task, merges[static_cast<size_t>(i)]);
@@ -469,14 +471,16 @@ KV_API int kv_gated(Context* context, int dtype, int gate, const void* gate_up, 
 KV_API int kv_rope_store(Context* context, int dtype, const void* qkv, int64_t qkv_stride,
                          int64_t rows, const int32_t* positions, const float* cos_sin,
                          int64_t rotary_dim, void* key_pages, int64_t key_page_stride,
-                         void* value_pages, int64_t value_page_stride, int64_t page_size,
+                         void* value_pages, int64_t value_page_stride, float* key_scales,
+                         float* value_scales, int64_t scale_page_stride, int64_t page_size,
                          const int64_t* slots, const void* q_norm, int q_norm_dtype,
                          const void* k_norm, int k_norm_dtype, float eps, float weight_offset,
                          int64_t num_heads, int64_t num_kv_heads, int64_t head_dim,
                          void* query_out) {
     const kv::RopeTask task{
         qkv,          qkv_stride,   positions,       cos_sin,           key_pages,
-        value_pages,  key_page_stride, value_page_stride, slots,        q_norm,
+        value_pages,  key_page_stride, value_page_stride, key_scales,   value_scales,
+        scale_page_stride, slots,      q_norm,
         k_norm,       q_norm_dtype, k_norm_dtype,    eps,               weight_offset,
         query_out,    num_heads,    num_kv_heads,    head_dim,          page_size,
         rotary_dim};
@@ -490,14 +494,16 @@ KV_API int kv_rope_store(Context* context, int dtype, const void* qkv, int64_t q
 KV_API int kv_paged_attention(Context* context, int dtype, const void* query, int64_t query_stride,
                               const void* key_pages, int64_t key_page_stride,
                               const void* value_pages, int64_t value_page_stride,
-                              const int32_t* page_tables, int64_t table_stride,
+                              const float* key_scales, const float* value_scales,
+                              int64_t scale_page_stride, const int32_t* page_tables, int64_t table_stride,
                               const int32_t* seq_lens, const int32_t* query_starts,
                               int64_t num_seqs, int64_t num_heads, int64_t num_kv_heads,
                               int64_t head_dim, int64_t page_size, float scale, int64_t window,
                               float soft_cap, const float* sinks, void* out) {
     return kv::guarded([&] {
         const kv::AttentionTask task{query,           query_stride, key_pages,    value_pages,
-                                     key_page_stride, value_page_stride, page_tables, table_stride,
+                                     key_page_stride, value_page_stride, key_scales,
+                                     value_scales,    scale_page_stride, page_tables, table_stride,
                                      seq_lens,        query_starts, out,          num_heads,
                                      num_kv_heads,    head_dim,     page_size,    scale,
                                      window,          soft_cap,     sinks};

@@ -53,7 +53,7 @@ class NativeOps:
     """`kernels.ops.Ops` on a CPU, in C++."""
 
     exact = True
-    page_dtypes: tuple[torch.dtype, ...] = ()
+    page_dtypes: tuple[torch.dtype, ...] = (torch.int8,)
 
     def __init__(
         self,
@@ -232,6 +232,7 @@ class NativeOps:
         norm_weight_offset: float = 0.0,
     ) -> torch.Tensor:
         _, num_kv_heads, page_size, head_dim = pages.keys.shape
+        _check_head_dim(head_dim)
         tokens, width = qkv.shape
         num_heads = width // head_dim - 2 * num_kv_heads
         out = torch.empty(tokens, num_heads, head_dim, dtype=qkv.dtype)
@@ -249,6 +250,7 @@ class NativeOps:
                 pages.keys.stride(0),
                 pages.values.data_ptr(),
                 pages.values.stride(0),
+                *_scales(pages),
                 page_size,
                 slot_mapping.data_ptr(),
                 None if q_norm is None else q_norm.data_ptr(),
@@ -279,8 +281,7 @@ class NativeOps:
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         _, num_kv_heads, page_size, head_dim = pages.keys.shape
-        if head_dim > _MAX_HEAD_DIM:
-            raise ShapeError(f"head size {head_dim}; native attention goes to {_MAX_HEAD_DIM}")
+        _check_head_dim(head_dim)
         tokens, num_heads, _ = query.shape
         out = torch.empty(tokens, num_heads, head_dim, dtype=query.dtype)
         _check(
@@ -293,6 +294,7 @@ class NativeOps:
                 pages.keys.stride(0),
                 pages.values.data_ptr(),
                 pages.values.stride(0),
+                *_scales(pages),
                 page_tables.data_ptr(),
                 page_tables.stride(0),
                 seq_lens.data_ptr(),
@@ -458,6 +460,18 @@ def _memory(num_bytes: int) -> torch.Tensor:
     whole = torch.frombuffer(area, dtype=torch.uint8)
     start = -whole.data_ptr() % _HUGE_PAGE_BYTES
     return whole[start : start + num_bytes]
+
+
+def _check_head_dim(head_dim: int) -> None:
+    if head_dim > _MAX_HEAD_DIM:
+        raise ShapeError(f"head size {head_dim}; native attention goes to {_MAX_HEAD_DIM}")
+
+
+def _scales(pages: KVPages) -> tuple[int | None, int | None, int]:
+    """Pointers to the scales of keys and values, and their stride from page to page."""
+    if pages.key_scales is None or pages.value_scales is None:
+        return None, None, 0
+    return pages.key_scales.data_ptr(), pages.value_scales.data_ptr(), pages.key_scales.stride(0)
 
 
 def _usable_cpus() -> int:

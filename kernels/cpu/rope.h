@@ -3,8 +3,8 @@
 
 namespace {
 
-template <typename T>
-KV_INLINE void head(const RopeTask& task, const T* in, T* out, const float* cosines,
+template <typename T, typename Out>
+KV_INLINE void head(const RopeTask& task, const T* in, Out* out, const float* cosines,
                     const void* weight, int weight_dtype) {
     const int64_t half = task.rotary_dim / 2;
     const float* sines = cosines + half;
@@ -29,6 +29,27 @@ KV_INLINE void head(const RopeTask& task, const T* in, T* out, const float* cosi
     });
 }
 
+// The keys and values of one token, from its first key on.
+template <typename T>
+void store_int8(const RopeTask& task, const T* in, int64_t page, int64_t place,
+                const float* cosines) {
+    const int64_t d = task.head_dim;
+    alignas(64) float x[kMaxHeadDim];
+    for (int64_t h = 0; h < 2 * task.num_kv_heads; ++h, in += d) {
+        const bool is_key = h < task.num_kv_heads;
+        const int64_t slot = (is_key ? h : h - task.num_kv_heads) * task.page_size + place;
+        if (is_key) {
+            head(task, in, x, cosines, task.k_norm, task.k_norm_dtype);
+        } else {
+            for_lanes(d, [&](int64_t i, int n) { store_some(x + i, load_some(in + i, n), n); });
+        }
+        int8_t* pages = static_cast<int8_t*>(is_key ? task.key_pages : task.value_pages) +
+                        page * (is_key ? task.key_page_stride : task.value_page_stride);
+        float* scales = (is_key ? task.key_scales : task.value_scales);
+        quantise(x, d, pages + slot * d, scales + page * task.scale_page_stride + slot);
+    }
+}
+
 template <typename T>
 void rope_store(const RopeTask& task, int64_t row_begin, int64_t row_end) {
     const int64_t d = task.head_dim;
@@ -42,6 +63,10 @@ void rope_store(const RopeTask& task, int64_t row_begin, int64_t row_end) {
         const int64_t slot = task.slots[row];
         if (slot < 0) continue;
         const int64_t page = slot / task.page_size, place = slot % task.page_size;
+        if (task.key_scales) {
+            store_int8(task, in, page, place, cosines);
+            continue;
+        }
         T* keys = static_cast<T*>(task.key_pages) + page * task.key_page_stride + place * d;
         T* values = static_cast<T*>(task.value_pages) + page * task.value_page_stride + place * d;
         for (int64_t h = 0; h < task.num_kv_heads; ++h, in += d) {

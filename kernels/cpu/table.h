@@ -5,6 +5,7 @@
 #include "dot.h"
 #include "linear.h"
 #include "rows.h"
+#include "wide.h"
 #include "rope.h"
 #include "values.h"
 #include "turned.h"
@@ -25,7 +26,8 @@ constexpr Kernels kernels_named(const char* name) {
         {norm<float>, norm<bf16>, norm<f16>},
         {gated<float>, gated<bf16>, gated<f16>},
         {rope_store<float>, rope_store<bf16>, rope_store<f16>},
-        {attend<float>, attend<bf16>, attend<f16>},
+        {attend<float, float>, attend<bf16, bf16>, attend<f16, f16>},
+        {attend<float, int8_t>, attend<bf16, int8_t>, attend<f16, int8_t>},
         {merge_splits<float>, merge_splits<bf16>, merge_splits<f16>},
         log_softmax,
         block_max,

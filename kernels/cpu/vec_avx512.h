@@ -68,6 +68,13 @@ KV_INLINE Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
 KV_INLINE Vec load_n(const float* p, int n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
 KV_INLINE void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 KV_INLINE void store_n(float* p, Vec a, int n) { _mm512_mask_storeu_ps(p, first(n), a.v); }
+KV_INLINE Vec load(const int8_t* p) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))};
+}
+KV_INLINE Vec load_n(const int8_t* p, int n) {
+    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first(n), p)))};
+}
 template <typename T>
 KV_INLINE Vec load(const T* p) {
     return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), T{});

@@ -92,6 +92,7 @@ KV_INLINE uint32_t to_bits(float x) {
     return bits;
 }
 KV_INLINE float widen(float x) { return x; }
+KV_INLINE float widen(int8_t x) { return x; }
 KV_INLINE float widen(bf16 x) { return from_bits(static_cast<uint32_t>(x.bits) << 16); }
 KV_INLINE float widen(f16 x) {
     const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;

@@ -32,10 +32,11 @@ int kv_norm(Context*, int, const void*, int64_t, void*, int64_t, int64_t, int64_
             int, float, float, void*);
 int kv_gated(Context*, int, int, const void*, int64_t, int64_t, int64_t, void*);
 int kv_rope_store(Context*, int, const void*, int64_t, int64_t, const int32_t*, const float*,
-                  int64_t, void*, int64_t, void*, int64_t, int64_t, const int64_t*, const void*,
-                  int, const void*, int, float, float, int64_t, int64_t, int64_t, void*);
+                  int64_t, void*, int64_t, void*, int64_t, float*, float*, int64_t, int64_t,
+                  const int64_t*, const void*, int, const void*, int, float, float, int64_t, int64_t, int64_t, void*);
 int kv_paged_attention(Context*, int, const void*, int64_t, const void*, int64_t, const void*,
-                       int64_t, const int32_t*, int64_t, const int32_t*, const int32_t*, int64_t,
+                       int64_t, const float*, const float*, int64_t, const int32_t*, int64_t,
+                       const int32_t*, const int32_t*, int64_t,
                        int64_t, int64_t, int64_t, int64_t, float, int64_t, float, const float*,
                        void*);
 int kv_log_softmax(Context*, const float*, int64_t, int64_t, int64_t, float*);
@@ -242,7 +243,7 @@ void attention(Pair& pair, int dtype) {
         Buffer to = pool;
         return kv_rope_store(c, dtype, qkv.data(), (heads + 2 * kv_heads) * d, tokens,
                              positions.data(), cos_sin.data(), rotary, to.data(), 2 * span,
-                             values(to), 2 * span, page_size, slots.data(),
+                             values(to), 2 * span, nullptr, nullptr, 0, page_size, slots.data(),
                              normed ? norm.data() : nullptr, dtype, normed ? norm.data() : nullptr,
                              dtype, 1e-6f, 0, heads, kv_heads, d, out.data());
     });
@@ -251,9 +252,35 @@ void attention(Pair& pair, int dtype) {
     const bool sink = between(0, 1);
     pair.same("attention", Buffer(dtype, tokens * heads * d), [&](Context* c, Buffer& out) {
         return kv_paged_attention(c, dtype, qkv.data(), heads * d, pool.data(), 2 * span,
-                                  values(pool), 2 * span, tables.data(), most, seq_lens.data(),
+                                  values(pool), 2 * span, nullptr, nullptr, 0, tables.data(), most, seq_lens.data(),
                                   starts.data(), num_seqs, heads, kv_heads, d, page_size, 0.1f,
                                   window, cap, sink ? sinks.data() : nullptr, out.data());
+    });
+
+    // The same with pages of int8: entries of keys and values, then their scales.
+    const int64_t scales = kv_heads * page_size, page_floats = (2 * span + 8 * scales) / 4;
+    Buffer small(0, pages * page_floats);
+    const auto entries = [](Buffer& b) { return static_cast<int8_t*>(b.data()); };
+    const auto scales_of = [&](Buffer& b) { return static_cast<float*>(b.data()) + span / 2; };
+    const auto store = [&](Context* c, Buffer& to, void* out) {
+        return kv_rope_store(c, dtype, qkv.data(), (heads + 2 * kv_heads) * d, tokens,
+                             positions.data(), cos_sin.data(), rotary, to.data(), 4 * page_floats,
+                             entries(to) + span, 4 * page_floats, scales_of(to),
+                             scales_of(to) + scales, page_floats, page_size, slots.data(),
+                             normed ? norm.data() : nullptr, dtype, normed ? norm.data() : nullptr,
+                             dtype, 1e-6f, 0, heads, kv_heads, d, out);
+    };
+    Buffer turned(dtype, tokens * heads * d);
+    pair.same("rope_store int8", small, [&](Context* c, Buffer& to) {
+        return store(c, to, turned.data());
+    });
+    pair.same("attention int8", Buffer(dtype, tokens * heads * d), [&](Context* c, Buffer& out) {
+        return kv_paged_attention(c, dtype, qkv.data(), heads * d, small.data(), 4 * page_floats,
+                                  entries(small) + span, 4 * page_floats, scales_of(small),
+                                  scales_of(small) + scales, page_floats, tables.data(), most,
+                                  seq_lens.data(), starts.data(), num_seqs, heads, kv_heads, d,
+                                  page_size, 0.1f, window, cap, sink ? sinks.data() : nullptr,
+                                  out.data());
     });
     const int64_t pairs = pages / 2, bytes = 2 * span * (dtype == 0 ? 4 : 2);
     std::vector<int64_t> sources(order.begin(), order.begin() + pairs);

@@ -118,21 +118,23 @@ EXACT_SHAPES = [
 
 
 @pytest.mark.parametrize("heads", EXACT_SHAPES, ids=shape_id)
-def test_chunks_mates_pages_and_threads_change_no_bit(on_threads, dtype, heads):
+@pytest.mark.parametrize("kept", [None, torch.int8], ids=["unquantised", "int8"])
+def test_chunks_mates_pages_and_threads_change_no_bit(on_threads, dtype, kept, heads):
     length = 540
     heads = dataclasses.replace(heads, sinks=torch.randn(heads.num_heads))
-    sequence = random_sequence(heads, length, dtype)
+    sequence = random_sequence(heads, length, dtype, kept)
     one, three = on_threads(1), on_threads(3)
-    whole = PagedBatch(heads, [Chunk(sequence, 0, length)], dtype).attend(one)
-    assert torch.equal(PagedBatch(heads, [Chunk(sequence, 0, length)], dtype).attend(three), whole)
+    whole = PagedBatch(heads, [Chunk(sequence, 0, length)], dtype, kept).attend(one)
+    again = PagedBatch(heads, [Chunk(sequence, 0, length)], dtype, kept).attend(three)
+    assert torch.equal(again, whole)
 
     # Chunks, each beside a batch mate and in new pages; page sizes too.
     begin = 0
     while begin < length:
         end = min(length, begin + random.choice([1, 5, 16, 37, 64, 200]))
         other = dataclasses.replace(heads, page_size=random.choice([1, 4, 16, 64]))
-        chunks = [Chunk(sequence, begin, end), *mixed_chunks(other, dtype, (3, 290))]
-        out = PagedBatch(other, chunks, dtype).attend(random.choice([one, three]))
+        chunks = [Chunk(sequence, begin, end), *mixed_chunks(other, dtype, (3, 290), kept)]
+        out = PagedBatch(other, chunks, dtype, kept).attend(random.choice([one, three]))
         assert torch.equal(out[: end - begin], whole[begin:end]), f"{begin}..{end}"
         begin = end
 
@@ -140,18 +142,19 @@ def test_chunks_mates_pages_and_threads_change_no_bit(on_threads, dtype, heads):
     for position in (0, 15, 16, 255, 256, 257, 511, 539, *random.sample(range(length), 8)):
         chunk = Chunk(sequence, position, position + 1)
         for ops in (one, three):
-            out = PagedBatch(heads, [chunk], dtype).attend(ops)
+            out = PagedBatch(heads, [chunk], dtype, kept).attend(ops)
             assert torch.equal(out, whole[position : position + 1]), f"position {position}"
 
 
-def test_a_later_key_of_the_chunk_never_shows(exact_ops, dtype):
+@pytest.mark.parametrize("kept", [None, torch.int8], ids=["unquantised", "int8"])
+def test_a_later_key_of_the_chunk_never_shows(exact_ops, dtype, kept):
     """Keys behind a query, though computed with it, are not touched by its arithmetic."""
     heads = Heads(4, 2, 32)
-    sequence = random_sequence(heads, 60, dtype)
-    clean = PagedBatch(heads, [Chunk(sequence, 0, 60)], dtype).attend(exact_ops)
+    sequence = random_sequence(heads, 60, dtype, kept)
+    clean = PagedBatch(heads, [Chunk(sequence, 0, 60)], dtype, kept).attend(exact_ops)
     sequence.key[30:] = torch.nan
     sequence.value[30:] = torch.inf
-    spoilt = PagedBatch(heads, [Chunk(sequence, 0, 60)], dtype).attend(exact_ops)
+    spoilt = PagedBatch(heads, [Chunk(sequence, 0, 60)], dtype, kept).attend(exact_ops)
     assert torch.equal(spoilt[:30], clean[:30])
 
 

@@ -28,7 +28,8 @@ from kvpaging.scheduling.plan import Sample
 from kvpaging.scheduling.request import Request, SamplingParams
 
 DEMO_MODEL = str(files("kvpaging") / "demo_model")
-PAGE_BYTES = {"float32": 4, "bfloat16": 2}
+# A byte an entry, and 4 bytes of scale for 64 entries.
+ENTRY_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1 + 4 / 64}
 # Afresh in each run, and the same in all of its workers: it is part of the tests' names.
 SEED = zlib.crc32(os.environ.get("PYTEST_XDIST_TESTRUNUID", secrets.token_hex(8)).encode())
 
@@ -40,11 +41,18 @@ pytestmark = pytest.mark.skipif(
 
 @contextmanager
 def engine(dtype: str = "float32", num_pages: int = 256, **changes: object) -> Iterator[Engine]:
+    """`dtype` is that of the pages; with `int8` the model computes in bfloat16."""
     options = EngineOptions(
-        model=DEMO_MODEL, device="cpu", kernels="native", dtype=dtype, max_num_seqs=8, threads=2
+        model=DEMO_MODEL,
+        device="cpu",
+        kernels="native",
+        dtype="bfloat16" if dtype == "int8" else dtype,
+        kv_cache_dtype=dtype,
+        max_num_seqs=8,
+        threads=2,
     )
     page_size = changes.get("page_size", 16)
-    kv_bytes = (num_pages + 1) * 8 * 2 * 2 * page_size * 64 * PAGE_BYTES[dtype]  # type: ignore[operator]
+    kv_bytes = int((num_pages + 1) * 8 * 2 * 2 * page_size * 64 * ENTRY_BYTES[dtype])  # type: ignore[operator]
     defaults = {"kv_cache_memory_bytes": kv_bytes, "max_num_batched_tokens": 64}
     made = Engine.from_options(type(options)(**(_fields(options) | defaults | changes)))
     try:
@@ -93,7 +101,7 @@ def alone(engine: Engine, tokens: Sequence[int], params: SamplingParams) -> Comp
     return completion
 
 
-@pytest.fixture(params=["float32", "bfloat16"])
+@pytest.fixture(params=["float32", "bfloat16", "int8"])
 def dtype(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
