@@ -14,7 +14,7 @@ from ctypes import c_char_p, c_float, c_int, c_int64, c_void_p
 
 from kernels.errors import KernelUnavailableError
 
-VERSION = 3
+VERSION = 4
 """Of the interface between `native_ops` and the library; both must name the same."""
 
 _REMEDY = "install kvpaging with a C++ compiler at hand (g++ or clang++)"

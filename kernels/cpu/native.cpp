@@ -378,7 +378,7 @@ void run_attention(Context& context, int dtype, const AttentionTask& task, int64
 using kv::Context;
 
 // Raised with every change of this interface: Python refuses a library of another version.
-KV_API int kv_version() { return 3; }
+KV_API int kv_version() { return 4; }
 
 // The i-th instruction set, best first, or null: unusable here. Ends with i == kv_num_isas().
 KV_API int kv_num_isas() { return kv::kNumIsas; }
