@@ -250,7 +250,7 @@ class NativeOps:
                 pages.keys.stride(0),
                 pages.values.data_ptr(),
                 pages.values.stride(0),
-                *_scales(pages),
+                *_page_scales(pages),
                 page_size,
                 slot_mapping.data_ptr(),
                 None if q_norm is None else q_norm.data_ptr(),
@@ -294,7 +294,7 @@ class NativeOps:
                 pages.keys.stride(0),
                 pages.values.data_ptr(),
                 pages.values.stride(0),
-                *_scales(pages),
+                *_page_scales(pages),
                 page_tables.data_ptr(),
                 page_tables.stride(0),
                 seq_lens.data_ptr(),
@@ -467,7 +467,7 @@ def _check_head_dim(head_dim: int) -> None:
         raise ShapeError(f"head size {head_dim}; native attention goes to {_MAX_HEAD_DIM}")
 
 
-def _scales(pages: KVPages) -> tuple[int | None, int | None, int]:
+def _page_scales(pages: KVPages) -> tuple[int | None, int | None, int]:
     """Pointers to the scales of keys and values, and their stride from page to page."""
     if pages.key_scales is None or pages.value_scales is None:
         return None, None, 0
