@@ -14,14 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+from limits import read_bandwidth, timed
 
 from kernels import Ops, registry
 from kernels.ops import KVPages
@@ -73,25 +71,6 @@ class Row:
     """GB/s of a decode, GFLOP/s of a prefill, by the median."""
     limit: float
     """The rate's share of what the machine can do."""
-
-
-def timed(call: Callable[[], Any], seconds: float) -> list[float]:
-    """Seconds of each call, at least five, after one that doesn't count."""
-    call()
-    times: list[float] = []
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times) < 5:
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return times
-
-
-def read_bandwidth(seconds: float) -> float:
-    """Bytes a second that all threads read from memory: the best of two ways to read 1 GiB."""
-    block = torch.ones(1 << 28)
-    ways: list[Callable[[], Any]] = [block.sum, block.max]
-    return block.nbytes / min(min(timed(way, seconds / 2)) for way in ways)
 
 
 def product_rate(ops: Ops, dtype: torch.dtype, seconds: float) -> float:

@@ -1,7 +1,7 @@
 """Whole steps of a model on the CPU, beside the least that this machine could need for them.
 
-    python benchmarks/make_checkpoint.py /tmp/qwen
-    python benchmarks/cpu/step.py /tmp/qwen [--threads 2] [--context 192] [--seconds 6] [--json]
+    python benchmarks/make_checkpoint.py CHECKPOINT
+    python benchmarks/cpu/step.py CHECKPOINT [--threads 2] [--context 192] [--seconds 6] [--json]
 
 A decode step must read all weights and every sequence's keys and values: `least` is those bytes
 over the read bandwidth. A prefill must multiply: `least` is its products over the rate of matrix
@@ -17,8 +17,6 @@ import cProfile
 import json
 import pstats
 import statistics
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +24,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+from limits import read_bandwidth, timed
 
 from kernels import registry
 from kvpaging.base.config import EngineConfig, EngineOptions
@@ -50,25 +49,6 @@ class Row:
     least_ms: float
     ratio: float
     """best / least."""
-
-
-def best_of(call: Callable[[], Any], seconds: float) -> list[float]:
-    """Seconds of each call, at least three, after one that doesn't count."""
-    call()
-    times: list[float] = []
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times) < 3:
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return times
-
-
-def read_bandwidth(seconds: float) -> float:
-    """Bytes a second that all threads read from memory: the best of two ways to read 1 GiB."""
-    block = torch.ones(1 << 28)
-    ways: list[Callable[[], Any]] = [block.sum, block.max]
-    return block.nbytes / min(min(best_of(way, seconds / 2)) for way in ways)
 
 
 @dataclass(frozen=True)
@@ -110,7 +90,7 @@ def product_rate(shape: Shape, rows: int, dtype: torch.dtype, threads: int, s: f
         x, weight = torch.randn(rows, k).to(dtype), torch.randn(n, k).to(dtype)
         ours = ops.prepare_linear(weight.clone())
         ways = (partial(F.linear, x, weight), partial(ops.linear, x, ours))
-        took += min(min(best_of(way, s / 8)) for way in ways)
+        took += min(min(timed(way, s / 8)) for way in ways)
         products += 2.0 * rows * n * k
     torch.set_num_threads(before)
     return products / took
@@ -203,11 +183,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         least = (shape.weight_bytes(dtype.itemsize) + batch * args.context * kv) / bandwidth
         least = max(least, batch * shape.weight_bytes(1) * 2 / rate)
         position = args.context
-        times = best_of(partial(steps.decode, seq_ids, position), args.seconds)
+        times = timed(partial(steps.decode, seq_ids, position), args.seconds)
         rows.append(row(f"decode, batch {batch}, context {args.context}", times, least))
         if args.profile == batch:
             profile = cProfile.Profile()
-            profile.runcall(best_of, partial(steps.decode, seq_ids, position), args.seconds)
+            profile.runcall(timed, partial(steps.decode, seq_ids, position), args.seconds)
             pstats.Stats(profile).sort_stats("tottime").print_stats(25)
         steps.drop_all()
 
@@ -216,7 +196,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     pairs = PREFILL * (PREFILL + 1) // 2
     products = shape.layers * (layer_products + 4 * model.num_heads * model.head_dim * pairs)
     products += 2 * shape.head[0] * shape.head[1]
-    times = best_of(partial(steps.prefill, seq_id, PREFILL, chunk), args.seconds)
+    times = timed(partial(steps.prefill, seq_id, PREFILL, chunk), args.seconds)
     rows.append(row(f"prefill, {PREFILL} tokens in chunks of {chunk}", times, products / rate))
     executor.close()
     return {
