@@ -6,18 +6,19 @@ them. Knows sequences only as chains of tokens and as leases; knows no queue and
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Final
 
 from kvpaging.base.errors import LawBroken
+from kvpaging.base.evictions import EvictionCause, EvictionLog
 from kvpaging.base.ids import PageId, PageKey
 from kvpaging.cache.allocator import OutOfPages, PageAllocator
 from kvpaging.cache.budgets import Budget, Budgets
 from kvpaging.cache.eviction.by_priority import ByPriority
 from kvpaging.cache.eviction.lru import LeastRecentlyUsed
 from kvpaging.cache.eviction.policy import EvictionPolicy
-from kvpaging.cache.evictions import EvictionCause, EvictionLog
-from kvpaging.cache.explanation import CacheExplanation, Found, Lookup, explain
+from kvpaging.cache.explanation import CacheExplanation, Found, Lookup, explain, missed_pages
 from kvpaging.cache.lower_levels import Held, LowerLevels, PageStore
 from kvpaging.cache.page_lease import PageLease
 from kvpaging.cache.pins import Pins
@@ -240,16 +241,16 @@ class CacheManager:
             return ()
         return self._levels.probe(chain.links[num_matched : (num_tokens - 1) // self.page_size])
 
-    def explain(
+    def found(
         self,
         chain: PrefixChain,
         num_tokens: int,
         num_findable_tokens: int,
         num_matched: int,
         lookup: Lookup,
-    ) -> CacheExplanation:
-        """Why so many pages of a prompt of `num_tokens` tokens were found. A question."""
-        found = Found(
+    ) -> Found:
+        """What was found of a prompt of `num_tokens` tokens, for the two questions below."""
+        return Found(
             page_size=self.page_size,
             num_tokens=num_tokens,
             num_findable_tokens=num_findable_tokens,
@@ -259,6 +260,13 @@ class CacheManager:
             level_names=self.level_names,
             is_enabled=self._prefix_cache,
         )
+
+    def missed_pages(self, found: Found) -> Counter[str]:
+        """How many pages of a prompt were missed, by reason. A question; O(pages missed)."""
+        return missed_pages(found, self.evictions)
+
+    def explain(self, found: Found) -> CacheExplanation:
+        """Why so much of a prompt was found, and not more. A question."""
         return explain(found, self.evictions)
 
     def reserve(

@@ -15,7 +15,7 @@ from typing import Final
 
 import msgspec
 
-from kvpaging.cache.evictions import EvictionCause, EvictionLog
+from kvpaging.base.evictions import EvictionCause, EvictionLog
 from kvpaging.cache.load_costs import LoadChoices
 from kvpaging.cache.lower_levels import Held, LevelLoad, PagesLoaded
 from kvpaging.cache.prefix_key import ChainLink
@@ -211,6 +211,15 @@ def explain(found: Found, evictions: EvictionLog) -> CacheExplanation:
         missed=tuple(_runs(found, evictions)),
         load=_load_note(found.lookup),
     )
+
+
+def missed_pages(found: Found, evictions: EvictionLog) -> Counter[str]:
+    """How many full pages were missed for which reason; evicted ones by their cause as well."""
+    missed: Counter[str] = Counter()
+    for run in _runs(found, evictions):
+        reason = run.reason if run.cause is None else f"{run.reason}_{run.cause}"
+        missed[str(reason)] += run.num_tokens // found.page_size
+    return +missed
 
 
 def _levels(found: Found) -> Iterator[LevelMatch]:

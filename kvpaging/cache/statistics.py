@@ -46,6 +46,8 @@ class CacheCounters:
     """Full pages of prompts."""
     hit_pages: Counter[str] = field(default_factory=Counter)
     """By the level that they came from."""
+    missed_pages: Counter[str] = field(default_factory=Counter)
+    """By reason: a `MissReason`, and for evicted ones the cause behind it."""
     saved_s: float = 0.0
     """Computing what was found would have taken so much longer than loading it did. By what was
     measured; a load that was slower than computing counts against it."""

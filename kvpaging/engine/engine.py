@@ -208,6 +208,7 @@ class Engine:
             hit_tokens=counters.hit_tokens,
             queried_pages=counters.queried_pages,
             hit_pages=dict(counters.hit_pages),
+            missed_pages=dict(counters.missed_pages),
             num_recomputed_tokens=self._scheduler.counters.recomputed_tokens,
             evictions={str(cause): count for cause, count in cache.evictions.counts.items()},
             saved_s=counters.saved_s,

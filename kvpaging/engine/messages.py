@@ -134,6 +134,8 @@ class CacheStats(msgspec.Struct, frozen=True, tag=True):
     queried_pages: int = 0
     hit_pages: dict[str, int] = {}
     """By level."""
+    missed_pages: dict[str, int] = {}
+    """By reason."""
     num_recomputed_tokens: int = 0
     """After preemptions."""
     evictions: dict[str, int] = {}

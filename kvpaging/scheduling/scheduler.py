@@ -675,14 +675,16 @@ class Scheduler:
         counters.saved_s += num_cached * (self._load_costs.compute_s_per_token or 0.0)
         if lookup is not None:
             counters.saved_s -= lookup.elapsed_s
+        found = self.cache.found(
+            sequence.chain,
+            sequence.num_prompt_tokens,
+            sequence.num_findable_tokens,
+            num_cached // size,
+            lookup or Lookup(),
+        )
+        counters.missed_pages.update(self.cache.missed_pages(found))
         if sequence.request.explain:
-            sequence.explanation = self.cache.explain(
-                sequence.chain,
-                sequence.num_prompt_tokens,
-                sequence.num_findable_tokens,
-                num_cached // size,
-                lookup or Lookup(),
-            )
+            sequence.explanation = self.cache.explain(found)
 
     def _added(self, draft: _Draft) -> tuple[AddedSequence, ...]:
         added = []

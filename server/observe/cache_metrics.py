@@ -85,6 +85,8 @@ def totals(stats: CacheStats) -> Iterator[tuple[str, tuple[str, ...], tuple[str,
         ("compute", stats.choices.num_refused),
     ):
         yield "load_choices", ("choice",), (choice,), count
+    for reason, count in stats.missed_pages.items():
+        yield "missed_pages", ("reason",), (reason,), count
     for level in (DEVICE, *stats.below.levels):
         yield "hit_pages", ("level",), (level,), stats.hit_pages.get(level, 0)
     for cause, count in stats.evictions.items():

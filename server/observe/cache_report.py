@@ -90,6 +90,8 @@ class CacheReport(TypedDict):
     page_size: int
     tokens: HitReport
     pages: HitReport
+    missed_pages: dict[str, int]
+    """Full pages of prompts that were computed, by reason, as explanations give it."""
     device: DeviceReport
     levels: list[LevelReport]
     compute_ms_per_page: float | None
@@ -112,6 +114,7 @@ def report(stats: CacheStats) -> CacheReport:
         "page_size": stats.page_size,
         "tokens": _hits(stats.queried_tokens, stats.hit_tokens),
         "pages": _hits(stats.queried_pages, sum(stats.hit_pages.values())),
+        "missed_pages": stats.missed_pages,
         "device": {
             "pages": stats.pages,
             "page_bytes": stats.page_bytes,

@@ -11,8 +11,8 @@ from msgspec.structs import replace
 
 from kvpaging.base.config import EngineConfig, SchedulerConfig
 from kvpaging.base.errors import EngineDied, Overloaded
+from kvpaging.base.evictions import EvictionCause
 from kvpaging.base.ids import RequestId
-from kvpaging.cache.evictions import EvictionCause
 from kvpaging.cache.explanation import (
     CacheExplanation,
     LevelMatch,
@@ -214,6 +214,7 @@ def cache_stats() -> CacheStats:
         hit_tokens=800,
         queried_pages=100,
         hit_pages={"device": 40, "disk": 10},
+        missed_pages={"never_seen": 44, "evicted_room": 6},
         num_recomputed_tokens=5,
         evictions={"room": 6, "flush": 0},
         saved_s=1.25,

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 
 import msgspec
 import pytest
 from digest_model import DigestExecutor, DigestLevels, digest, digest_config
 
+from kvpaging.base.evictions import EvictionCause
 from kvpaging.base.ids import RequestId
-from kvpaging.cache.evictions import EvictionCause
 from kvpaging.cache.explanation import CacheExplanation, LevelMatch, MissedRun, MissReason
 from kvpaging.cache.lower_levels import Held, LevelLoad, PagesLoaded
 from kvpaging.cache.prefix_key import ChainLink
@@ -320,6 +321,18 @@ def test_what_is_counted_agrees_with_what_is_explained() -> None:
     num_loads = sum(one.all.load is not None and one.all.load.num_asked > 0 for one in told)
     assert [sum(times.counts) for times in stats.load_times.values()] == [num_loads] * 2
     assert sum(stats.pages.values()) == 40
+    missed: Counter[str] = Counter()
+    for one in told:
+        for run in one.missed:
+            missed[run.reason] += run.num_tokens // SIZE
+    assert stats.missed_pages == +missed
+
+
+def test_misses_are_counted_without_being_asked_for_and_evictions_by_cause() -> None:
+    scene = Scene(num_pages=4)
+    for prompt in (PROMPT, [7] * 13, PROMPT):
+        scene.run(msgspec.structs.replace(scene.order(prompt), explain=False))
+    assert scene.engine.cache_stats().missed_pages == {"never_seen": 5, "evicted_room": 2}
 
 
 def test_time_saved_is_what_computing_would_have_taken_less_the_loads() -> None:

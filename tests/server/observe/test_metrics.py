@@ -85,6 +85,7 @@ def test_the_cache_by_level() -> None:
     assert cache["hit_ratio{level=disk}"] == 0.1
     assert cache["hit_pages_total{level=disk}"] == 10
     assert cache["queried_pages_total"] == 100
+    assert cache["missed_pages_total{reason=evicted_room}"] == 6
     assert cache["compute_seconds"] == 0.016
     # 40 in place, 10 at 4 ms, 50 computed at 16 ms
     assert cache["average_access_seconds"] == pytest.approx(0.1 * 0.004 + 0.5 * 0.016)

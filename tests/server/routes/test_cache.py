@@ -14,6 +14,7 @@ def test_stats_by_level() -> None:
     told = Caller(make_app(FakeEngineClient())).get("/cache/stats").json()
     assert told["tokens"] == {"queried": 1700, "hit": 800, "hit_ratio": 800 / 1700}
     assert told["pages"] == {"queried": 100, "hit": 50, "hit_ratio": 0.5}
+    assert told["missed_pages"] == {"never_seen": 44, "evicted_room": 6}
     assert told["device"] == {
         "pages": {"free": 1, "cached": 2, "held": 3, "quarantined": 0},
         "page_bytes": 64,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvpaging.base.evictions import Eviction, EvictionCause, EvictionLog
 from kvpaging.base.ids import PageKey
-from kvpaging.cache.evictions import Eviction, EvictionCause, EvictionLog
 
 
 def key(number: int) -> PageKey:
