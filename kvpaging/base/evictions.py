@@ -1,4 +1,4 @@
-"""Which pages left the device, when and why: a bounded memory, for explanations and counters.
+"""Which pages left a level, when and why: a bounded memory, for explanations and counters.
 
 Keys name a tenant's pages only (the namespace is hashed in), so whoever can't name a page learns
 nothing of it. Knows no pages, only keys.
@@ -6,6 +6,7 @@ nothing of it. Knows no pages, only keys.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import StrEnum
 from typing import Final, NamedTuple
 
@@ -16,7 +17,7 @@ DEFAULT_REMEMBERED: Final = 65_536
 
 
 class EvictionCause(StrEnum):
-    """Why a page left the device."""
+    """Why a page left its level."""
 
     ROOM = "room"
     """Another page was needed, and the policy chose this one."""
@@ -26,6 +27,8 @@ class EvictionCause(StrEnum):
     """Its time was over."""
     BUDGET = "budget"
     """Its tenant needed another, and may have no more."""
+    CORRUPT = "corrupt"
+    """Its bytes were found broken."""
 
 
 class Eviction(NamedTuple):
@@ -36,11 +39,20 @@ class Eviction(NamedTuple):
     cause: EvictionCause
 
 
+class Evicted(NamedTuple):
+    """How long ago and why."""
+
+    ago_s: float
+    cause: EvictionCause
+
+
 class EvictionLog:
     """The last evictions by key, at least `num_remembered` and at most twice as many; all counted.
 
     Two generations: when the young one is full it becomes the old one, and the old one is dropped
     as a whole. So an eviction costs one insertion, whatever was forgotten.
+
+    One thread at a time may add; any may find, and may miss what is added meanwhile.
     """
 
     def __init__(self, num_remembered: int = DEFAULT_REMEMBERED) -> None:
@@ -82,3 +94,8 @@ class EvictionLog:
     def find(self, key: PageKey) -> Eviction | None:
         """The last eviction of this key, if it is remembered. It may have come back since."""
         return self._young.get(key) or self._old.get(key)
+
+    def ages(self, keys: Iterable[PageKey], now_s: float) -> list[Evicted | None]:
+        """How long before `now_s` each of these keys left, if that is remembered."""
+        found = map(self.find, keys)
+        return [one and Evicted(max(0.0, now_s - one.at_s), one.cause) for one in found]

@@ -11,14 +11,21 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from kvpaging.base.errors import LawBroken
-from kvpaging.base.evictions import EvictionCause, EvictionLog
+from kvpaging.base.evictions import Evicted, EvictionCause, EvictionLog
 from kvpaging.base.ids import PageId, PageKey
 from kvpaging.cache.allocator import OutOfPages, PageAllocator
 from kvpaging.cache.budgets import Budget, Budgets
 from kvpaging.cache.eviction.by_priority import ByPriority
 from kvpaging.cache.eviction.lru import LeastRecentlyUsed
 from kvpaging.cache.eviction.policy import EvictionPolicy
-from kvpaging.cache.explanation import CacheExplanation, Found, Lookup, explain, missed_pages
+from kvpaging.cache.explanation import (
+    DEVICE,
+    CacheExplanation,
+    Found,
+    Lookup,
+    explain,
+    missed_pages,
+)
 from kvpaging.cache.lower_levels import Held, LowerLevels, PageStore
 from kvpaging.cache.page_lease import PageLease
 from kvpaging.cache.pins import Pins
@@ -263,11 +270,20 @@ class CacheManager:
 
     def missed_pages(self, found: Found) -> Counter[str]:
         """How many pages of a prompt were missed, by reason. A question; O(pages missed)."""
-        return missed_pages(found, self.evictions)
+        return missed_pages(found, self._left(found.links, found.num_matched))
 
     def explain(self, found: Found) -> CacheExplanation:
         """Why so much of a prompt was found, and not more. A question."""
-        return explain(found, self.evictions)
+        return explain(found, self._left(found.links, 0))
+
+    def _left(self, links: Sequence[ChainLink], first: int) -> dict[str, list[Evicted | None]]:
+        """By level, how each of these pages from `first` on left it."""
+        keys = [link.key for link in links[first:]]
+        gone = {DEVICE: self.evictions.ages(keys, self.evictions.now_s)}
+        if keys and self._levels is not None:
+            gone |= self._levels.evicted(keys)
+        unasked: list[Evicted | None] = [None] * min(first, len(links))
+        return {level: unasked + found for level, found in gone.items()}
 
     def reserve(
         self,

@@ -6,8 +6,9 @@ says nothing of other tenants. Knows no request and no text.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import groupby
@@ -15,7 +16,7 @@ from typing import Final
 
 import msgspec
 
-from kvpaging.base.evictions import EvictionCause, EvictionLog
+from kvpaging.base.evictions import Evicted, EvictionCause
 from kvpaging.cache.load_costs import LoadChoices
 from kvpaging.cache.lower_levels import Held, LevelLoad, PagesLoaded
 from kvpaging.cache.prefix_key import ChainLink
@@ -24,12 +25,17 @@ DEVICE: Final = "device"
 GUESSING: Final = frozenset({"remote"})
 """Levels that know only after asking whether they have a page: a miss there is no failure."""
 
+Left = Mapping[str, Sequence[Evicted | None]]
+"""By level, how long ago and why each page of a prompt left it, as far as that is remembered."""
+
 
 class MissReason(StrEnum):
     """Why tokens of a prompt were computed."""
 
     NEVER_SEEN = "never_seen"
     """Not under these settings: not by this tenant, or longer ago than evictions are remembered."""
+    NOT_THERE = "not_there"
+    """Of a level that does not know whether it ever had it."""
     EVICTED = "evicted"
     COMPUTING_FASTER = "computing_faster"
     """A level has it; by what was measured, computing it took less time."""
@@ -47,18 +53,6 @@ class MissReason(StrEnum):
     """The server's prefix cache is off."""
 
 
-class LevelMatch(msgspec.Struct, frozen=True, array_like=True):
-    """One level, asked for what faster levels did not have."""
-
-    level: str
-    num_pages: int
-    """That came from there ..."""
-    num_left: int
-    """... and that were left there."""
-    first_mismatch: int | None
-    """The first page, of those it was asked for, that it had not; `None`: it had them all."""
-
-
 class MissedRun(msgspec.Struct, frozen=True, array_like=True):
     """Tokens of the prompt, one after the other, that were computed for the same reason."""
 
@@ -69,6 +63,22 @@ class MissedRun(msgspec.Struct, frozen=True, array_like=True):
     """Of `EVICTED`."""
     evicted_ago_s: float | None = None
     """Of `EVICTED`: how long before the look-up the run's first page left."""
+    level: str | None = None
+    """Of `EVICTED`: the level that it left last."""
+
+
+class LevelMatch(msgspec.Struct, frozen=True, array_like=True):
+    """One level, asked for what faster levels did not have."""
+
+    level: str
+    num_pages: int
+    """That came from there ..."""
+    num_left: int
+    """... and that were left there."""
+    first_mismatch: int | None
+    """The first page, of those it was asked for, that it had not; `None`: it had them all."""
+    missed: tuple[MissedRun, ...] = ()
+    """What it had not of what it was asked for, and why."""
 
 
 class LoadNote(msgspec.Struct, frozen=True, array_like=True):
@@ -199,30 +209,33 @@ class Found:
     is_enabled: bool
 
 
-def explain(found: Found, evictions: EvictionLog) -> CacheExplanation:
-    """Say why. O(pages of the prompt)."""
+def explain(found: Found, left: Left) -> CacheExplanation:
+    """Say why. `left` has every page of the prompt. O(pages of the prompt)."""
     size = found.page_size
     num_cached = found.num_matched * size
     return CacheExplanation(
         page_size=size,
         num_tokens=found.num_tokens,
         num_cached_tokens=num_cached,
-        levels=tuple(_levels(found)) if found.is_enabled else (),
-        missed=tuple(_runs(found, evictions)),
+        levels=tuple(_levels(found, left)) if found.is_enabled else (),
+        missed=tuple(_runs(found, left)),
         load=_load_note(found.lookup),
     )
 
 
-def missed_pages(found: Found, evictions: EvictionLog) -> Counter[str]:
-    """How many full pages were missed for which reason; evicted ones by their cause as well."""
+def missed_pages(found: Found, left: Left) -> Counter[str]:
+    """How many full pages were missed for which reason; evicted ones by their cause as well.
+
+    `left` has every page of the prompt that was not matched.
+    """
     missed: Counter[str] = Counter()
-    for run in _runs(found, evictions):
+    for run in _runs(found, left):
         reason = run.reason if run.cause is None else f"{run.reason}_{run.cause}"
         missed[str(reason)] += run.num_tokens // found.page_size
     return +missed
 
 
-def _levels(found: Found) -> Iterator[LevelMatch]:
+def _levels(found: Found, left: Left) -> Iterator[LevelMatch]:
     """The device, then each level; each is asked for what those above it have not."""
     num_findable = (found.num_findable_tokens - 1) // found.page_size
     givers = found.lookup.givers(found.num_matched)
@@ -239,39 +252,78 @@ def _levels(found: Found) -> Iterator[LevelMatch]:
             num_pages=where[: found.num_matched].count(level),
             num_left=where[found.num_matched :].count(level),
             first_mismatch=next((p for p, at in enumerate(where) if at in slower), None),
+            missed=tuple(
+                _level_runs(found, level, left, [p for p, at in enumerate(where) if at in slower])
+            ),
         )
 
 
-def _runs(found: Found, evictions: EvictionLog) -> Iterator[MissedRun]:
-    """The missed tokens, one run for each stretch of the same reason and cause."""
+def _level_runs(found: Found, level: str, left: Left, pages: Sequence[int]) -> Iterator[MissedRun]:
+    """Why a level had not these pages, one run for each stretch of the same reason and cause."""
+    size = found.page_size
+    gone = left.get(level, ())
+    told = []
+    for page in pages:
+        believed, reason = _below(found.lookup, page)
+        cause = ago_s = None
+        if believed == level and reason is MissReason.NOT_DELIVERED:
+            why = reason
+        elif (one := _at(gone, page)) is not None:
+            why, cause, ago_s = MissReason.EVICTED, one.cause, one.ago_s
+        else:
+            why = MissReason.NOT_THERE if level in GUESSING else MissReason.NEVER_SEEN
+        told.append((page, why, cause, ago_s))
+    # The difference between page and position is the same within a stretch.
+    for (_, why, cause), group in groupby(
+        enumerate(told), lambda one: (one[1][0] - one[0], one[1][1], one[1][2])
+    ):
+        run = [one for _, one in group]
+        of = level if why is MissReason.EVICTED else None
+        yield MissedRun(why, run[0][0] * size, len(run) * size, cause, run[0][3], of)
+
+
+def _at(gone: Sequence[Evicted | None], page: int) -> Evicted | None:
+    return gone[page] if page < len(gone) else None
+
+
+def _runs(found: Found, left: Left) -> Iterator[MissedRun]:
+    """The missed tokens, one run for each stretch of the same reason, level and cause."""
     size = found.page_size
     num_full = found.num_tokens // size
-    told = [(page, *_why(found, page, evictions)) for page in range(found.num_matched, num_full)]
-    for (reason, cause), group in groupby(told, lambda one: (one[1], one[2])):
+    told = [(page, *_why(found, page, left)) for page in range(found.num_matched, num_full)]
+    for (reason, level, cause), group in groupby(told, lambda one: one[1:4]):
         pages = list(group)
-        yield MissedRun(reason, pages[0][0] * size, len(pages) * size, cause, pages[0][3])
+        first, ago_s = pages[0][0], pages[0][4]
+        yield MissedRun(reason, first * size, len(pages) * size, cause, ago_s, level)
     tail = found.num_tokens - num_full * size
     if tail:
         reason = MissReason.BELOW_PAGE if found.is_enabled else MissReason.DISABLED
         yield MissedRun(reason, num_full * size, tail)
 
 
-def _why(
-    found: Found, page: int, evictions: EvictionLog
-) -> tuple[MissReason, EvictionCause | None, float | None]:
-    """Why this full page was not found; for an evicted one why and how long ago it left."""
+_Why = tuple[MissReason, str | None, EvictionCause | None, float | None]
+"""The reason; for an evicted page the level that it left last, why, and how long ago."""
+
+
+def _why(found: Found, page: int, left: Left) -> _Why:
+    """Why this full page was not found."""
     if not found.is_enabled:
-        return MissReason.DISABLED, None, None
+        return MissReason.DISABLED, None, None, None
     if page >= (found.num_findable_tokens - 1) // found.page_size:
         is_last = found.num_findable_tokens >= found.num_tokens
-        return MissReason.LAST_TOKEN if is_last else MissReason.SCORED, None, None
-    _, reason = _below(found.lookup, page)
-    if reason is not None:
-        return reason, None, None
-    eviction = evictions.find(found.links[page].key)
-    if eviction is None:
-        return MissReason.NEVER_SEEN, None, None
-    return MissReason.EVICTED, eviction.cause, evictions.now_s - eviction.at_s
+        return MissReason.LAST_TOKEN if is_last else MissReason.SCORED, None, None, None
+    if found.lookup.rounds:
+        _, reason = _below(found.lookup, page)
+        if reason is not None:
+            return reason, None, None, None
+    last: _Why = MissReason.NEVER_SEEN, None, None, None
+    last_ago_s = math.inf
+    for level, gone in left.items():
+        one = gone[page]
+        if one is not None and one.ago_s <= last_ago_s:
+            last_ago_s = one.ago_s
+            last = MissReason.EVICTED, level, one.cause, one.ago_s
+    return last
 
 
 def _below(lookup: Lookup, page: int) -> tuple[str | None, MissReason | None]:

@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 
+from kvpaging.base.evictions import Evicted
 from kvpaging.base.ids import PageId, PageKey, SeqId
 from kvpaging.cache.prefix_key import ChainLink
 
@@ -106,4 +107,10 @@ class LowerLevels(Protocol):
         """Which of these pages are believed to be below, from the first on without a gap.
 
         Each counts for the fastest level that has it. A question.
+        """
+
+    def evicted(self, keys: Sequence[PageKey]) -> dict[str, list[Evicted | None]]:
+        """By level, how long ago and why each page left it, where that is remembered.
+
+        A question for explanations; no decision depends on it.
         """

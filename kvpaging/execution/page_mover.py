@@ -24,6 +24,8 @@ from itertools import groupby
 from typing import Final
 
 from kvpaging.base.clock import Clock, monotonic
+from kvpaging.base.evictions import Evicted
+from kvpaging.base.ids import PageKey
 from kvpaging.cache.lower_levels import (
     Held,
     LevelFlush,
@@ -176,6 +178,11 @@ class PageMover:
                 num_before = held.pop().num_pages
             held.append(Held(name, num_before + 1))
         return tuple(held)
+
+    def evicted(self, keys: Sequence[PageKey]) -> dict[str, list[Evicted | None]]:
+        """By level, how long ago and why each page left it."""
+        levels = (setting.level for setting in self._settings)
+        return {level.name: level.evicted(keys) for level in levels}
 
     def stats(self) -> BelowStats:
         """Each level's state and totals, and what is on its way."""

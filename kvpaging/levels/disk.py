@@ -32,6 +32,7 @@ from typing import Final, TypeVar
 
 from kvpaging.base.clock import Clock, monotonic
 from kvpaging.base.errors import ConfigError
+from kvpaging.base.evictions import Evicted, EvictionCause, EvictionLog
 from kvpaging.base.ids import PageKey
 from kvpaging.base.secret_file import read_secret
 from kvpaging.levels import segment
@@ -140,11 +141,12 @@ class DiskLevel:
         self._codec = PageCodec(root, item_bytes, compress=compress)
         self._clock = clock
         self._counters = Counters()
+        self._evictions = EvictionLog()
         self._complaints = Complaints(logging.getLogger(__name__), clock)
         self._places: dict[PageKey, _Place] = {}
         self._used: set[PageKey] = set()
         self._places_lock = threading.Lock()
-        """For changes to the two above; held for moments. Looking a page up needs no lock."""
+        """For changes to the three above; held for moments. Looking a page up needs no lock."""
         self._write_lock = threading.Lock()
         """For everything below; held while writing."""
         self._segments: dict[int, _Segment] = {}
@@ -236,7 +238,11 @@ class DiskLevel:
         with self._write_lock:
             self._seal()
             while self._segments and not self._is_closed:
-                self._drop_oldest(keep_used=False)
+                self._drop_oldest(EvictionCause.FLUSH)
+
+    def evicted(self, keys: Sequence[PageKey]) -> list[Evicted | None]:
+        """How long ago and why each page left, since this was opened; of the last ones."""
+        return self._evictions.ages(keys, self._clock())
 
     def stats(self) -> LevelStats:
         """State and totals."""
@@ -324,7 +330,7 @@ class DiskLevel:
             self._recover_segment(segment_id, size, known.get(segment_id, []))
         self._measure_index()
         while self._segments and not self._fits(0, 0):
-            self._drop_oldest(keep_used=False)
+            self._drop_oldest(EvictionCause.ROOM)
         newest = self._segments.get(self._newest)
         if newest is not None and newest.num_bytes < self._segment_bytes:
             path = segment.path_of(self._directory, self._newest)
@@ -424,18 +430,22 @@ class DiskLevel:
                 pages.append(None)
                 self._counters.add(corrupt=1)
                 self._complaints.warn("a page is corrupt", f"{path} at {place[1]}: {error}")
-                self._forget(key, place)
+                self._forget([(key, place)], EvictionCause.CORRUPT)
         return pages
 
     def _mark_used(self, keys: Iterable[PageKey]) -> None:
         with self._places_lock:
             self._used.update(key for key in keys if key in self._places)
 
-    def _forget(self, key: PageKey, place: _Place) -> None:
+    def _forget(self, pages: Iterable[tuple[PageKey, _Place]], cause: EvictionCause) -> None:
+        """These are here no longer, those excepted that lie elsewhere by now."""
         with self._places_lock:
-            if self._places.get(key) == place:
-                del self._places[key]
-                self._used.discard(key)
+            self._evictions.now_s = self._clock()
+            for key, place in pages:
+                if self._places.get(key) == place:
+                    del self._places[key]
+                    self._used.discard(key)
+                    self._evictions.add(key, cause)
 
     # Writing. The caller holds the write lock.
 
@@ -460,7 +470,7 @@ class DiskLevel:
         while not self._fits(num_bytes + self._segment_bytes // 2, num_entries):
             if len(self._segments) <= (self._writer is not None):
                 return False
-            self._drop_oldest()
+            self._drop_oldest(EvictionCause.ROOM, keep_used=True)
         return True
 
     def _fits(self, num_bytes: int, num_entries: int) -> bool:
@@ -515,8 +525,8 @@ class DiskLevel:
                 self._places[entry.key] = (segment_id, entry.offset, entry.num_bytes)
                 self._segments[segment_id].keys.append(entry.key)
 
-    def _drop_oldest(self, *, keep_used: bool = True) -> None:
-        """Delete the oldest segment, but keep what was used of it. Frees half of it or more."""
+    def _drop_oldest(self, cause: EvictionCause, *, keep_used: bool = False) -> None:
+        """Delete the oldest segment, or keep what was used of it. Frees half of it or more."""
         segment_id, oldest = next(iter(self._segments.items()))
         here = [
             (key, place)
@@ -524,8 +534,7 @@ class DiskLevel:
             if (place := self._places.get(key)) is not None and place[0] == segment_id
         ]
         rescued = self._rescue(here) if keep_used else 0
-        for key, place in here:
-            self._forget(key, place)
+        self._forget(here, cause)
         del self._segments[segment_id]
         with self._complaining("a segment can't be deleted"):
             segment.path_of(self._directory, segment_id).unlink(missing_ok=True)

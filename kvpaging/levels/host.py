@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from kvpaging.base.clock import Clock, monotonic
 from kvpaging.base.errors import ConfigError
+from kvpaging.base.evictions import Evicted, EvictionCause, EvictionLog
 from kvpaging.base.ids import PageKey
 from kvpaging.levels.level import Counters, Level, LevelStats, StoredPage
 
@@ -42,6 +43,7 @@ class HostLevel:
         self._num_bytes = 0
         self._is_closed = False
         self._counters = Counters()
+        self._evictions = EvictionLog()
         self._lock = threading.Lock()
 
     def contains(self, keys: Sequence[PageKey]) -> list[bool]:
@@ -104,8 +106,13 @@ class HostLevel:
     def clear(self) -> None:
         """Forget every page."""
         with self._lock:
+            self._note_evicted(self._pages, EvictionCause.FLUSH)
             self._pages.clear()
             self._num_bytes = 0
+
+    def evicted(self, keys: Sequence[PageKey]) -> list[Evicted | None]:
+        """How long ago and why each page left; of the last ones."""
+        return self._evictions.ages(keys, self._clock())
 
     def stats(self) -> LevelStats:
         """State and totals."""
@@ -143,4 +150,10 @@ class HostLevel:
             _, page = self._pages.popitem(last=False)
             self._num_bytes -= _num_bytes(page)
             evicted.append(page)
+        self._note_evicted((page.key for page in evicted), EvictionCause.ROOM)
         return evicted
+
+    def _note_evicted(self, keys: Iterable[PageKey], cause: EvictionCause) -> None:
+        self._evictions.now_s = self._clock()
+        for key in keys:
+            self._evictions.add(key, cause)

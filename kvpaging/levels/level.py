@@ -17,6 +17,7 @@ from typing import NamedTuple, Protocol
 import msgspec
 
 from kvpaging.base.clock import Clock
+from kvpaging.base.evictions import Evicted
 from kvpaging.base.ids import PageKey
 
 
@@ -111,6 +112,12 @@ class Level(Protocol):
 
     def clear(self) -> None:
         """Forget every page."""
+
+    def evicted(self, keys: Sequence[PageKey]) -> list[Evicted | None]:
+        """How long ago and why each page left, of those whose leaving is remembered.
+
+        It may be here again. Answers at once, from memory.
+        """
 
     def stats(self) -> LevelStats:
         """State and totals. Cheap."""

@@ -24,6 +24,7 @@ from typing import Final, Literal
 
 from kvpaging.base.clock import Clock, monotonic
 from kvpaging.base.errors import ConfigError
+from kvpaging.base.evictions import Evicted
 from kvpaging.base.ids import PageKey
 from kvpaging.levels.breaker import CircuitBreaker
 from kvpaging.levels.codec import BadValue, PageCodec
@@ -237,6 +238,10 @@ class RemoteLevel:
                     return
             if cursor == b"0":
                 return
+
+    def evicted(self, keys: Sequence[PageKey]) -> list[Evicted | None]:
+        """Nothing: what leaves, and why, only the server knows."""
+        return [None] * len(keys)
 
     def stats(self) -> LevelStats:
         """Totals; how much the server holds only it knows."""

@@ -16,6 +16,7 @@ from typing import Final
 import msgspec
 
 from kvpaging.base.errors import ConfigError
+from kvpaging.base.evictions import Evicted
 from kvpaging.base.ids import PageKey
 from kvpaging.cache.lower_levels import Held, LevelLoad, PageLoad, PagesLoaded, PageStore
 from kvpaging.cache.prefix_key import ChainLink
@@ -120,6 +121,10 @@ class SimulatedLevels:
         return tuple(
             Held(name, len(list(run))) for name, run in groupby(self._names_of(links)) if name
         )
+
+    def evicted(self, keys: Sequence[PageKey]) -> dict[str, list[Evicted | None]]:
+        """Nothing: nobody asks for explanations here."""
+        return {}
 
     def store(self, stores: Iterable[PageStore]) -> None:
         """Carry a plan's stores out."""

@@ -22,6 +22,7 @@ import msgspec
 
 from kvpaging.base.config import SchedulerConfig
 from kvpaging.base.errors import ConfigError
+from kvpaging.base.evictions import Evicted
 from kvpaging.base.ids import PageKey, RequestId
 from kvpaging.cache.lower_levels import Held, LevelsFlushed, LowerLevels, PagesLoaded
 from kvpaging.cache.prefix_key import ChainLink, PrefixChain, root_key
@@ -187,6 +188,10 @@ class WatchedLevels:
         """As the levels say."""
         self.answers.append(self._levels.probe(links))
         return self.answers[-1]
+
+    def evicted(self, keys: Sequence[PageKey]) -> dict[str, list[Evicted | None]]:
+        """As the levels say; nothing depends on it."""
+        return self._levels.evicted(keys)
 
 
 @dataclass(slots=True)

@@ -15,7 +15,8 @@ from pathlib import Path
 import msgspec
 
 from kvpaging.base.errors import ConfigError
-from kvpaging.base.ids import RequestId, SeqId
+from kvpaging.base.evictions import Evicted
+from kvpaging.base.ids import PageKey, RequestId, SeqId
 from kvpaging.cache.cache_manager import CacheManager
 from kvpaging.cache.eviction.names import POLICIES
 from kvpaging.cache.lower_levels import Held, PagesLoaded
@@ -92,6 +93,10 @@ class _RecordedLevels:
     def probe(self, links: Sequence[ChainLink]) -> tuple[Held, ...]:
         """The next recorded answer; nothing where the live run did not ask."""
         return self.answers.pop(0) if self.answers else ()
+
+    def evicted(self, keys: Sequence[PageKey]) -> dict[str, list[Evicted | None]]:
+        """Nothing: nobody asks for explanations here."""
+        return {}
 
 
 class _RecordedExecutor:

@@ -12,6 +12,9 @@ from kvpaging.scheduling.outputs import Recomputed
 
 EXPLAIN: Final = "Say at the end, for each prompt, what was found in the cache and why not more."
 
+_POLICIES_BELOW: Final = {"host": "lru", "disk": "oldest_segment"}
+"""How levels below the device choose what leaves them."""
+
 
 class Mismatch(TypedDict):
     """The first page that was not found, and its first token; both count from 0."""
@@ -30,6 +33,8 @@ class LevelExplanation(TypedDict):
     """Pages that are there and were computed all the same; `missed` says why."""
     first_mismatch: Mismatch | None
     """`null`: it had everything that it was asked for."""
+    missed: list[MissedTokens]
+    """What it had not of what it was asked for, and why."""
 
 
 class MissedTokens(TypedDict):
@@ -38,10 +43,12 @@ class MissedTokens(TypedDict):
     reason: str
     first_token: int
     tokens: int
+    level: NotRequired[str]
+    """Of `evicted`: the level that it left last."""
     cause: NotRequired[str]
     """Of `evicted`: `room`, `flush`, ..."""
     policy: NotRequired[str]
-    """Which policy chose it, where the cause is `room`."""
+    """Which policy of that level chose it, where the cause is `room`."""
     evicted_s_ago: NotRequired[float]
 
 
@@ -92,7 +99,7 @@ def explanation_of(
         "prompt_tokens": told.num_tokens,
         "cached_tokens": told.num_cached_tokens,
         "page_size": size,
-        "levels": [_level(level, size) for level in told.levels],
+        "levels": [_level(level, size, policy) for level in told.levels],
         "first_mismatch": None if is_whole else _mismatch(told.num_cached_tokens // size, size),
         "missed": [_missed(run, policy) for run in told.missed],
         "load": None if told.load is None else _load(told.load, size),
@@ -103,13 +110,14 @@ def explanation_of(
     }
 
 
-def _level(level: LevelMatch, size: int) -> LevelExplanation:
+def _level(level: LevelMatch, size: int, policy: str) -> LevelExplanation:
     first = level.first_mismatch
     return {
         "level": level.level,
         "pages": level.num_pages,
         "pages_left": level.num_left,
         "first_mismatch": None if first is None else _mismatch(first, size),
+        "missed": [_missed(run, policy) for run in level.missed],
     }
 
 
@@ -123,10 +131,11 @@ def _missed(run: MissedRun, policy: str) -> MissedTokens:
         "first_token": run.first_token,
         "tokens": run.num_tokens,
     }
-    if run.cause is not None:
+    if run.cause is not None and run.level is not None:
+        missed["level"] = run.level
         missed["cause"] = run.cause
         if run.cause == "room":
-            missed["policy"] = policy
+            missed["policy"] = _POLICIES_BELOW.get(run.level, policy)
     if run.evicted_ago_s is not None:
         missed["evicted_s_ago"] = round(run.evicted_ago_s, 3)
     return missed

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kvpaging.base.config import EngineConfig, SchedulerConfig
+from kvpaging.base.evictions import Evicted
+from kvpaging.base.ids import PageKey
 from kvpaging.cache.lower_levels import Held, LevelLoad, LevelsFlushed, PageLoad, PagesLoaded
 from kvpaging.cache.prefix_key import ChainLink
 from kvpaging.levels.level import BelowStats
@@ -181,7 +183,7 @@ class DigestExecutor:
 class DigestLevels:
     """Lower levels that are slow, forget, and deliver less than they promised."""
 
-    names = ("digest",)
+    names: tuple[str, ...] = ("digest",)
 
     def __init__(
         self,
@@ -197,6 +199,8 @@ class DigestLevels:
         self.pages: dict[bytes, tuple[bytes, list[int]]] = {}
         self.pending: list[tuple[int, PageLoad]] = []
         self.flushed: list[LevelsFlushed] = []
+        self.gone: dict[str, dict[PageKey, Evicted]] = {}
+        """What each level says of pages that left it."""
         self.num_loaded = 0
         self.num_missed = 0
         self._rng = rng
@@ -211,6 +215,9 @@ class DigestLevels:
                 break
             found += 1
         return (Held("digest", found),) if found else ()
+
+    def evicted(self, keys: Sequence[PageKey]) -> dict[str, list[Evicted | None]]:
+        return {n: [self.gone.get(n, {}).get(key) for key in keys] for n in self.names}
 
     def carry_out(self, plan: StepPlan, slots: list[int], size: int) -> None:
         for order in plan.flushes:

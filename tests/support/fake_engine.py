@@ -231,9 +231,21 @@ def explanation(num_tokens: int) -> CacheExplanation:
         1,
         num_tokens,
         1,
-        (LevelMatch("device", 0, 0, 0), LevelMatch("disk", 1, 0, 1)),
         (
-            MissedRun(MissReason.EVICTED, 1, 1, EvictionCause.ROOM, 2.5),
+            LevelMatch("device", 0, 0, 0, (MissedRun(MissReason.NEVER_SEEN, 0, num_tokens),)),
+            LevelMatch(
+                "disk",
+                1,
+                0,
+                1,
+                (
+                    MissedRun(MissReason.EVICTED, 1, 1, EvictionCause.ROOM, 2.5, "disk"),
+                    MissedRun(MissReason.NEVER_SEEN, 2, num_tokens - 2),
+                ),
+            ),
+        ),
+        (
+            MissedRun(MissReason.EVICTED, 1, 1, EvictionCause.ROOM, 2.5, "disk"),
             MissedRun(MissReason.NEVER_SEEN, 2, num_tokens - 2),
         ),
         LoadNote(1, 1, 1, 0.004, choices),

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from digest_model import GARBAGE, DigestExecutor
 
+from kvpaging.base.evictions import Evicted
 from kvpaging.base.ids import PageKey
 from kvpaging.base.kv_spec import KVSpec
 from kvpaging.cache.lower_levels import PagesLoaded
@@ -85,6 +86,9 @@ class Moody:
 
     def clear(self) -> None:
         self.level.clear()
+
+    def evicted(self, keys: Sequence[PageKey]) -> list[Evicted | None]:
+        return self.level.evicted(keys)
 
     def stats(self) -> LevelStats:
         return self.level.stats()

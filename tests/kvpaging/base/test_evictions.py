@@ -31,5 +31,10 @@ def test_the_last_ones_are_known_and_all_are_counted(
             assert log.find(key(recent)) == told[key(recent)]
     for known in told:
         assert log.find(known) in (None, told[known])
+    end = float(len(steps))
+    ages = log.ages(map(key, range(13)), end)
+    assert [age and (end - age.ago_s, age.cause) for age in ages] == [
+        log.find(key(number)) for number in range(13)
+    ]
     assert sum(log.counts.values()) == len(steps)
     assert log.num_evicted == sum(cause is EvictionCause.ROOM for _, cause in steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kvpaging.base.evictions import Evicted
 from kvpaging.base.ids import PageId, PageKey
 from kvpaging.cache.lower_levels import PageStore
 from kvpaging.cache.prefix_key import ChainLink
@@ -22,6 +23,9 @@ class Room:
 
     def probe(self, links: object) -> tuple[()]:
         return ()
+
+    def evicted(self, keys: object) -> dict[str, list[Evicted | None]]:
+        return {}
 
 
 def order(number: int, num_uses: int = 1) -> PageStore:

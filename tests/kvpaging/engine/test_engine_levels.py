@@ -15,12 +15,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kvpaging.base.config import EngineOptions
+from kvpaging.base.evictions import EvictionCause
+from kvpaging.base.ids import RequestId
+from kvpaging.cache.explanation import MissReason
 from kvpaging.cache.prefix_key import root_key
 from kvpaging.engine.engine import Completion, Engine
 from kvpaging.execution.page_mover import PageMover
 from kvpaging.levels import segment
 from kvpaging.levels.codec import HEADER_BYTES, read_header
-from kvpaging.scheduling.request import SamplingParams
+from kvpaging.scheduling.events import Arrival, Event
+from kvpaging.scheduling.request import Request, SamplingParams
 
 PAGE_BYTES = 8 * 2 * 2 * 16 * 64 * 2
 SAMPLING = SamplingParams(max_new_tokens=4, seed=7, ignore_eos=True, logprobs=2)
@@ -167,3 +171,35 @@ def test_what_is_evicted_goes_down_level_by_level_and_comes_back_the_same(
     assert (cold.num_cached_tokens, warm.num_cached_tokens) == (0, 144)
     if it.config.exact:
         assert warm.samples == cold.samples
+
+
+def test_an_explanation_says_which_level_a_page_left_last(
+    model: Path, tmp_path: Path, prompts: Callable[[int], list[int]]
+) -> None:
+    options: dict[str, object] = {
+        "disk_cache_dir": str(tmp_path / "pages"),
+        "disk_cache_bytes": 20 * PAGE_BYTES,
+        "max_model_len": 160,
+    }
+    tokens = prompts(150)
+    with engine(model, num_pages=10, **options) as it:
+        ask(it, tokens)
+        settled(it)
+        for _ in range(4):
+            ask(it, prompts(150))
+            settled(it)
+        request = Request(RequestId("x"), tuple(tokens), SAMPLING, explain=True)
+        events: list[Event] = [Arrival(request)]
+        told = None
+        while events or it.has_work:
+            for output in it.step(events).outputs:
+                told = output.finished and output.finished.explanation
+            events = []
+    assert told is not None
+    device, disk = told.levels
+    assert {run.reason for run in told.missed} == {MissReason.EVICTED, MissReason.BELOW_PAGE}
+    assert {run.level for run in told.missed} == {"disk", None}
+    for level in (device, disk):
+        [run] = level.missed
+        assert (run.num_tokens, run.cause, run.level) == (144, EvictionCause.ROOM, level.level)
+    assert device.missed[0].evicted_ago_s > disk.missed[0].evicted_ago_s >= 0

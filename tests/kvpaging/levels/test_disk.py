@@ -19,6 +19,7 @@ import pytest
 from level_pages import ROOT, key_of, page_of
 
 from kvpaging.base.errors import ConfigError
+from kvpaging.base.evictions import Evicted, EvictionCause
 from kvpaging.levels.codec import OVERHEAD_BYTES
 from kvpaging.levels.disk import MIN_CAPACITY_BYTES, DiskLevel, kept_secret
 
@@ -487,4 +488,42 @@ def test_threads_at_once(tmp_path: Path) -> None:
     assert failures == []
     assert level.stats().corrupt == 0
     assert num_bytes(tmp_path / "cache") <= MIN_CAPACITY_BYTES
+    level.close()
+
+
+def test_remembers_what_left_when_and_why(tmp_path: Path) -> None:
+    now = [100.0]
+    level = opened(tmp_path / "cache", segment_bytes=128 << 10, clock=lambda: now[0])
+    keys = [key_of(n) for n in range(16)]
+    fill(level, range(1), 100_000)
+    [one] = segments_of(tmp_path / "cache")
+    content = bytearray(one.read_bytes())
+    content[-1] ^= 1
+    one.write_bytes(content)
+    assert whole(level, range(1), 100_000) == set()
+    assert level.evicted(keys[:2]) == [Evicted(0.0, EvictionCause.CORRUPT), None]
+    now[0] = 110.0
+    fill(level, range(1, 16), 100_000)
+    now[0] = 112.5
+    here = level.contains(keys)
+    assert 0 < sum(here) < 15
+    for told, is_here in zip(level.evicted(keys)[1:], here[1:], strict=True):
+        assert told == (None if is_here else Evicted(2.5, EvictionCause.ROOM))
+    level.clear()
+    told = level.evicted(keys)
+    assert [one and one.cause for one, is_here in zip(told, here, strict=True) if is_here] == [
+        EvictionCause.FLUSH
+    ] * sum(here)
+    level.close()
+
+
+def test_a_page_that_was_kept_because_it_was_used_has_not_left(tmp_path: Path) -> None:
+    level = opened(tmp_path / "cache", segment_bytes=128 << 10)
+    fill(level, range(1), 20_000)
+    for number in range(1, 100):
+        assert whole(level, range(1), 20_000) == {0}
+        fill(level, range(number, number + 1), 20_000)
+    assert level.stats().rescued > 0
+    assert level.evicted([key_of(0), key_of(1)])[0] is None
+    assert level.evicted([key_of(1)])[0] is not None
     level.close()

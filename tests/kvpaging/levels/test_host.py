@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from level_pages import key_of, page_of
 
 from kvpaging.base.errors import ConfigError
+from kvpaging.base.evictions import Evicted, EvictionCause
 from kvpaging.levels.host import HostLevel
 
 PAGE_BYTES = 600 + 16 + 512
@@ -68,3 +69,19 @@ def test_takes_nothing_after_the_deadline_or_the_end() -> None:
 def test_needs_room() -> None:
     with pytest.raises(ConfigError):
         HostLevel(0)
+
+
+def test_remembers_what_left_when_and_why() -> None:
+    now = [100.0]
+    level = HostLevel(2 * PAGE_BYTES, clock=lambda: now[0])
+    level.store([page_of(1), page_of(2)], 1.0)
+    keys = [key_of(n) for n in range(1, 5)]
+    assert level.evicted(keys) == [None] * 4
+    now[0] = 110.0
+    level.store([page_of(3)], 1.0)
+    now[0] = 112.5
+    assert level.evicted(keys) == [None, Evicted(2.5, EvictionCause.ROOM), None, None]
+    level.clear()
+    now[0] = 113.0
+    flushed = Evicted(0.5, EvictionCause.FLUSH)
+    assert level.evicted(keys) == [flushed, Evicted(3.0, EvictionCause.ROOM), flushed, None]

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from digest_model import DigestExecutor, DigestLevels, digest, digest_config
 
-from kvpaging.base.evictions import EvictionCause
+from kvpaging.base.evictions import Evicted, EvictionCause
 from kvpaging.base.ids import RequestId
 from kvpaging.cache.explanation import CacheExplanation, LevelMatch, MissedRun, MissReason
 from kvpaging.cache.lower_levels import Held, LevelLoad, PagesLoaded
@@ -65,7 +65,10 @@ class Told:
     def __init__(self, explanation: CacheExplanation):
         check(explanation)
         self.all = explanation
-        self.levels = explanation.levels
+        self.levels = tuple(
+            msgspec.structs.replace(level, missed=()) for level in explanation.levels
+        )
+        self.missed_by_level = {level.level: level.missed for level in explanation.levels}
         self.missed = explanation.missed
         self.reasons = [(run.reason, run.first_token, run.num_tokens) for run in self.missed]
 
@@ -80,6 +83,16 @@ def check(told: CacheExplanation) -> None:
         at += run.num_tokens
     assert at == told.num_tokens, "cached and missed tokens are not the prompt"
     assert sum(level.num_pages for level in told.levels) * told.page_size == told.num_cached_tokens
+    for level in told.levels:
+        first, end = level.first_mismatch, 0
+        assert (first is None) == (not level.missed)
+        for run in level.missed:
+            assert run.first_token >= end
+            assert run.num_tokens > 0
+            assert (run.reason is MissReason.EVICTED) == (run.level == level.level)
+            end = run.first_token + run.num_tokens
+        if first is not None:
+            assert level.missed[0].first_token == first * told.page_size
     for faster, slower in zip(told.levels, told.levels[1:], strict=False):
         if slower.num_pages or slower.num_left:
             assert faster.first_mismatch is not None
@@ -122,7 +135,7 @@ def test_evicted_pages_say_when_and_what_for() -> None:
     scene.ask([7] * 13)
     scene.now = 142.5
     told = scene.ask(PROMPT)
-    assert told.missed[0] == MissedRun(MissReason.EVICTED, 0, 8, EvictionCause.ROOM, 12.5)
+    assert told.missed[0] == MissedRun(MissReason.EVICTED, 0, 8, EvictionCause.ROOM, 12.5, "device")
     assert told.levels[0].first_mismatch == 0
 
 
@@ -171,10 +184,14 @@ def test_what_a_preemption_cost() -> None:
 class Shelf(DigestLevels):
     """Two levels that have what they are told, and deliver as much of it as they are told."""
 
-    names = ("fast", "slow")
-
-    def __init__(self, held: tuple[Held, ...], num_delivered: int = 99):
+    def __init__(
+        self,
+        held: tuple[Held, ...],
+        num_delivered: int = 99,
+        names: tuple[str, ...] = ("fast", "slow"),
+    ):
         super().__init__(random.Random(0), store_at_uses=(1,), wants_evicted=False)
+        self.names = names
         self.held = held
         self.num_delivered = num_delivered
         self.elapsed_s = 0.5
@@ -230,6 +247,53 @@ def test_what_did_not_come_is_said() -> None:
         LevelMatch("slow", 1, 0, 2),
     )
     assert told.reasons[0] == (MissReason.NOT_DELIVERED, 8, 4)
+
+
+def test_each_level_says_why_it_had_not_what_it_was_asked_for() -> None:
+    shelf = Shelf((Held("fast", 1), Held("slow", 1)))
+    scene = Scene(levels=shelf)
+    chain = scene.engine._cache.chain(b"")
+    scene.engine._cache.extend(chain, LONG)
+    keys = [link.key for link in chain.links]
+    shelf.gone["fast"] = {
+        keys[1]: Evicted(9.0, EvictionCause.ROOM),
+        keys[3]: Evicted(8.0, EvictionCause.ROOM),
+    }
+    shelf.gone["slow"] = {
+        keys[3]: Evicted(7.0, EvictionCause.CORRUPT),
+        keys[4]: Evicted(6.0, EvictionCause.ROOM),
+    }
+    scene.ask(LONG[:6])
+    shelf.held = (Held("slow", 1),)
+    told = scene.ask(LONG)
+    never, room = MissReason.NEVER_SEEN, EvictionCause.ROOM
+    assert told.missed_by_level == {
+        "device": (MissedRun(never, 4, 16),),
+        "fast": (
+            MissedRun(MissReason.EVICTED, 4, 4, room, 9.0, "fast"),
+            MissedRun(never, 8, 4),
+            MissedRun(MissReason.EVICTED, 12, 4, room, 8.0, "fast"),
+            MissedRun(never, 16, 4),
+        ),
+        "slow": (
+            MissedRun(never, 8, 4),
+            MissedRun(MissReason.EVICTED, 12, 4, EvictionCause.CORRUPT, 7.0, "slow"),
+            MissedRun(MissReason.EVICTED, 16, 4, room, 6.0, "slow"),
+        ),
+    }
+    assert told.missed == (  # the level that each page left last
+        MissedRun(never, 8, 4),
+        MissedRun(MissReason.EVICTED, 12, 4, EvictionCause.CORRUPT, 7.0, "slow"),
+        MissedRun(MissReason.EVICTED, 16, 4, room, 6.0, "slow"),
+        MissedRun(MissReason.BELOW_PAGE, 20, 2),
+    )
+    missed = scene.engine.cache_stats().missed_pages
+    assert (missed["evicted_corrupt"], missed["evicted_room"]) == (1, 1)
+
+
+def test_a_level_that_only_guesses_does_not_say_that_it_never_had_it() -> None:
+    told = Scene(levels=Shelf((Held("remote", 5),), num_delivered=0, names=("remote",))).ask(LONG)
+    assert told.missed_by_level["remote"] == (MissedRun(MissReason.NOT_THERE, 0, 20),)
 
 
 def test_of_a_level_that_only_guesses_a_miss_is_a_miss() -> None:
@@ -362,7 +426,7 @@ def test_an_emptied_cache_says_so() -> None:
     assert flush(scene, "disk") == {}
     scene.now = 153.0
     told = scene.ask(PROMPT)
-    assert told.missed[0] == MissedRun(MissReason.EVICTED, 0, 8, EvictionCause.FLUSH, 3.0)
+    assert told.missed[0] == MissedRun(MissReason.EVICTED, 0, 8, EvictionCause.FLUSH, 3.0, "device")
     assert scene.engine.cache_stats().evictions["flush"] == 2
     assert scene.ask(PROMPT).all.num_cached_tokens == 8
 

@@ -8,6 +8,7 @@ import pytest
 
 from kvpaging.base.config import SchedulerConfig
 from kvpaging.base.errors import LawBroken
+from kvpaging.base.evictions import Evicted
 from kvpaging.base.ids import RequestId
 from kvpaging.cache.cache_manager import CacheManager
 from kvpaging.cache.lower_levels import Held, PagesLoaded, PageStore
@@ -36,6 +37,9 @@ class Levels:
 
     def probe(self, links: Sequence[ChainLink]) -> tuple[Held, ...]:
         return (Held("host", min(self.held, len(links))),) if self.held else ()
+
+    def evicted(self, keys: object) -> dict[str, list[Evicted | None]]:
+        return {}
 
 
 class Bench:

@@ -9,6 +9,7 @@ import pytest
 
 from kvpaging.base.config import SchedulerConfig
 from kvpaging.base.errors import ConfigError, LawBroken
+from kvpaging.base.evictions import Evicted
 from kvpaging.base.ids import RequestId, SeqId
 from kvpaging.cache.cache_manager import CacheManager
 from kvpaging.cache.lower_levels import Held, PagesLoaded
@@ -199,6 +200,9 @@ class Everything:
 
     def probe(self, links: Sized) -> tuple[Held, ...]:
         return (Held("all", len(links)),) if len(links) else ()
+
+    def evicted(self, keys: object) -> dict[str, list[Evicted | None]]:
+        return {}
 
 
 def test_loads_take_no_place_beyond_the_limit_and_cost_no_earlier_one_its_pages() -> None:

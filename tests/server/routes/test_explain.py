@@ -43,6 +43,18 @@ def test_explanations_come_at_the_end(path: str, body: dict[str, Any], stream: b
     assert len(end["explanations"]) == (len(prompts) if isinstance(prompts, list) else 1)
     for told in end["explanations"]:
         num_tokens = told["prompt_tokens"]
+        missed = [
+            {
+                "reason": "evicted",
+                "first_token": 1,
+                "tokens": 1,
+                "level": "disk",
+                "cause": "room",
+                "policy": "oldest_segment",
+                "evicted_s_ago": 2.5,
+            },
+            {"reason": "never_seen", "first_token": 2, "tokens": num_tokens - 2},
+        ]
         assert told == {
             "prompt_tokens": num_tokens,
             "cached_tokens": 1,
@@ -53,26 +65,18 @@ def test_explanations_come_at_the_end(path: str, body: dict[str, Any], stream: b
                     "pages": 0,
                     "pages_left": 0,
                     "first_mismatch": {"page": 0, "token": 0},
+                    "missed": [{"reason": "never_seen", "first_token": 0, "tokens": num_tokens}],
                 },
                 {
                     "level": "disk",
                     "pages": 1,
                     "pages_left": 0,
                     "first_mismatch": {"page": 1, "token": 1},
+                    "missed": missed,
                 },
             ],
             "first_mismatch": {"page": 1, "token": 1},
-            "missed": [
-                {
-                    "reason": "evicted",
-                    "first_token": 1,
-                    "tokens": 1,
-                    "cause": "room",
-                    "policy": "lru",
-                    "evicted_s_ago": 2.5,
-                },
-                {"reason": "never_seen", "first_token": 2, "tokens": num_tokens - 2},
-            ],
+            "missed": missed,
             "load": {
                 "pages_below": 1,
                 "pages_asked": 1,

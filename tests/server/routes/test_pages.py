@@ -189,7 +189,8 @@ def test_the_page_knows_every_reason_and_every_field() -> None:
     text = Caller(make_app(Pictured())).get("/pages/view").text
     table = text.split("const MISSED = {")[1].split("};")[0]
     reasons = {str(reason) for reason in MissReason}
-    reasons -= {MissReason.BELOW_PAGE, MissReason.EVICTED}  # no page, or with its cause
+    # No page; of one level only; with its cause.
+    reasons -= {MissReason.BELOW_PAGE, MissReason.NOT_THERE, MissReason.EVICTED}
     reasons |= {f"evicted_{cause}" for cause in EvictionCause}
     assert set(re.findall(r"(\w+): \[", table)) == reasons
     stats = cache_stats()
