@@ -109,6 +109,10 @@ class CacheExplanation(msgspec.Struct, frozen=True, array_like=True):
     """`None` where no lower level had anything."""
 
 
+_Why = tuple[MissReason, str | None, EvictionCause | None, float | None]
+"""The reason; for an evicted page the level that it left last, why, and how long ago."""
+
+
 @dataclass(slots=True)
 class _Round:
     """One question to the lower levels, and the load that followed, if one did."""
@@ -261,29 +265,29 @@ def _levels(found: Found, left: Left) -> Iterator[LevelMatch]:
 def _level_runs(found: Found, level: str, left: Left, pages: Sequence[int]) -> Iterator[MissedRun]:
     """Why a level had not these pages, one run for each stretch of the same reason and cause."""
     size = found.page_size
-    gone = left.get(level, ())
-    told = []
-    for page in pages:
-        believed, reason = _below(found.lookup, page)
-        cause = ago_s = None
-        if believed == level and reason is MissReason.NOT_DELIVERED:
-            why = reason
-        elif (one := _at(gone, page)) is not None:
-            why, cause, ago_s = MissReason.EVICTED, one.cause, one.ago_s
-        else:
-            why = MissReason.NOT_THERE if level in GUESSING else MissReason.NEVER_SEEN
-        told.append((page, why, cause, ago_s))
+    gone = left.get(level)
+    told = [(page, *_why_not_here(found, level, gone, page)) for page in pages]
     # The difference between page and position is the same within a stretch.
-    for (_, why, cause), group in groupby(
-        enumerate(told), lambda one: (one[1][0] - one[0], one[1][1], one[1][2])
+    for (_, reason, cause), group in groupby(
+        enumerate(told), lambda one: (one[1][0] - one[0], one[1][1], one[1][3])
     ):
         run = [one for _, one in group]
-        of = level if why is MissReason.EVICTED else None
-        yield MissedRun(why, run[0][0] * size, len(run) * size, cause, run[0][3], of)
+        first, _, of, _, ago_s = run[0]
+        yield MissedRun(reason, first * size, len(run) * size, cause, ago_s, of)
 
 
-def _at(gone: Sequence[Evicted | None], page: int) -> Evicted | None:
-    return gone[page] if page < len(gone) else None
+def _why_not_here(
+    found: Found, level: str, gone: Sequence[Evicted | None] | None, page: int
+) -> _Why:
+    """Why one level had not this page."""
+    believed, reason = _below(found.lookup, page)
+    if believed == level and reason is MissReason.NOT_DELIVERED:
+        return reason, None, None, None
+    one = None if gone is None else gone[page]
+    if one is not None:
+        return MissReason.EVICTED, level, one.cause, one.ago_s
+    never = MissReason.NOT_THERE if level in GUESSING else MissReason.NEVER_SEEN
+    return never, None, None, None
 
 
 def _runs(found: Found, left: Left) -> Iterator[MissedRun]:
@@ -299,10 +303,6 @@ def _runs(found: Found, left: Left) -> Iterator[MissedRun]:
     if tail:
         reason = MissReason.BELOW_PAGE if found.is_enabled else MissReason.DISABLED
         yield MissedRun(reason, num_full * size, tail)
-
-
-_Why = tuple[MissReason, str | None, EvictionCause | None, float | None]
-"""The reason; for an evicted page the level that it left last, why, and how long ago."""
 
 
 def _why(found: Found, page: int, left: Left) -> _Why:
