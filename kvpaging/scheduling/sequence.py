@@ -135,8 +135,8 @@ class Sequence:
         """Prompt tokens whose next one's log-probability was sent; counted where it is wanted."""
         self.num_preemptions = 0
         self.num_recomputed_tokens = 0
-        self.lookup: Lookup | None = Lookup() if request.explain else None
-        """What lower levels were asked and gave, until it is first placed."""
+        self.lookup: Lookup | None = None
+        """What lower levels were asked and gave, once they were, until it is first placed."""
         self.explanation: CacheExplanation | None = None
         self.recomputed: tuple[Recomputed, ...] = ()
         """Both only where the request asks for them."""

@@ -34,13 +34,16 @@ class Scene:
         self.executor = DigestExecutor(num_pages, SIZE, levels)
         self.engine = Engine(settings, self.executor, clock=lambda: self.now)
 
-    def order(self, prompt: Sequence[int], namespace: bytes = b"", **sampling: int) -> Request:
+    def order(
+        self, prompt: Sequence[int], namespace: bytes = b"", *, n: int = 1, **sampling: int
+    ) -> Request:
         self.num_requests += 1
         params = SamplingParams(max_new_tokens=sampling.pop("new", 1), seed=0, **sampling)
         return Request(
             RequestId(str(self.num_requests)),
             tuple(prompt),
             params,
+            n,
             namespace=namespace,
             explain=True,
         )
@@ -179,6 +182,26 @@ def test_what_a_preemption_cost() -> None:
     assert count == ended[1].num_recomputed_tokens > 0
     assert first % SIZE == 0
     assert ended[1].explanation == msgspec.structs.replace(ended[0].explanation)
+
+
+def test_a_twin_that_comes_back_by_a_load_has_the_explanation_of_its_prompt() -> None:
+    levels = DigestLevels(random.Random(0), store_at_uses=(1,), wants_evicted=True, forgets=False)
+    scene = Scene(num_pages=10, levels=levels)
+    ended: dict[int, Finished] = {}
+    events: list[Event] = [Arrival(scene.order([*range(1, 18)], n=4, new=16))]
+    while events or scene.engine.has_work:
+        for output in scene.engine.step(events).outputs:
+            if output.finished is not None:
+                ended[output.output_index] = output.finished
+        events = []
+    assert levels.num_loaded > 0
+    assert len(ended) == 4
+    explanations = {finished.explanation for finished in ended.values()}
+    assert len(explanations) == 1
+    (told,) = explanations
+    assert told is not None
+    check(told)
+    assert told.load is None, "what was loaded later is not of the look-up"
 
 
 class Shelf(DigestLevels):
@@ -330,13 +353,16 @@ def test_laws_of_explanations(seed: int) -> None:
     prompts = [[lot.randint(1, 3) for _ in range(lot.randint(1, 20))] for _ in range(8)]
     seen: dict[bytes, set[tuple[int, ...]]] = {b"a": set(), b"b": set()}
     orders: dict[str, Request] = {}
-    num_evicted = num_preempted = num_ended = 0
+    num_evicted = num_preempted = num_ended = num_twins_back = 0
     for _ in range(300):
         scene.now += 1
         events: list[Event] = []
         if lot.random() < 0.4:
             order = scene.order(
-                lot.choice(prompts), lot.choice([b"a", b"b"]), new=lot.randint(1, 8)
+                lot.choice(prompts),
+                lot.choice([b"a", b"b"]),
+                n=lot.choice([1, 1, 3]),
+                new=lot.randint(1, 8),
             )
             orders[order.request_id] = order
             events.append(Arrival(order))
@@ -358,6 +384,7 @@ def test_laws_of_explanations(seed: int) -> None:
                     prefix = order.prompt_token_ids[: run.first_token + SIZE]
                     assert prefix in seen[order.namespace], "it was never there"
             num_preempted += bool(finished.recomputed)
+            num_twins_back += output.output_index > 0 and finished.num_preemptions > 0
         for row in scene.executor.rows.values():
             for order in orders.values():
                 tokens = tuple(row.tokens)
@@ -367,6 +394,7 @@ def test_laws_of_explanations(seed: int) -> None:
     assert num_ended > 20
     assert num_evicted > 0
     assert num_preempted > 0 or seed != 1
+    assert num_twins_back > 0 or seed != 1
 
 
 def test_what_is_counted_agrees_with_what_is_explained() -> None:
