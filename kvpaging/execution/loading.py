@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -41,6 +42,7 @@ from kvpaging.execution.weights import Checkpoint, OnProgress, Parameters
 from kvpaging.levels.disk import DiskLevel
 from kvpaging.levels.host import HostLevel
 from kvpaging.levels.level import Level
+from kvpaging.levels.overflow import Overflow
 
 GIB: Final = 1024**3
 CPU_KV_SHARE: Final = 4
@@ -438,37 +440,51 @@ def _levels(
     options: EngineOptions, identity: bytes, item_bytes: int, decisions: list[str]
 ) -> list[LevelSetting]:
     """The levels below the device, the fastest first. Raises ConfigError."""
-    levels = []
+    levels: list[LevelSetting] = []
+    if options.remote_cache_url is not None:
+        remote = _remote(options, _secret(options), root_key(identity), item_bytes)
+        levels = [LevelSetting(remote, options.remote_cache_min_uses, REMOTE_BATCH_S)]
     if options.disk_cache_dir is not None:
+        # What was written at its first use is renewed as it leaves the disk.
+        overflow = _overflow(levels, max_uses=1)
         disk = DiskLevel(
             Path(options.disk_cache_dir),
             options.disk_cache_bytes,
             root=root_key(identity),
             item_bytes=item_bytes,
             compress=options.disk_cache_compress,
+            overflow=overflow,
         )
-        levels.append(LevelSetting(disk, options.disk_cache_min_uses, deadline_s=1.0))
         decisions.append(
             f"disk cache {options.disk_cache_dir}: {disk.stats().num_pages} pages are there"
         )
-    if options.remote_cache_url is not None:
-        remote = _remote(options, _secret(options), root_key(identity), item_bytes)
-        levels.append(LevelSetting(remote, options.remote_cache_min_uses, REMOTE_BATCH_S))
+        setting = LevelSetting(disk, options.disk_cache_min_uses, 1.0, overflow)
+        levels = _above(setting, levels)
     if options.host_cache_bytes:
-        levels = _below_host(options, levels)
+        # On the disk a page that is stored again counts as used, and leaving is no use.
+        overflow = _overflow(levels, max_uses=0 if options.disk_cache_dir is not None else 1)
+        host = HostLevel(options.host_cache_bytes, overflow=overflow)
+        setting = LevelSetting(host, options.host_cache_min_uses, 1.0, overflow)
+        levels = _above(setting, levels)
     return levels
 
 
-def _below_host(options: EngineOptions, levels: list[LevelSetting]) -> list[LevelSetting]:
-    """The host's memory above `levels`: what leaves it goes to those that take what is evicted."""
-    if options.host_cache_min_uses:
-        host = HostLevel(options.host_cache_bytes)
-    else:
-        host = HostLevel(
-            options.host_cache_bytes, below=[s.level for s in levels if s.min_uses == 0]
-        )
-        levels = [replace(s, min_uses=s.min_uses or None) for s in levels]
-    return [LevelSetting(host, options.host_cache_min_uses, deadline_s=1.0), *levels]
+def _overflow(levels: Sequence[LevelSetting], max_uses: int) -> Overflow | None:
+    """The way into the first of these levels, if it takes pages at so many uses or before."""
+    if not levels or levels[0].min_uses is None or levels[0].min_uses > max_uses:
+        return None
+    return Overflow(levels[0].level)
+
+
+def _above(setting: LevelSetting, levels: list[LevelSetting]) -> list[LevelSetting]:
+    """The level above the others. One that takes what is evicted gets it from there.
+
+    Unless the one above waits for a page's second use: what is not used again then comes from the
+    device.
+    """
+    if levels and levels[0].min_uses == 0 and (setting.min_uses or 0) <= 1:
+        levels = [replace(levels[0], min_uses=None), *levels[1:]]
+    return [setting, *levels]
 
 
 def _remote(options: EngineOptions, secret: bytes, root: PageKey, item_bytes: int) -> Level:

@@ -38,6 +38,7 @@ from kvpaging.cache.lower_levels import (
 from kvpaging.cache.prefix_key import ChainLink
 from kvpaging.execution.kv_pool import KVPool
 from kvpaging.levels.level import BelowStats, Complaints, Level, StoredPage
+from kvpaging.levels.overflow import Overflow
 
 _logger = logging.getLogger(__name__)
 
@@ -57,9 +58,11 @@ class LevelSetting:
     level: Level
     min_uses: int | None
     """Takes pages once so many sequences have used them; 0: when they leave the device; `None`:
-    nothing from the device, another level feeds it."""
+    nothing from the device, the level above it feeds it."""
     deadline_s: float
     """For one batch of a load."""
+    overflow: Overflow | None = None
+    """Where what leaves it for lack of room is on its way to the next level."""
 
 
 @dataclass(slots=True)
@@ -117,6 +120,7 @@ class PageMover:
         self._pool = pool
         self._page_bytes = pool.spec.page_bytes
         self._settings = tuple(settings)
+        self._overflows = [s.overflow for s in settings if s.overflow is not None]
         self._give_up_s = give_up_s
         self._clock = clock
         self._fetches: deque[_Fetch] = deque()
@@ -188,8 +192,8 @@ class PageMover:
         """Each level's state and totals, and what is on its way."""
         return BelowStats(
             {setting.level.name: setting.level.stats() for setting in self._settings},
-            self.num_queued_bytes,
-            self.num_dropped_stores,
+            self.num_queued_bytes + sum(way.num_bytes for way in self._overflows),
+            self.num_dropped_stores + sum(way.num_dropped_pages for way in self._overflows),
         )
 
     # What a plan orders.
@@ -247,6 +251,8 @@ class PageMover:
         self._loads.put(None)
         for thread in self._threads:
             thread.join(STORE_DEADLINE_S)
+        for way in self._overflows:
+            way.close()
         for setting in self._settings:
             setting.level.close()
 
@@ -264,6 +270,8 @@ class PageMover:
                 self.num_queued_bytes -= self._page_bytes * len(pages)
 
     def _flush(self, order: LevelFlush) -> None:
+        for way in self._overflows:
+            way.drop()
         pages: dict[str, int | None] = {}
         for level in (setting.level for setting in self._settings):
             if level.name in order.levels:

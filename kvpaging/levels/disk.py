@@ -2,7 +2,9 @@
 
 Pages are appended to the newest segment. When there is no room the oldest segment goes; its pages
 that were used since they were written are appended again, up to half of it, so that a page in use
-stays and every turn frees room. Corrupt and forgotten pages leave with their segment.
+stays and every turn frees room. Corrupt and forgotten pages leave with their segment. What is in
+the oldest segment goes on its way to the next level, if there is one, before its room is needed:
+nobody waits for that, and it takes no room and no more memory than a batch.
 
 A process that is killed at any moment, a full disk and flipped bits cost misses, never a wrong
 page: a page counts when it is whole behind its header, and every read checks its digest. The end of
@@ -38,6 +40,7 @@ from kvpaging.base.secret_file import read_secret
 from kvpaging.levels import segment
 from kvpaging.levels.codec import BadValue, PageCodec
 from kvpaging.levels.level import Complaints, Counters, LevelStats, StoredPage
+from kvpaging.levels.overflow import Overflow
 from kvpaging.levels.segment import Entry, SegmentWriter
 from kvpaging.levels.segment_index import SegmentIndex
 
@@ -112,6 +115,7 @@ class DiskLevel:
         item_bytes: int,
         compress: bool = False,
         segment_bytes: int | None = None,
+        overflow: Overflow | None = None,
         clock: Clock = monotonic,
     ) -> None:
         """Open the directory, or make it, and find the pages that it holds.
@@ -128,6 +132,7 @@ class DiskLevel:
             compress: whether new pages are compressed: a third less room, for processor time
                 (`docs/levels.md` has figures). What is there is read either way.
             segment_bytes: where a segment is sealed; the default is a 64th of the capacity.
+            overflow: where pages go that leave for lack of room.
             clock: for deadlines and times.
         """
         if capacity_bytes < MIN_CAPACITY_BYTES:
@@ -139,6 +144,7 @@ class DiskLevel:
         self._capacity_bytes = capacity_bytes
         self._segment_bytes = segment_bytes or _segment_bytes(capacity_bytes)
         self._codec = PageCodec(root, item_bytes, compress=compress)
+        self._overflow = overflow
         self._clock = clock
         self._counters = Counters()
         self._evictions = EvictionLog()
@@ -153,6 +159,8 @@ class DiskLevel:
         self._num_bytes = 0
         self._writer: SegmentWriter | None = None
         self._newest = 0
+        self._leaving = 0
+        """The last segment whose pages began to go down."""
         self._pending: list[Entry] = []
         self._index_bytes = 0
         self._is_closed = False
@@ -463,7 +471,45 @@ class DiskLevel:
                 done += self._append(keys[done:], values[done:])
         except OSError as error:
             self._failed("a page can't be written", error)
+        self._let_go_ahead()
         return done
+
+    def _let_go_ahead(self) -> None:
+        """Where the next segment may need the oldest one's room, its pages begin to go down."""
+        oldest = next(iter(self._segments), self._newest)
+        if (
+            self._overflow is None
+            or oldest in (self._leaving, self._newest)
+            or self._fits(2 * self._segment_bytes, _ENTRIES_A_STRETCH)
+        ):
+            return
+        self._leaving = oldest
+        keys = list(dict.fromkeys(self._segments[oldest].keys))
+        self._overflow.pull(self._leave(oldest, keys, self._overflow))
+
+    def _leave(
+        self, segment_id: int, keys: list[PageKey], overflow: Overflow
+    ) -> Iterator[list[StoredPage]]:
+        """The pages of a segment, as long as it is there. Runs in the overflow's thread."""
+        num_left = len(keys)
+        for run in self._runs(keys):
+            if run.segment == segment_id:
+                try:
+                    data = segment.read(
+                        segment.path_of(self._directory, segment_id), run.offset, run.num_bytes
+                    )
+                except OSError:  # its room was needed
+                    break
+                yield list(self._whole_pages(run, data))
+            num_left -= len(run.wanted)
+        overflow.dropped(num_left)
+
+    def _whole_pages(self, run: _Run, data: memoryview) -> Iterator[StoredPage]:
+        """The run's pages that are whole and of this root; others are no use to anybody."""
+        for _, key, place in run.wanted:
+            at = place[1] - run.offset
+            with suppress(BadValue):
+                yield self._codec.decode(data[at : at + place[2]], key)
 
     def _make_room(self, num_bytes: int, num_entries: int) -> bool:
         """Let the oldest segments go until so much fits, and the reserve for used pages too."""
@@ -535,6 +581,9 @@ class DiskLevel:
         ]
         rescued = self._rescue(here) if keep_used else 0
         self._forget(here, cause)
+        if self._overflow is not None and cause is EvictionCause.ROOM:
+            is_leaving = segment_id <= self._leaving
+            self._overflow.dropped(0 if is_leaving else len(here) - rescued)
         del self._segments[segment_id]
         with self._complaining("a segment can't be deleted"):
             segment.path_of(self._directory, segment_id).unlink(missing_ok=True)

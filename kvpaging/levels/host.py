@@ -1,8 +1,8 @@
 """Pages in this process's memory: the first level below the device.
 
 Bounded in bytes, the least recently used page leaves first. Within one call the last page is the
-least recently used one, so that a chain loses its end before its beginning. Pages that leave go to
-the levels that it was given, in the thread that stores.
+least recently used one, so that a chain loses its end before its beginning. Pages that leave go on
+their way to the next level, if there is one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from kvpaging.base.clock import Clock, monotonic
 from kvpaging.base.errors import ConfigError
 from kvpaging.base.evictions import Evicted, EvictionCause, EvictionLog
 from kvpaging.base.ids import PageKey
-from kvpaging.levels.level import Counters, Level, LevelStats, StoredPage
+from kvpaging.levels.level import Counters, LevelStats, StoredPage
+from kvpaging.levels.overflow import Overflow
 
 _ENTRY_BYTES: Final = 512
 """What Python's objects cost a page beside their contents, rounded up."""
@@ -32,12 +33,12 @@ class HostLevel:
     name = "host"
 
     def __init__(
-        self, capacity_bytes: int, *, below: Sequence[Level] = (), clock: Clock = monotonic
+        self, capacity_bytes: int, *, overflow: Overflow | None = None, clock: Clock = monotonic
     ) -> None:
         if capacity_bytes < 1:
             raise ConfigError(f"the host cache's size is {capacity_bytes} bytes; give at least 1")
         self._capacity_bytes = capacity_bytes
-        self._below = tuple(below)
+        self._overflow = overflow
         self._clock = clock
         self._pages: OrderedDict[PageKey, StoredPage] = OrderedDict()
         self._num_bytes = 0
@@ -94,10 +95,9 @@ class HostLevel:
             written_bytes=payload_bytes,
             store_s=self._clock() - started,
         )
-        if evicted:
+        if evicted and self._overflow is not None:
             evicted.reverse()  # parents first
-            for level in self._below:
-                level.store(evicted, deadline_s)
+            self._overflow.put(evicted)
         return known + stored
 
     def flush(self) -> None:

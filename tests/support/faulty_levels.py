@@ -32,6 +32,7 @@ from kvpaging.execution.page_mover import LevelSetting, PageMover
 from kvpaging.levels.disk import MIN_CAPACITY_BYTES, DiskLevel
 from kvpaging.levels.host import HostLevel
 from kvpaging.levels.level import Level, LevelStats, StoredPage
+from kvpaging.levels.overflow import Overflow
 from kvpaging.levels.redis_link import Refusal
 from kvpaging.levels.remote import RemoteLevel
 from kvpaging.levels.segment import SegmentWriter
@@ -242,34 +243,32 @@ class FaultyLevels:
         self.rng = rng
         page_bytes = 2 * page_size * HEAD * 4
         root = bytes(32)
-        # Some 60 pages: what lies in it must go round.
-        disk = DiskLevel(
-            directory,
-            MIN_CAPACITY_BYTES,
-            root=root,
-            item_bytes=4,
-            compress=rng.random() < 0.5,
-            segment_bytes=MIN_CAPACITY_BYTES // 8,
-        )
         remote = RemoteLevel(
             "redis://nowhere", secret=b"s" * 32, root=root, item_bytes=4, clock=clock
         )
         remote._link.close()
         self.server = MoodyServer(values, rng)
         remote._link = self.server  # type: ignore[assignment]
-        self.disk = disk
-        host = HostLevel(
-            num_host_pages * (page_bytes + 600),
-            below=[
-                level
-                for level, uses in zip((disk, remote), min_uses[1:], strict=True)
-                if not uses and not min_uses[0]
-            ],
+        far = Moody(remote, rng)
+        ways = [None, Overflow(far), None]
+        # Some 60 pages: what lies in it must go round.
+        disk = self.disk = DiskLevel(
+            directory,
+            MIN_CAPACITY_BYTES,
+            root=root,
+            item_bytes=4,
+            compress=rng.random() < 0.5,
+            segment_bytes=MIN_CAPACITY_BYTES // 8,
+            overflow=ways[1],
         )
-        self.levels = [Moody(level, rng) for level in (host, disk, remote)]
+        middle = Moody(disk, rng)
+        if not min_uses[0] and not min_uses[1]:
+            ways[0] = Overflow(middle)
+        host = HostLevel(num_host_pages * (page_bytes + 600), overflow=ways[0])
+        self.levels = [Moody(host, rng), middle, far]
         self.settings = [
-            LevelSetting(level, uses, deadline_s=1.0)
-            for level, uses in zip(self.levels, min_uses, strict=True)
+            LevelSetting(level, uses, 1.0, way)
+            for level, uses, way in zip(self.levels, min_uses, ways, strict=True)
         ]
 
     def strike(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -13,20 +14,22 @@ from redis_servers import redis_server
 from kvpaging.base.config import EngineOptions
 from kvpaging.base.errors import ConfigError
 from kvpaging.engine.engine import Engine
+from kvpaging.execution.page_mover import PageMover
 from kvpaging.scheduling.request import SamplingParams
 
 
 def make(url: str, secret: Path | None, **changes: object) -> Engine:
-    options = EngineOptions(
-        model=str(files("kvpaging") / "demo_model"),
-        device="cpu",
-        threads=1,
-        kv_cache_memory_bytes=1 << 24,
-        remote_cache_url=url,
-        cache_secret_file=None if secret is None else str(secret),
-        **changes,  # type: ignore[arg-type]
+    options = {"kv_cache_memory_bytes": 1 << 24, **changes}
+    return Engine.from_options(
+        EngineOptions(
+            model=str(files("kvpaging") / "demo_model"),
+            device="cpu",
+            threads=1,
+            remote_cache_url=url,
+            cache_secret_file=None if secret is None else str(secret),
+            **options,  # type: ignore[arg-type]
+        )
     )
-    return Engine.from_options(options)
 
 
 @pytest.fixture
@@ -78,3 +81,53 @@ def test_without_a_secret_it_does_not_start(tmp_path: Path) -> None:
         make("redis://127.0.0.1:1", None)
     with pytest.raises(ConfigError, match=r"secret in .*missing can't be read"):
         make("redis://127.0.0.1:1", tmp_path / "missing")
+
+
+@pytest.mark.parametrize("above", ["host", "disk"])
+@pytest.mark.parametrize("min_uses", [0, 1])
+def test_what_has_no_room_nearer_goes_to_the_server_and_comes_back(
+    redis_url: str, secret: Path, tmp_path: Path, above: str, min_uses: int
+) -> None:
+    page_bytes = 8 * 2 * 2 * 16 * 64 * 2
+    options: dict[str, object] = {
+        "dtype": "bfloat16",
+        "kv_cache_memory_bytes": 11 * page_bytes,
+        "max_model_len": 160,
+        "remote_cache_min_uses": min_uses,
+    }
+    if above == "host":
+        options["host_cache_bytes"] = 12 * page_bytes
+    else:
+        options |= {"disk_cache_dir": str(tmp_path / "pages"), "disk_cache_bytes": 60 * page_bytes}
+    rng = random.Random()
+    prompts = [[rng.randrange(10, 6000) for _ in range(150)] for _ in range(14)]
+    sampling = SamplingParams(max_new_tokens=4, seed=1, ignore_eos=True, logprobs=2)
+    engine = make(redis_url, secret, **options)
+    levels = engine._executor.lower_levels
+    assert isinstance(levels, PageMover)
+
+    def settle() -> None:
+        end = time.monotonic() + 10
+        while levels.num_queued_bytes or not all(way.is_idle for way in levels._overflows):
+            assert time.monotonic() < end
+            time.sleep(0.001)
+
+    colds = []
+    for prompt in prompts:
+        colds += engine.generate([prompt], sampling)[0]
+        settle()
+        if len(colds) == 1 and min_uses == 0:
+            assert levels.stats().levels["remote"].stored == 0, "nothing left anything yet"
+        if len(colds) == 1 and min_uses == 1:
+            levels._settings[-1].level.clear()  # the server lost what it was sent
+    stats = levels.stats()
+    assert stats.levels[above].evicted > 9
+    assert stats.levels["remote"].stored > 9
+    assert stats.num_dropped_pages == 0
+    engine.close()
+    other = make(redis_url, secret, dtype="bfloat16")
+    [[warm]] = other.generate([prompts[0]], sampling)
+    other.close()
+    assert (colds[0].num_cached_tokens, warm.num_cached_tokens) == (0, 144)
+    if engine.config.exact:
+        assert warm.samples == colds[0].samples

@@ -19,6 +19,7 @@ from kvpaging.execution.kv_pool import KVPool
 from kvpaging.execution.page_mover import LevelSetting, PageMover
 from kvpaging.levels.host import HostLevel
 from kvpaging.levels.level import StoredPage
+from kvpaging.levels.overflow import Overflow
 
 SPEC = KVSpec(num_layers=2, num_kv_heads=1, head_dim=4, page_size=2, dtype="bfloat16")
 
@@ -218,19 +219,6 @@ def test_what_came_from_far_away_is_kept_nearer(
     assert mover.probe([link(1)]) == (("host", 1),)
 
 
-def test_what_leaves_the_host_goes_down(pool: KVPool) -> None:
-    below = HostLevel(1 << 20)
-    size = HostLevel(1 << 20)
-    pages = [StoredPage(link(n).key, PageKey(b""), link(n).tokens, bytes(100)) for n in range(6)]
-    size.store(pages[:2], 1.0)
-    host = HostLevel(size.stats().num_bytes or 0, below=[below])
-    host.store(pages[:2], 1.0)
-    assert below.stats().stores == 0
-    host.store(pages[2:4], 1.0)
-    assert below.contains([page.key for page in pages]) == [True] * 2 + [False] * 4
-    assert below.load([pages[0].key], 1.0) == [pages[0]]
-
-
 def flushed(mover: PageMover, *levels: str) -> LevelsFlushed:
     mover.flush(LevelFlush(3, levels))
     ended: list[PagesLoaded | LevelsFlushed] = []
@@ -291,3 +279,34 @@ def test_what_was_read_before_a_flush_is_not_kept_nearer_after_it(
     until(lambda: ended.extend(mover.completions()) or ended)
     until(lambda: not mover.num_queued_bytes)
     assert not near.contains([link(1).key])[0]
+
+
+def test_what_is_on_its_way_between_levels_does_not_come_after_a_flush(pool: KVPool) -> None:
+    storing, go_on = threading.Event(), threading.Event()
+
+    class Slow(HostLevel):
+        def store(self, pages: Sequence[StoredPage], deadline_s: float) -> int:
+            storing.set()
+            go_on.wait(5)
+            return super().store(pages, deadline_s)
+
+    far = Slow(1 << 20)
+    far.name = "far"
+    way = Overflow(far)
+    near = HostLevel(1 << 20, overflow=way)
+    mover = PageMover(pool, [LevelSetting(near, 1, 1.0, way), LevelSetting(far, None, 1.0)])
+    pages = [StoredPage(link(n).key, PageKey(b""), link(n).tokens, bytes(100)) for n in range(4)]
+    way.put(pages[:2])
+    storing.wait(5)
+    way.put(pages[2:])
+    assert mover.stats().num_queued_bytes == 400
+    mover.flush(LevelFlush(3, ("far",)))
+    time.sleep(0.02)
+    go_on.set()
+    ended: list[PagesLoaded | LevelsFlushed] = []
+    until(lambda: ended.extend(mover.completions()) or ended)
+    assert ended == [LevelsFlushed(3, {"far": 2})]
+    assert far.stats().num_pages == 0
+    assert far.stats().stores == 2, "what waited behind it was not sent"
+    assert mover.stats().num_queued_bytes == 0
+    mover.close()
