@@ -3,7 +3,8 @@
 A pin is promised when its request comes, so that the bound is kept before anything is computed,
 and kept from when the request's prompt is computed. It owns one page of each key; pins of prefixes
 that begin alike share them. Pins are a tree, as prefixes are: a key is pinned while a pin ends with
-it or a key after it is pinned.
+it or a key after it is pinned. A shared page counts once for all, and for each tenant that pins it:
+what a tenant may pin does not depend on the others' pins of the same pages.
 
 Knows keys and the pages that hold them; who owns pages is the `CacheManager`'s business.
 """
@@ -12,12 +13,16 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Final
 
 import msgspec
 
 from kvpaging.base.ids import PageId, PageKey
 from kvpaging.cache.prefix_key import PrefixChain
+
+MIN_SWEPT: Final = 64
+"""Entries of pins that have ended which may always stay in the queue of ends."""
 
 
 class PinsFull(Exception):
@@ -46,14 +51,12 @@ class PinState(msgspec.Struct, frozen=True, gc=False):
 
 
 class _Node:
-    __slots__ = ("num_claims", "page_id", "parent", "tenant")
+    __slots__ = ("num_pins", "page_id", "parent")
 
-    def __init__(self, parent: PageKey, tenant: str):
+    def __init__(self, parent: PageKey):
         self.parent = parent
-        self.tenant = tenant
-        """Whose pin came first; it counts to this one's bound."""
-        self.num_claims = 0
-        """Pins that end here, and pinned keys right after it."""
+        self.num_pins: dict[str, int] = {}
+        """Pins that end here or after it, by tenant. It counts to the bound of each of these."""
         self.page_id: PageId | None = None
 
 
@@ -82,8 +85,14 @@ class Pins:
         self._owned: dict[PageId, PageKey] = {}
         self._ends: list[tuple[float, str]] = []
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: object) -> bool:
         return name in self._pins
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._pins)
+
+    def __len__(self) -> int:
+        return len(self._pins)
 
     @property
     def num_pages(self) -> int:
@@ -129,20 +138,20 @@ class Pins:
         """Count the chain's first pages as pinned. Raises PinsFull having changed nothing."""
         if not num_pages:
             return
-        new = [i for i in range(num_pages) if chain.links[i].key not in self._nodes]
-        if self.num_pages + len(new) > self.max_pages:
-            raise PinsFull(len(new), self.max_pages, self.num_pages, is_tenants=False)
+        known = [self._nodes.get(link.key) for link in chain.links[:num_pages]]
+        num_new = known.count(None)
+        if self.num_pages + num_new > self.max_pages:
+            raise PinsFull(num_new, self.max_pages, self.num_pages, is_tenants=False)
         own = self._num_by_tenant.get(tenant, 0)
-        if tenant_pages is not None and own + len(new) > tenant_pages:
-            raise PinsFull(len(new), tenant_pages, own, is_tenants=True)
-        for i in new:
-            self._nodes[chain.links[i].key] = _Node(chain.parent_of(i), tenant)
-            self._claim(chain.parent_of(i))
-        if new:
-            self._num_by_tenant[tenant] = own + len(new)
-        key = chain.links[num_pages - 1].key
-        self._pins[name] = _Pin(tenant, key, num_pages, ttl_s)
-        self._claim(key)
+        num_own_new = sum(1 for node in known if node is None or tenant not in node.num_pins)
+        if tenant_pages is not None and own + num_own_new > tenant_pages:
+            raise PinsFull(num_own_new, tenant_pages, own, is_tenants=True)
+        for i, node in enumerate(known):
+            if node is None:
+                node = self._nodes[chain.links[i].key] = _Node(chain.parent_of(i))
+            node.num_pins[tenant] = node.num_pins.get(tenant, 0) + 1
+        self._num_by_tenant[tenant] = own + num_own_new
+        self._pins[name] = _Pin(tenant, chain.links[num_pages - 1].key, num_pages, ttl_s)
 
     def keep(
         self, name: str, chain: PrefixChain, pages: Sequence[PageId], now_s: float
@@ -164,11 +173,11 @@ class Pins:
             pin.end_s = now_s + pin.ttl_s
         older = self._kept_by_key.get((pin.tenant, pin.key))
         if older is not None:
-            pin.end_s = max(pin.end_s, self._pins.pop(older).end_s)
-            self._nodes[pin.key].num_claims -= 1
+            pin.end_s = max(pin.end_s, self._pins[older].end_s)
+            self._give_up(self._pins.pop(older))  # no page: this pin needs the same ones
         self._kept_by_key[pin.tenant, pin.key] = name
         if pin.end_s < math.inf:
-            heapq.heappush(self._ends, (pin.end_s, name))
+            self._enqueue(name, pin)
         return new
 
     def drop(self, name: str) -> list[PageId]:
@@ -176,20 +185,24 @@ class Pins:
         pin = self._pins.pop(name)
         if pin.is_kept:
             del self._kept_by_key[pin.tenant, pin.key]
+        return self._give_up(pin)
+
+    def _give_up(self, pin: _Pin) -> list[PageId]:
         given_back = []
         key = pin.key
-        while (node := self._nodes.get(key)) is not None:
-            node.num_claims -= 1
-            if node.num_claims:
-                break
-            del self._nodes[key]
-            self._num_by_tenant[node.tenant] -= 1
-            if not self._num_by_tenant[node.tenant]:
-                del self._num_by_tenant[node.tenant]
-            if node.page_id is not None:
-                del self._owned[node.page_id]
-                given_back.append(node.page_id)
+        while (node := self._nodes.get(key)) is not None:  # the root has none
+            node.num_pins[pin.tenant] -= 1
+            if not node.num_pins[pin.tenant]:
+                del node.num_pins[pin.tenant]
+                self._num_by_tenant[pin.tenant] -= 1
+            if not node.num_pins:
+                del self._nodes[key]
+                if node.page_id is not None:
+                    del self._owned[node.page_id]
+                    given_back.append(node.page_id)
             key = node.parent
+        if not self._num_by_tenant[pin.tenant]:
+            del self._num_by_tenant[pin.tenant]
         return given_back
 
     def disown(self) -> list[PageId]:
@@ -211,7 +224,12 @@ class Pins:
                 return name
         return None
 
-    def _claim(self, key: PageKey) -> None:
-        node = self._nodes.get(key)
-        if node is not None:  # the root has none
-            node.num_claims += 1
+    def _enqueue(self, name: str, pin: _Pin) -> None:
+        if len(self._ends) > 2 * len(self._pins) + MIN_SWEPT:  # pins were given up, or renewed
+            self._ends = [
+                (end_s, name)
+                for end_s, name in self._ends
+                if name in self._pins and self._pins[name].end_s == end_s
+            ]
+            heapq.heapify(self._ends)
+        heapq.heappush(self._ends, (pin.end_s, name))

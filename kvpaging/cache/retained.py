@@ -11,9 +11,13 @@ from __future__ import annotations
 
 import heapq
 import math
+from typing import Final
 
 from kvpaging.base.ids import PageKey
 from kvpaging.cache.retention import Retention
+
+MIN_SWEPT: Final = 64
+"""Entries of forgotten keys that may always stay in the queue."""
 
 
 class _Mark:
@@ -105,7 +109,7 @@ class RetainedKeys:
     def _enqueue(self, key: PageKey, mark: _Mark) -> None:
         if mark.is_queued or mark.expires_s == math.inf:
             return
-        if len(self._queue) > 2 * len(self._marks) + 64:
+        if len(self._queue) > 2 * len(self._marks) + MIN_SWEPT:
             self._sweep()
         mark.is_queued = True
         self._num_queued += 1
@@ -113,7 +117,7 @@ class RetainedKeys:
         heapq.heappush(self._queue, (mark.expires_s, -self._num_queued, key))
 
     def _sweep(self) -> None:
-        """Drop the entries of forgotten keys."""
-        kept = {entry[2]: entry for entry in self._queue if entry[2] in self._marks}
-        self._queue = list(kept.values())
-        heapq.heapify(self._queue)
+        """Keep the first entry of each marked key: a key forgotten and asked for anew has two."""
+        latest_first = sorted(self._queue, reverse=True)
+        kept = {entry[2]: entry for entry in latest_first if entry[2] in self._marks}
+        self._queue = sorted(kept.values())

@@ -131,7 +131,7 @@ class Engine:
         ended = self._clock()
         outputs = self._scheduler.apply(plan, result, ended)
         if self._recorder is not None:
-            self._recorder.applied(result, outputs)
+            self._recorder.applied(result, outputs, self._cache.pins)
         self._audit.check_counts()
         self._audit.check_next_lease()
         self._step_id = plan.step_id

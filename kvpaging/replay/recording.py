@@ -9,11 +9,13 @@ nothing.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import logging
 import os
 import secrets
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Final, TypeVar
@@ -35,6 +37,8 @@ from kvpaging.scheduling.request import Request
 
 VERSION: Final = 2
 PAGE_NAME_BYTES: Final = 16
+
+_logger: Final = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
@@ -230,7 +234,9 @@ class _Planned:
 class Recorder:
     """Writes one line a step to a new file that only its owner may read.
 
-    Sees what goes into the engine and what comes out, and needs nothing of its insides.
+    Sees what goes into the engine and what comes out, and needs nothing of its insides. Where the
+    file can't be written any more (a full disk), it says so and records no further: what was
+    recorded until then is whole.
     """
 
     def __init__(
@@ -239,7 +245,8 @@ class Recorder:
         scheduler: SchedulerConfig,
         levels: LowerLevels | None = None,
     ):
-        self._file = file
+        """Write the header. Raises ConfigError where that fails."""
+        self._file: IO[bytes] | None = file
         self._page_size = scheduler.page_size
         self._root: PageKey = root_key(secrets.token_bytes(32))
         self._open: dict[RequestId, _Open] = {}
@@ -250,14 +257,16 @@ class Recorder:
         """Requests that asked for a pin which nobody gave up."""
         self.levels = None if levels is None else WatchedLevels(levels)
         """To be asked in place of `levels`."""
-        self._write(
-            Header(
-                VERSION,
-                scheduler,
-                None if levels is None else levels.store_at_uses,
-                levels is not None and levels.wants_evicted,
-            )
+        header = Header(
+            VERSION,
+            scheduler,
+            None if levels is None else levels.store_at_uses,
+            levels is not None and levels.wants_evicted,
         )
+        try:
+            _write(file, header)
+        except OSError as error:
+            raise ConfigError(f"the recording can't be written: {error.strerror}") from None
 
     def planned(self, now_s: float, events: Sequence[Event], plan: StepPlan, num_held: int) -> None:
         """Note what a step was given, and what was decided while `num_held` others were held."""
@@ -269,10 +278,16 @@ class Recorder:
             probes=_drained(self.levels.answers) if self.levels else (),
             store_rooms=_drained(self.levels.rooms) if self.levels else (),
         )
-        self._planned.append(_Planned(step, events))
+        if self._file is not None:
+            self._planned.append(_Planned(step, events))
 
-    def applied(self, result: StepResult, outputs: StepOutputs) -> None:
-        """Write down the first of the planned steps, whose result this is."""
+    def applied(self, result: StepResult, outputs: StepOutputs, pins: Collection[str]) -> None:
+        """Write down the first of the planned steps, whose result this is.
+
+        `pins` are the names of those there are: others are forgotten from time to time.
+        """
+        if self._file is None:
+            return
         refused = deque(outputs.rejections)
         for planned in self._planned:
             recorded = [self._event(event, refused) for event in planned.events]
@@ -284,20 +299,33 @@ class Recorder:
         ends = _Ends()
         for output in outputs.outputs:
             self._output(output, pages, ends)
-        self._write(
-            msgspec.structs.replace(
-                self._planned.popleft().step,
-                elapsed_s=result.elapsed_s,
-                pages=tuple(pages),
-                stops=tuple(ends.stops),
-                other_ends=tuple(ends.others),
-                failures=tuple(ends.failures),
-            )
+        if len(self._pins) > 2 * len(pins) + 64:
+            self._pins = {name: number for name, number in self._pins.items() if name in pins}
+        step = msgspec.structs.replace(
+            self._planned.popleft().step,
+            elapsed_s=result.elapsed_s,
+            pages=tuple(pages),
+            stops=tuple(ends.stops),
+            other_ends=tuple(ends.others),
+            failures=tuple(ends.failures),
         )
+        try:
+            _write(self._file, step)
+        except OSError as error:
+            _logger.error(
+                "step %d can't be recorded, and none after it: %s", step.step_id, error.strerror
+            )
+            self.close()
 
     def close(self) -> None:
-        """Close the file. Idempotent."""
-        self._file.close()
+        """Close the file and record nothing more. Idempotent."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # what is buffered is tried once more
+                self._file.close()
+        self._file = None
+        self._planned.clear()
+        self._open.clear()
+        self._pins.clear()
 
     def _event(self, event: Event, refused: deque[Rejection]) -> RecordedEvent | None:
         match event:
@@ -390,9 +418,10 @@ class Recorder:
             if not known.num_open:
                 del self._open[output.request_id]
 
-    def _write(self, line: Header | RecordedStep) -> None:
-        self._file.write(msgspec.json.encode(line) + b"\n")
-        self._file.flush()
+
+def _write(file: IO[bytes], line: Header | RecordedStep) -> None:
+    file.write(msgspec.json.encode(line) + b"\n")
+    file.flush()
 
 
 def _drained(answers: list[_T]) -> tuple[_T, ...]:

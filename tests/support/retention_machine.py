@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from cache_machine import CacheMachine
+from cache_machine import CacheMachine, Live
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, precondition, rule
 
@@ -67,8 +67,8 @@ class RetentionMachine(CacheMachine):
                 assert self.ends[key] > self.now, "a page stayed after its time"
 
     @precondition(lambda self: self.live)
-    @rule(data=st.data(), ttl_s=st.sampled_from([None, 4.0]))
-    def pin(self, data: st.DataObject, ttl_s: float | None) -> None:
+    @rule(data=st.data(), ttl_s=st.sampled_from([None, 4.0]), renews=st.booleans())
+    def pin(self, data: st.DataObject, ttl_s: float | None, renews: bool) -> None:
         live = data.draw(st.sampled_from(self.live))
         if live.lease.is_private or not live.lease.retention.store:
             return
@@ -95,9 +95,24 @@ class RetentionMachine(CacheMachine):
                     end = max(end, older_end)
                     del self.pins[older]
             self.pins[f"{name}:{tenant}"] = (keys, end)
+            if renews:
+                self.renew(live, tenant, ttl_s)
         else:
             self.cache.drop_pin(name)
             assert self.snapshot() == before
+
+    def renew(self, live: Live, tenant: str, ttl_s: float | None) -> None:
+        """Pin what is pinned, again and again: that never needs more, and the last one counts."""
+        owned = self.cache.pins.num_owned
+        for _ in range(4):
+            (older,) = [name for name in self.pins if name == f"p{self.num_pins - 1}:{tenant}"]
+            keys, end = self.pins.pop(older)
+            name, self.num_pins = f"p{self.num_pins}", self.num_pins + 1
+            chain = live.chain.fork(live.num_computed)
+            self.cache.promise_pin(name, tenant, TENANT_PAGES[live.namespace], chain, ttl_s)
+            self.cache.keep_pin(name, live.lease, chain)
+            self.pins[f"{name}:{tenant}"] = (keys, end)
+        assert self.cache.pins.num_owned == owned
 
     @precondition(lambda self: self.pins)
     @rule(data=st.data())
@@ -144,6 +159,25 @@ class RetentionMachine(CacheMachine):
         assert all(self.cache.index.has_key(key) for key in pinned)
         assert self.cache.pins.num_owned == self.cache.pins.num_pages == len(pinned)
         assert len(pinned) <= self.cache.pins.max_pages
+        by_tenant: dict[str, set[PageKey]] = {}
+        for name, (keys, _) in self.pins.items():
+            by_tenant.setdefault(name.split(":")[1], set()).update(keys)
+        counted = {tenant: len(keys) for tenant, keys in by_tenant.items()}
+        assert self.cache.pins._num_by_tenant == counted
+
+    @invariant()
+    def every_end_is_queued(self) -> None:
+        if not hasattr(self, "pins"):
+            return
+        pins, retained = self.cache.pins, self.cache.retained
+        queued = {(end_s, name) for end_s, name in pins._ends}
+        for name, pin in pins._pins.items():
+            assert pin.end_s == math.inf or (pin.end_s, name) in queued
+        first: dict[PageKey, float] = {}
+        for end_s, _, key in retained._queue:
+            first[key] = min(end_s, first.get(key, math.inf))
+        for key, mark in retained._marks.items():
+            assert first.get(key, math.inf) <= mark.expires_s or mark.expires_s <= self.now
 
     @invariant()
     def budgets_count_what_was_taken(self) -> None:

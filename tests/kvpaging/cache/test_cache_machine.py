@@ -18,7 +18,9 @@ def test_cache_machine(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["lru", "arc"])
-def test_pins_times_priorities_and_budgets(name: str) -> None:
+def test_pins_times_priorities_and_budgets(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("pins", "retained"):  # as few pages as there are here would never be swept
+        monkeypatch.setattr(f"kvpaging.cache.{module}.MIN_SWEPT", 0)
     machine = type(f"RetentionMachine_{name}", (RetentionMachine,), {"policy": name})
     run_state_machine_as_test(
         machine, settings=settings(max_examples=60, stateful_step_count=30, deadline=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import random
 import stat
@@ -216,6 +217,74 @@ def test_no_token_and_no_name_is_written_and_only_the_owner_may_read(tmp_path: P
     arrival = other._event(Arrival(order), deque())
     assert len(first) == 3
     assert set(first).isdisjoint(arrival.pages), "page names of two recordings can be compared"
+
+
+class FullDisk(io.BytesIO):
+    """Takes so many bytes, the last write in part."""
+
+    def __init__(self, num_bytes: int):
+        super().__init__()
+        self.num_left = num_bytes
+        self.num_refused = 0
+        self.written = b""
+
+    def write(self, data: bytes) -> int:  # type: ignore[override]
+        self.written += data[: self.num_left]
+        self.num_left -= len(data)
+        if self.num_left < 0:
+            self.num_left = 0
+            self.num_refused += 1
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return len(data)
+
+    def close(self) -> None:
+        super().close()
+        if not self.num_left:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_ends_the_recording_and_nothing_else(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = digest_config()
+    levels = DigestLevels(random.Random(0), store_at_uses=(1,), wants_evicted=True)
+    executor = DigestExecutor(config.scheduler.num_pages, config.scheduler.page_size, levels)
+    disk = FullDisk(2000)
+    recorder = Recorder(disk, config.scheduler, levels)
+    engine = Engine(config, executor, recorder=recorder)
+    sampling = SamplingParams(max_new_tokens=9, seed=0)
+    for i in range(5):
+        [[done]] = engine.generate([[i + 1] * 9], sampling)
+        assert done.finished is not None
+    engine.close()
+    engine.close()
+    assert disk.num_refused == 1
+    assert sum("can't be recorded" in record.message for record in caplog.records) == 1
+    assert recorder.levels is not None
+    assert not [*recorder.levels.answers, *recorder.levels.rooms], "nobody will take them"
+    path = tmp_path / "recording"
+    path.write_bytes(disk.written)
+    outcome = rerun(path)
+    assert outcome.num_steps > 3
+    assert outcome.first_difference is None
+
+
+def test_a_disk_that_is_full_at_the_start_is_told_at_the_start() -> None:
+    with pytest.raises(ConfigError, match="can't be written: No space left"):
+        Recorder(FullDisk(10), digest_config().scheduler)
+
+
+def test_pins_that_are_over_leave_nothing_in_the_recorder(tmp_path: Path) -> None:
+    config = digest_config(num_pages=64, max_pinned_ratio=0.5)
+    executor = DigestExecutor(config.scheduler.num_pages, config.scheduler.page_size)
+    recorder = Recorder(create_file(tmp_path / "recording"), config.scheduler)
+    engine = Engine(config, executor, recorder=recorder)
+    sampling = SamplingParams(max_new_tokens=1, seed=0)
+    for i in range(200):
+        request = Request(RequestId(f"{i}"), (1,) * 9, sampling, retention=Retention(pin=True))
+        engine.step([Arrival(request)])
+    assert "199" in recorder._pins
+    assert len(recorder._pins) < 100
 
 
 def test_files_are_never_overwritten(tmp_path: Path) -> None:
