@@ -12,7 +12,7 @@ from typing import NoReturn
 import torch
 
 from kernels.errors import ShapeError
-from kernels.ops import QUANTISED, KVPages, Linear, Ops
+from kernels.ops import QUANTISED, KVPages, Linear, Ops, Work
 from kernels.quantization import MAX_INT8_FEATURES
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -29,6 +29,9 @@ class CheckedOps:
         self.device = torch.device(device)
         # Half the cost of looking at `tensor.device.type`, several times a call.
         self._is_here = operator.attrgetter("is_cuda" if self.device.type == "cuda" else "is_cpu")
+
+    def capture(self, work: Work) -> Work | None:
+        return self.inner.capture(work)
 
     def prepare_linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
         self._floats("weight", weight, 2)

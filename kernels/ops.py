@@ -14,9 +14,13 @@ the other rows, on how its queries were chunked, on the pages' places, or on the
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Final, Protocol
 
 import torch
+
+Work = Callable[[], torch.Tensor]
+"""Operations on tensors that stay where they are; gives the last one's result."""
 
 QUANTISED: Final = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 """What quantised pages may hold, and the largest number of each."""
@@ -73,6 +77,14 @@ class Ops(Protocol):
     exact: bool
     page_dtypes: tuple[torch.dtype, ...]
     """The dtypes of `QUANTISED` that it can keep pages in."""
+
+    def capture(self, work: Work) -> Work | None:
+        """What does the same work again in one launch, on the same memory; `None`: it can't.
+
+        `work` may be done meanwhile, or a part of it, or not. Nothing may be in it but these
+        operations, and what a path can capture besides: on a GPU torch's, elsewhere views. What
+        the captured work gives is good until captured work of this path is done again.
+        """
 
     def prepare_linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
         """Take a weight `[N, K]` (and bias `[N]`) over; the caller drops its reference.

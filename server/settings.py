@@ -157,7 +157,7 @@ class Settings(BaseModel):
         None, description="plan the next step while one computes; default: on a GPU"
     )
     enforce_eager: bool = Field(
-        False, description="launch each kernel; else a GPU replays captured decode steps"
+        False, description="launch each kernel; else captured decode steps are replayed"
     )
     prefix_cache: bool = Field(True, description="keep pages for prompts that begin alike")
     eviction_policy: Annotated[str, AfterValidator(_policy)] = Field(

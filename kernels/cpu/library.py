@@ -14,7 +14,7 @@ from ctypes import c_char_p, c_float, c_int, c_int64, c_void_p
 
 from kernels.errors import KernelUnavailableError
 
-VERSION = 4
+VERSION = 5
 """Of the interface between `native_ops` and the library; both must name the same."""
 
 _REMEDY = "install kvpaging with a C++ compiler at hand (g++ or clang++)"
@@ -79,6 +79,12 @@ def open_library(path: pathlib.Path) -> ctypes.CDLL:
     library.kv_create.restype = c_void_p
     library.kv_destroy.argtypes = [c_void_p]
     library.kv_destroy.restype = None
+    library.kv_record.argtypes = [c_void_p]
+    library.kv_record.restype = c_void_p
+    library.kv_play.argtypes = [c_void_p]
+    library.kv_erase.argtypes = [c_void_p]
+    library.kv_erase.restype = None
+    library.kv_recorded.restype = None
     library.kv_packed_bytes.argtypes = [c_int64, c_int64]
     library.kv_packed_bytes.restype = c_int64
     for name, arguments in _WORK.items():

@@ -3,10 +3,14 @@
 // Every function of work takes a context first, returns 0, or 1 when memory ran out (nothing was
 // promised about the outputs then). How work is split depends on sizes and threads, and changes
 // when things are computed, never what.
+//
+// Work can be recorded instead of done, but for that of grouped weights: a tape holds the calls with
+// their pointers, and plays them as often as wanted in one call.
 
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <functional>
 #include <new>
 #include <utility>
 #include <vector>
@@ -47,6 +51,26 @@ int guarded(F f) noexcept {
     } catch (const std::bad_alloc&) {
         return 1;
     }
+}
+
+struct Tape {
+    Context& context;
+    std::vector<std::function<void()>> calls;
+};
+
+// What this thread records to, or null. Other threads' work is done meanwhile, as ever.
+thread_local Tape* recording = nullptr;
+
+// Does f, or takes it into the tape. It holds all that it needs by value.
+template <typename F>
+int perform(Context* context, F f) noexcept {
+    return guarded([&] {
+        if (recording && &recording->context == context) {
+            recording->calls.emplace_back(std::move(f));
+        } else {
+            f();
+        }
+    });
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -378,7 +402,7 @@ void run_attention(Context& context, int dtype, const AttentionTask& task, int64
 using kv::Context;
 
 // Raised with every change of this interface: Python refuses a library of another version.
-KV_API int kv_version() { return 4; }
+KV_API int kv_version() { return 5; }
 
 // The i-th instruction set, best first, or null: unusable here. Ends with i == kv_num_isas().
 KV_API int kv_num_isas() { return kv::kNumIsas; }
@@ -399,6 +423,19 @@ KV_API Context* kv_create(int threads, const char* isa) {
 }
 KV_API void kv_destroy(Context* context) { delete context; }
 
+// From here on this thread's work of `context` goes to a tape, until `kv_recorded`. Null: no memory.
+KV_API kv::Tape* kv_record(Context* context) {
+    return kv::recording = new (std::nothrow) kv::Tape{*context, {}};
+}
+KV_API void kv_recorded() { kv::recording = nullptr; }
+// Does all that was recorded, in order. What the pointers lead to must still be there.
+KV_API int kv_play(const kv::Tape* tape) {
+    return kv::guarded([&] {
+        for (const auto& call : tape->calls) call();
+    });
+}
+KV_API void kv_erase(kv::Tape* tape) { delete tape; }
+
 // Bytes of a packed weight: n rounded up to whole panels, rows to whole words.
 KV_API int64_t kv_packed_bytes(int64_t n, int64_t row_bytes) {
     return kv::ceil_div(n, kv::kPanelCols) * kv::ceil_div(row_bytes, kv::kWordBytes) * kv::kStepBytes;
@@ -411,16 +448,17 @@ KV_API int kv_pack_weight(Context* context, const void* weight, int64_t n, int64
 }
 KV_API int kv_unpack_rows(Context* context, const void* packed, int64_t row_bytes,
                           const int64_t* ids, int64_t num_ids, void* out) {
-    kv::unpack_rows(*context, static_cast<const char*>(packed), row_bytes, ids, num_ids,
-                    static_cast<char*>(out));
-    return 0;
+    return kv::perform(context, [=] {
+        kv::unpack_rows(*context, static_cast<const char*>(packed), row_bytes, ids, num_ids,
+                        static_cast<char*>(out));
+    });
 }
 
 // `scales` of an int8 weight, else null: of each column, whole panels, then int32 column sums.
 KV_API int kv_linear(Context* context, int dtype, const void* x, int64_t x_stride, int64_t rows,
                      const void* weight, const float* scales, const void* bias, int64_t n,
                      int64_t k, void* out, int out_float32) {
-    return kv::guarded([&] {
+    return kv::perform(context, [=] {
         kv::run_linear(*context, {dtype, scales ? kv::kInt8 : kv::kSame, n, k, out_float32 != 0},
                        {{static_cast<const char*>(x), x_stride, nullptr, rows, weight, bias, scales,
                          static_cast<char*>(out)}});
@@ -453,19 +491,21 @@ KV_API int kv_norm(Context* context, int dtype, const void* x, int64_t x_stride,
     const kv::NormTask task{x,       x_stride,     residual,      residual_stride,
                             weight,  weight_dtype, weight_offset, eps,
                             out,     width};
-    kv::run_rows(*context, rows, width, [&](int64_t begin, int64_t end) {
-        context->kernels.norm[dtype](task, begin, end);
+    return kv::perform(context, [=] {
+        kv::run_rows(*context, rows, width, [&](int64_t begin, int64_t end) {
+            context->kernels.norm[dtype](task, begin, end);
+        });
     });
-    return 0;
 }
 
 KV_API int kv_gated(Context* context, int dtype, int gate, const void* gate_up, int64_t stride,
                     int64_t rows, int64_t width, void* out) {
     const kv::GatedTask task{gate_up, stride, out, width, gate};
-    kv::run_rows(*context, rows, 4 * width, [&](int64_t begin, int64_t end) {
-        context->kernels.gated[dtype](task, begin, end);
+    return kv::perform(context, [=] {
+        kv::run_rows(*context, rows, 4 * width, [&](int64_t begin, int64_t end) {
+            context->kernels.gated[dtype](task, begin, end);
+        });
     });
-    return 0;
 }
 
 KV_API int kv_rope_store(Context* context, int dtype, const void* qkv, int64_t qkv_stride,
@@ -485,10 +525,11 @@ KV_API int kv_rope_store(Context* context, int dtype, const void* qkv, int64_t q
         query_out,    num_heads,    num_kv_heads,    head_dim,          page_size,
         rotary_dim};
     const int64_t width = (num_heads + 2 * num_kv_heads) * head_dim;
-    kv::run_rows(*context, rows, 2 * width, [&](int64_t begin, int64_t end) {
-        context->kernels.rope_store[dtype](task, begin, end);
+    return kv::perform(context, [=] {
+        kv::run_rows(*context, rows, 2 * width, [&](int64_t begin, int64_t end) {
+            context->kernels.rope_store[dtype](task, begin, end);
+        });
     });
-    return 0;
 }
 
 KV_API int kv_paged_attention(Context* context, int dtype, const void* query, int64_t query_stride,
@@ -500,7 +541,7 @@ KV_API int kv_paged_attention(Context* context, int dtype, const void* query, in
                               int64_t num_seqs, int64_t num_heads, int64_t num_kv_heads,
                               int64_t head_dim, int64_t page_size, float scale, int64_t window,
                               float soft_cap, const float* sinks, void* out) {
-    return kv::guarded([&] {
+    return kv::perform(context, [=] {
         const kv::AttentionTask task{query,           query_stride, key_pages,    value_pages,
                                      key_page_stride, value_page_stride, key_scales,
                                      value_scales,    scale_page_stride, page_tables, table_stride,
@@ -513,41 +554,47 @@ KV_API int kv_paged_attention(Context* context, int dtype, const void* query, in
 
 KV_API int kv_log_softmax(Context* context, const float* logits, int64_t stride, int64_t rows,
                           int64_t width, float* out) {
-    kv::run_rows(*context, rows, 4 * width, [&](int64_t begin, int64_t end) {
-        for (int64_t r = begin; r < end; ++r) {
-            context->kernels.log_softmax(logits + r * stride, out + r * width, width);
-        }
+    return kv::perform(context, [=] {
+        kv::run_rows(*context, rows, 4 * width, [&](int64_t begin, int64_t end) {
+            for (int64_t r = begin; r < end; ++r) {
+                context->kernels.log_softmax(logits + r * stride, out + r * width, width);
+            }
+        });
     });
-    return 0;
 }
 
 KV_API int kv_sample(Context* context, const float* logits, int64_t stride, int64_t rows,
                      int64_t width, const float* temperature, const int32_t* top_k,
                      const float* top_p, const float* min_p, const int64_t* seeds,
                      const int32_t* output_indices, const int32_t* positions, int64_t* out) {
-    std::atomic<int> failed{0};
-    kv::run_rows(*context, rows, 4 * width, [&](int64_t begin, int64_t end) {
-        for (int64_t r = begin; r < end; ++r) {
-            failed |= kv::guarded([&] {
-                out[r] = kv::sample(context->kernels,
-                                    {logits + r * stride, width, temperature[r], top_k[r], top_p[r],
-                                     min_p[r], static_cast<uint64_t>(seeds[r]),
-                                     static_cast<uint32_t>(output_indices[r]),
-                                     static_cast<uint32_t>(positions[r])});
-            });
-        }
+    return kv::perform(context, [=] {
+        std::atomic<int> failed{0};
+        kv::run_rows(*context, rows, 4 * width, [&](int64_t begin, int64_t end) {
+            for (int64_t r = begin; r < end; ++r) {
+                failed |= kv::guarded([&] {
+                    out[r] = kv::sample(
+                        context->kernels,
+                        {logits + r * stride, width, temperature[r], top_k[r], top_p[r], min_p[r],
+                         static_cast<uint64_t>(seeds[r]),
+                         static_cast<uint32_t>(output_indices[r]),
+                         static_cast<uint32_t>(positions[r])});
+                });
+            }
+        });
+        if (failed) throw std::bad_alloc();
     });
-    return failed;
 }
 
 KV_API int kv_copy_pages(Context* context, char* pool, int64_t page_stride_bytes,
                          int64_t page_bytes, const int64_t* sources, const int64_t* targets,
                          int64_t pages) {
-    kv::run_rows(*context, pages, page_bytes, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-            std::memcpy(pool + targets[i] * page_stride_bytes, pool + sources[i] * page_stride_bytes,
-                        static_cast<size_t>(page_bytes));
-        }
+    return kv::perform(context, [=] {
+        kv::run_rows(*context, pages, page_bytes, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; ++i) {
+                std::memcpy(pool + targets[i] * page_stride_bytes,
+                            pool + sources[i] * page_stride_bytes,
+                            static_cast<size_t>(page_bytes));
+            }
+        });
     });
-    return 0;
 }

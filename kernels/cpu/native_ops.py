@@ -7,25 +7,27 @@ split.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import dataclasses
-import mmap
 import os
 import weakref
+from collections.abc import Callable, Sequence
 
 import torch
 
+from kernels import huge_pages
 from kernels.cpu import library as native
+from kernels.cpu.tape import Arena, CannotRecordError, Tape, ViewsOnly
 from kernels.errors import KernelUnavailableError, ShapeError
-from kernels.ops import KVPages, Linear
+from kernels.ops import KVPages, Linear, Work
 from kernels.quantization import int8_rows
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SILU, _GELU = 0, 1
 _MAX_HEAD_DIM = 512
-_HUGE_PAGE_BYTES = 2 << 20
 _PANEL_COLUMNS = 16
+
+_Empty = Callable[[Sequence[int], torch.dtype], torch.Tensor]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -83,6 +85,9 @@ class NativeOps:
         if context is None:
             raise MemoryError("the native kernels can't start")
         self._context: int = context
+        self._arena = Arena()
+        self._empty: _Empty = _new
+        """Where results lie: while work is recorded, on the arena."""
         weakref.finalize(self, self._library.kv_destroy, context)
         # Looked up once: attribute access on a CDLL is slow the first time only, but not free.
         self._linear = self._library.kv_linear
@@ -90,6 +95,28 @@ class NativeOps:
         self._gated_rows = self._library.kv_gated
         self._rope_store = self._library.kv_rope_store
         self._attention = self._library.kv_paged_attention
+
+    def capture(self, work: Work) -> Work | None:
+        library = self._library
+        handle = library.kv_record(self._context)
+        if handle is None:
+            raise MemoryError("no memory for a tape")
+        tape = Tape(library, handle, work)
+        self._empty = self._arena.empty
+        try:
+            with ViewsOnly():  # type: ignore[no-untyped-call]
+                result = work()
+        except CannotRecordError:
+            return None
+        finally:
+            self._empty = _new
+            library.kv_recorded()
+
+        def play() -> torch.Tensor:
+            tape.play()
+            return result
+
+        return play
 
     def prepare_linear(
         self, weight: torch.Tensor, bias: torch.Tensor | None = None
@@ -112,7 +139,7 @@ class NativeOps:
         weight = weight.contiguous()
         out_features, in_features = weight.shape
         row_bytes = in_features * weight.itemsize
-        packed = _memory(self._library.kv_packed_bytes(out_features, row_bytes))
+        packed = huge_pages.untouched(self._library.kv_packed_bytes(out_features, row_bytes))
         _check(
             self._library.kv_pack_weight(
                 self._context, weight.data_ptr(), out_features, row_bytes, packed.data_ptr()
@@ -162,7 +189,7 @@ class NativeOps:
         self, x: torch.Tensor, weight: torch.Tensor, eps: float, *, weight_offset: float = 0.0
     ) -> torch.Tensor:
         rows, width = x.shape
-        out = torch.empty(rows, width, dtype=x.dtype)
+        out = self._empty((rows, width), x.dtype)
         _check(
             self._norm(
                 self._context,
@@ -192,7 +219,7 @@ class NativeOps:
         weight_offset: float = 0.0,
     ) -> torch.Tensor:
         rows, width = x.shape
-        out = torch.empty(rows, width, dtype=x.dtype)
+        out = self._empty((rows, width), x.dtype)
         _check(
             self._norm(
                 self._context,
@@ -235,7 +262,7 @@ class NativeOps:
         _check_head_dim(head_dim)
         tokens, width = qkv.shape
         num_heads = width // head_dim - 2 * num_kv_heads
-        out = torch.empty(tokens, num_heads, head_dim, dtype=qkv.dtype)
+        out = self._empty((tokens, num_heads, head_dim), qkv.dtype)
         _check(
             self._rope_store(
                 self._context,
@@ -283,7 +310,7 @@ class NativeOps:
         _, num_kv_heads, page_size, head_dim = pages.keys.shape
         _check_head_dim(head_dim)
         tokens, num_heads, _ = query.shape
-        out = torch.empty(tokens, num_heads, head_dim, dtype=query.dtype)
+        out = self._empty((tokens, num_heads, head_dim), query.dtype)
         _check(
             self._attention(
                 self._context,
@@ -400,7 +427,7 @@ class NativeOps:
     def _run_linear(self, x: torch.Tensor, weight: Linear, dtype: torch.dtype) -> torch.Tensor:
         linear = _own(weight, x)
         rows = x.shape[0]
-        out = torch.empty(rows, linear.out_features, dtype=dtype)
+        out = self._empty((rows, linear.out_features), dtype)
         _check(
             self._linear(
                 self._context,
@@ -421,7 +448,7 @@ class NativeOps:
 
     def _gated(self, gate_up: torch.Tensor, gate: int) -> torch.Tensor:
         rows, width = gate_up.shape
-        out = torch.empty(rows, width // 2, dtype=gate_up.dtype)
+        out = self._empty((rows, width // 2), gate_up.dtype)
         _check(
             self._gated_rows(
                 self._context,
@@ -437,6 +464,10 @@ class NativeOps:
         return out
 
 
+def _new(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
 def _scales(whole: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """Whole panels of scales, float32, and the bits of as many int32 sums of the rows behind."""
     num_columns = -(-len(scales) // _PANEL_COLUMNS) * _PANEL_COLUMNS
@@ -444,22 +475,6 @@ def _scales(whole: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     out[0, : len(scales)] = scales
     out[1].view(torch.int32)[: len(scales)] = whole.sum(dim=1, dtype=torch.int32)
     return out.flatten()
-
-
-def _memory(num_bytes: int) -> torch.Tensor:
-    """Bytes for a weight, `[num_bytes]` uint8: in huge pages where the system has them.
-
-    A product reads a weight from one end to the other: with pages of 4 KiB it would wait for their
-    addresses.
-    """
-    if num_bytes < _HUGE_PAGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(num_bytes, dtype=torch.uint8)
-    area = mmap.mmap(-1, num_bytes + _HUGE_PAGE_BYTES)
-    with contextlib.suppress(OSError):  # a kernel without them
-        area.madvise(mmap.MADV_HUGEPAGE)
-    whole = torch.frombuffer(area, dtype=torch.uint8)
-    start = -whole.data_ptr() % _HUGE_PAGE_BYTES
-    return whole[start : start + num_bytes]
 
 
 def _check_head_dim(head_dim: int) -> None:

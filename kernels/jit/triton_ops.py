@@ -15,8 +15,9 @@ import triton
 
 from kernels.errors import ShapeError
 from kernels.jit import attention, linear, page_copies, rope, rows, sampling
+from kernels.jit.graphs import Graphs
 from kernels.jit.launch import Runner, Target, current_target, runner_for
-from kernels.ops import KVPages, Linear
+from kernels.ops import KVPages, Linear, Work
 from kernels.quantization import int8_rows
 
 
@@ -79,7 +80,9 @@ class TritonOps:
             runner: takes the launches instead of running them.
         """
         self._target = target or current_target()
-        self._run = runner or runner_for(self._target, torch.device(device))
+        self._device = torch.device(device)
+        self._run = runner or runner_for(self._target, self._device)
+        self._graphs: Graphs | None = None
         self._experts: dict[tuple[int, ...], _Experts] = {}
         self.exact = exact
         self.page_dtypes: tuple[torch.dtype, ...] = (torch.int8,)
@@ -89,6 +92,13 @@ class TritonOps:
         self.name = f"triton {triton.__version__} {self._target.arch}"
         if not exact:
             self.name += " not exact"
+
+    def capture(self, work: Work) -> Work | None:
+        if self._device.type != "cuda":
+            return None
+        if self._graphs is None:
+            self._graphs = Graphs(self._device)
+        return self._graphs.capture(work)
 
     def prepare_linear(
         self, weight: torch.Tensor, bias: torch.Tensor | None = None

@@ -12,7 +12,7 @@ import dataclasses
 import torch
 import torch.nn.functional as F  # noqa: N812  (its usual name)
 
-from kernels.ops import QUANTISED, KVPages, Linear
+from kernels.ops import QUANTISED, KVPages, Linear, Work
 from kernels.quantization import int8_rows
 from kernels.reference.philox import uniform
 
@@ -68,6 +68,10 @@ class TorchOps:
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.name = f"torch {torch.device(device).type}"
+
+    def capture(self, work: Work) -> Work | None:
+        # Attention looks at lengths on the host, which no graph can hold.
+        return None
 
     def prepare_linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> TorchLinear:
         return TorchLinear(weight, bias)

@@ -54,7 +54,7 @@ class EngineOptions(msgspec.Struct, frozen=True):
     async_scheduling: bool | None = None
     """Plan the next step while one computes. `None`: on a GPU."""
     enforce_eager: bool = False
-    """Launch every kernel of every step; else a GPU replays decode steps that were captured."""
+    """Launch every kernel of every step; else decode steps that were captured are replayed."""
     exact: bool = True
     """False lets a GPU's path trade equal bits for speed; a CPU's has no need to."""
     host_cache_bytes: int = 0

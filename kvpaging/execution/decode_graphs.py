@@ -1,33 +1,43 @@
 """Decode steps from static buffers, captured once for each size and replayed.
 
 A step in which every sequence computes one token has a shape that only their number and the width
-of the page tables decide. Both are rounded up a ladder, the batch is copied into buffers of that
-shape, and the work on them is captured when the shape first comes up. A row that pads stores
-nothing (slot -1) and reads one slot of the scratch page; rows do not depend on each other, so the
-others' bits stay. Knows no sampling; what captures is given (`cuda_capture`, or a test's).
+of the page tables decide. The batch is copied into buffers of that shape, and the layers' work on
+them is captured when the shape first comes up. Where launches are dear and rows are cheap, sizes
+are rounded up a ladder: a row that pads stores nothing (slot -1) and reads one slot of the scratch
+page; rows do not depend on each other, so the others' bits stay. Knows no sampling, and not how
+work is captured (`kernels.ops.Ops.capture`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 import torch
 
+from kernels.ops import Work
 from kvpaging.execution.batch import DeviceBatch
 from kvpaging.execution.kv_pool import KVPool
 from kvpaging.execution.models.layers import CausalLM
 
-Work = Callable[[], None]
-Capture = Callable[[Work], Work]
-"""Takes work on static buffers; what it gives does the same work again when called."""
+Capture = Callable[[Work], Work | None]
+"""`kernels.ops.Ops.capture`, or a test's."""
 
 STEP: Final = 16
-"""Sizes are 1, 2, 4, 8 and the multiples of this ..."""
-MAX_SIZE: Final = 512
-"""... up to this one; larger batches are worth their launches."""
+"""Padded sizes are 1, 2, 4, 8 and the multiples of this."""
 MIN_WIDTH: Final = 64
 """Pages; widths are this one doubled."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How many rows a captured step has."""
+
+    size_for: Callable[[int], int]
+    """The rows that serve so many sequences."""
+    most: int
+    """Sequences; larger batches are worth their launches."""
 
 
 def padded_size(num_seqs: int) -> int:
@@ -35,6 +45,12 @@ def padded_size(num_seqs: int) -> int:
     if num_seqs <= STEP // 2:
         return 1 << (num_seqs - 1).bit_length()
     return -(-num_seqs // STEP) * STEP
+
+
+PADDED: Final = Sizes(padded_size, most=512)
+"""For a GPU: a row costs next to nothing, a capture is dear."""
+EXACT: Final = Sizes(int, most=64)
+"""For a CPU: each row costs its products, recording costs next to nothing."""
 
 
 def padded_width(num_pages: int) -> int:
@@ -45,9 +61,14 @@ def padded_width(num_pages: int) -> int:
 class StaticBatch:
     """A decode batch of a fixed shape, at fixed addresses."""
 
-    def __init__(self, size: int, width: int, device: torch.device) -> None:
-        """Room for `size` sequences of `width` pages; all of it padding."""
+    def __init__(self, size: int, width: int, hidden: torch.Tensor) -> None:
+        """Room for `size` sequences of `width` pages, all of it padding.
+
+        Hidden states are as wide as `hidden [_, H]`, of its dtype and on its device.
+        """
+        device = hidden.device
         numbers = torch.arange(size + 1, device=device)
+        self.hidden = hidden.new_zeros(size, hidden.shape[1])
         self.batch = DeviceBatch(
             token_ids=torch.zeros(size, dtype=torch.int64, device=device),
             positions=torch.zeros(size, dtype=torch.int32, device=device),
@@ -59,18 +80,21 @@ class StaticBatch:
         )
         self._num_seqs = 0
 
-    def fill(self, batch: DeviceBatch) -> None:
-        """Take over a decode batch that fits; the rows after its own become padding."""
+    def fill(self, hidden: torch.Tensor, batch: DeviceBatch) -> None:
+        """Take over a decode batch that fits, its tokens embedded as `hidden [B, H]`.
+
+        The rows after its own become padding.
+        """
         count, width = batch.page_tables.shape
         mine = self.batch
-        mine.token_ids[:count] = batch.token_ids
+        self.hidden[:count] = hidden
         mine.positions[:count] = batch.positions
         mine.slot_mapping[:count] = batch.slot_mapping
         mine.page_tables[:count, :width] = batch.page_tables
         mine.seq_lens[:count] = batch.seq_lens
         if count < self._num_seqs:
             stale = slice(count, self._num_seqs)
-            mine.token_ids[stale] = 0
+            self.hidden[stale] = 0
             mine.positions[stale] = 0
             mine.slot_mapping[stale] = -1
             mine.page_tables[stale] = 0
@@ -79,72 +103,48 @@ class StaticBatch:
 
 
 class DecodeGraphs:
-    """The forward pass of decode steps, captured when a shape first comes up.
+    """The layers' work of decode steps, captured when a shape first comes up."""
 
-    All shapes leave their logits in one buffer: what reads them must be ordered before the next
-    step, as work on one stream is.
-    """
-
-    def __init__(self, model: CausalLM, pool: KVPool, capture: Capture) -> None:
+    def __init__(self, model: CausalLM, pool: KVPool, capture: Capture, sizes: Sizes) -> None:
         self._model = model
         self._pool = pool
-        self._capture = capture
+        self._capture: Capture | None = capture
+        self._sizes = sizes
         self._captured: dict[tuple[int, int], tuple[StaticBatch, Work]] = {}
-        self._logits: torch.Tensor | None = None
 
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
-        """(sequences, pages of a table) of what was captured, in order."""
+        """(rows, pages of a table) of what was captured, in order."""
         return tuple(self._captured)
 
     def fits(self, num_seqs: int) -> bool:
-        """Whether so many sequences are within the ladder."""
-        return num_seqs <= MAX_SIZE
+        """Whether so many sequences may be captured."""
+        return self._capture is not None and num_seqs <= self._sizes.most
 
-    def logits(self, batch: DeviceBatch) -> torch.Tensor:
-        """Logits `[B, V]` float32 of a batch of one token a sequence, all of them wanted.
+    def hidden(self, batch: DeviceBatch) -> torch.Tensor:
+        """Hidden states `[B, H]` of a batch of one token a sequence, as `CausalLM.forward`.
 
-        Writes keys and values to the pool. The result is good until the next call.
+        Writes keys and values to the pool. The result is good until the next call; what reads it
+        must be ordered before that, as work on one stream is.
         """
+        hidden = self._model.embed(batch.token_ids)
         count, width = batch.page_tables.shape
-        shape = padded_size(count), padded_width(width)
-        if shape not in self._captured:
-            static = StaticBatch(*shape, batch.token_ids.device)
-            static.fill(batch)
-            self._captured[shape] = static, self._capture(lambda: self._compute(static.batch))
+        shape = self._sizes.size_for(count), padded_width(width)
+        if shape not in self._captured and not self._add(shape, hidden, batch):
+            return self._model.layers(hidden, batch, self._pool)
         static, replay = self._captured[shape]
-        static.fill(batch)
-        replay()
-        return self._buffer()[:count]
+        static.fill(hidden, batch)
+        return replay()[:count]
 
-    def _compute(self, batch: DeviceBatch) -> None:
-        logits = self._model.logits(self._model.forward(batch, self._pool))
-        self._buffer()[: len(logits)].copy_(logits)
-
-    def _buffer(self) -> torch.Tensor:
-        if self._logits is None:
-            shape = (MAX_SIZE, self._model.config.vocab_size)
-            self._logits = torch.empty(shape, dtype=torch.float32, device=self._pool.pages.device)
-        return self._logits
-
-
-def cuda_capture() -> Capture:
-    """Capture as CUDA graphs that share one pool of memory.
-
-    The work runs once before it is captured: kernels are compiled and workspaces made then.
-    """
-    memory = torch.cuda.graph_pool_handle()
-
-    def capture(work: Work) -> Work:
-        beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):
-            work()
-        torch.cuda.current_stream().wait_stream(beside)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads move pages meanwhile, and may.
-        with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
-            work()
-        return graph.replay
-
-    return capture
+    def _add(self, shape: tuple[int, int], hidden: torch.Tensor, batch: DeviceBatch) -> bool:
+        """Capture a shape, if that can be."""
+        if self._capture is None:
+            return False
+        static = StaticBatch(*shape, hidden)
+        static.fill(hidden, batch)
+        work = self._capture(lambda: self._model.layers(static.hidden, static.batch, self._pool))
+        if work is None:  # nor could another shape be
+            self._capture = None
+            return False
+        self._captured[shape] = static, work
+        return True

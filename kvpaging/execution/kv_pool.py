@@ -8,11 +8,11 @@ page.
 from __future__ import annotations
 
 import math
-import mmap
 from typing import Final
 
 import torch
 
+from kernels.huge_pages import untouched
 from kernels.ops import KVPages
 from kvpaging.base.ids import PageId
 from kvpaging.base.kv_spec import KVSpec
@@ -38,7 +38,7 @@ class KVPool:
         self.num_pages = num_pages
         shape = (num_pages + 1, spec.page_bytes)
         if device.type == "cpu":
-            self.pages = _untouched(shape)
+            self.pages = untouched(math.prod(shape)).view(shape)
         else:
             self.pages = torch.empty(shape, dtype=torch.uint8, device=device)
         self._layers = [self._views(layer) for layer in range(spec.num_layers)]
@@ -84,12 +84,3 @@ class KVPool:
             self.pages[page_id].copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
             if self.pages.is_cuda:
                 torch.cuda.current_stream().synchronize()
-
-
-def _untouched(shape: tuple[int, int]) -> torch.Tensor:
-    """Anonymous memory in huge pages where the system has them; it is committed by first use."""
-    num_bytes = math.prod(shape)
-    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8).view(shape)

@@ -30,7 +30,7 @@ from kvpaging.base.secret_file import read_secret
 from kvpaging.cache.eviction.names import POLICIES
 from kvpaging.cache.prefix_key import root_key
 from kvpaging.execution.checkpoint import resolve_checkpoint
-from kvpaging.execution.decode_graphs import MAX_SIZE, cuda_capture
+from kvpaging.execution.decode_graphs import EXACT, PADDED
 from kvpaging.execution.kv_pool import TORCH_DTYPES, KVPool
 from kvpaging.execution.local_executor import LocalExecutor
 from kvpaging.execution.memory import available_bytes
@@ -84,8 +84,6 @@ def load_executor(
     )
     max_num_batched_tokens = _max_num_batched_tokens(options, device, decisions)
     async_scheduling = _async_scheduling(options, device, decisions)
-    # Plain torch's attention looks at lengths on the host, which no graph can hold.
-    captures = ops.name.startswith("triton") and device.type == "cuda" and not options.enforce_eager
     memory_bytes = _kv_memory_bytes(
         options, model_config, device, dtype, weight_bytes, max_num_batched_tokens, decisions
     )
@@ -140,7 +138,8 @@ def load_executor(
         model_config.eos_token_ids,
         mover,
         async_scheduling=async_scheduling,
-        capture=cuda_capture() if captures else None,
+        capture=None if options.enforce_eager else ops.capture,
+        sizes=EXACT if device.type == "cpu" else PADDED,
     )
     return config, executor
 
@@ -354,8 +353,9 @@ def _activation_bytes(
         inner = max(inner, chosen * model.experts.intermediate_size)
     heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     per_token = 3 * inner + 2 * heads + (4 + 2 * chosen) * model.hidden_size
-    logits = (4 * max_num_seqs + MAX_SIZE) * model.vocab_size * 4
-    return max_num_batched_tokens * per_token * DTYPE_BYTES[dtype] + logits
+    logits = 4 * max_num_seqs * model.vocab_size * 4
+    captured = PADDED.most  # graphs have memory of their own
+    return (max_num_batched_tokens + captured) * per_token * DTYPE_BYTES[dtype] + logits
 
 
 def _lengths(

@@ -13,7 +13,7 @@ from kvpaging.base.clock import monotonic
 from kvpaging.base.errors import LawBroken
 from kvpaging.base.ids import StepId
 from kvpaging.cache.lower_levels import LevelsFlushed, LowerLevels, PagesLoaded
-from kvpaging.execution.decode_graphs import Capture
+from kvpaging.execution.decode_graphs import PADDED, Capture, Sizes
 from kvpaging.execution.executor import RunningStep
 from kvpaging.execution.kv_pool import KVPool
 from kvpaging.execution.model_runner import ModelRunner, RunningSamples
@@ -66,10 +66,11 @@ class LocalExecutor:
         *,
         async_scheduling: bool = False,
         capture: Capture | None = None,
+        sizes: Sizes = PADDED,
     ) -> None:
         """With `async_scheduling` a CPU's steps run on a thread of their own.
 
-        A GPU's steps run beside the caller in any case. `capture`: see `decode_graphs`.
+        A GPU's steps run beside the caller in any case. `capture`, `sizes`: see `decode_graphs`.
         """
         self._ops = ops
         self._worker: ThreadPoolExecutor | None = None
@@ -79,7 +80,9 @@ class LocalExecutor:
         self.last_ended_s = 0.0
         """When the last step that computed was seen to be done."""
         self._pool: KVPool | None = pool
-        self._runner: ModelRunner | None = ModelRunner(model, pool, ops, eos_token_ids, capture)
+        self._runner: ModelRunner | None = ModelRunner(
+            model, pool, ops, eos_token_ids, capture, sizes
+        )
 
     @property
     def lower_levels(self) -> LowerLevels | None:

@@ -17,7 +17,7 @@ import torch
 from kernels.ops import Ops
 from kvpaging.base.ids import SeqId
 from kvpaging.execution.batch_builder import BatchBuilder
-from kvpaging.execution.decode_graphs import Capture, DecodeGraphs
+from kvpaging.execution.decode_graphs import PADDED, Capture, DecodeGraphs, Sizes
 from kvpaging.execution.kv_pool import KVPool
 from kvpaging.execution.models.layers import CausalLM
 from kvpaging.execution.sampler import Drawn, Draws, Sampler, Scores
@@ -112,12 +112,13 @@ class ModelRunner:
         ops: Ops,
         eos_token_ids: Collection[int],
         capture: Capture | None = None,
+        sizes: Sizes = PADDED,
     ) -> None:
-        """With `capture` decode steps run from captured graphs."""
+        """With `capture` decode steps run from captured graphs of these sizes."""
         device = pool.pages.device
         self._model = model
         self._pool = pool
-        self._graphs = None if capture is None else DecodeGraphs(model, pool, capture)
+        self._graphs = None if capture is None else DecodeGraphs(model, pool, capture, sizes)
         self._builder = BatchBuilder(pool.spec.page_size, device)
         self._sampler = Sampler(ops, model.config.vocab_size, eos_token_ids, device)
         self._output_index: dict[SeqId, int] = {}
@@ -145,8 +146,9 @@ class ModelRunner:
         """
         batch = self._builder.build(scheduled)
         if self._graphs is not None and _is_decode(scheduled, self._graphs):
-            return RunningSamples(scheduled, self._draw(scheduled, self._graphs.logits(batch)), ())
-        hidden = self._model.forward(batch, self._pool)
+            hidden = self._graphs.hidden(batch)
+        else:
+            hidden = self._model.forward(batch, self._pool)
         drawn: Drawn | None = None
         sampling = [entry for entry in scheduled if entry.sample_for]
         if sampling:

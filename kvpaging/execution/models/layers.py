@@ -197,8 +197,11 @@ class CausalLM:
 
     def forward(self, batch: DeviceBatch, kv: KVPool) -> torch.Tensor:
         """Hidden states of the step's tokens, `[T, H]`; writes their keys and values to `kv`."""
+        return self.layers(self.embed(batch.token_ids), batch, kv)
+
+    def layers(self, residual: torch.Tensor, batch: DeviceBatch, kv: KVPool) -> torch.Tensor:
+        """The same from embedded tokens `[T, H]`, which are used up; looks at no token id."""
         ops, eps, offset = self._ops, self.config.rms_norm_eps, self.norm_weight_offset
-        residual = self.embed(batch.token_ids)
         x = ops.rms_norm(residual, self._layers[0].input_norm, eps, weight_offset=offset)
         for layer, next_norm in zip(self._layers, self._next_norms, strict=True):
             x = layer(x, residual, batch, kv)

@@ -1,6 +1,7 @@
-"""Padded decode batches: real rows are what they would be unpadded, and nothing else is touched.
+"""Captured decode batches: rows are what they would be uncaptured, and nothing else is touched.
 
-On a CPU with a capture that only computes again; on a card with CUDA graphs.
+On a CPU padded with a capture that only computes again, and unpadded with the path's own; on a card
+with CUDA graphs.
 """
 
 from __future__ import annotations
@@ -16,15 +17,16 @@ from ops_paths import cpu_paths
 from plan_driver import PlanDriver
 
 from kernels import registry
+from kernels.ops import Work
 from kvpaging.base.config import EngineOptions
 from kvpaging.base.kv_spec import KVSpec
 from kvpaging.engine.engine import Engine
 from kvpaging.execution.decode_graphs import (
-    MAX_SIZE,
+    EXACT,
+    PADDED,
     Capture,
     DecodeGraphs,
-    Work,
-    padded_size,
+    Sizes,
     padded_width,
 )
 from kvpaging.execution.kv_pool import KVPool
@@ -51,9 +53,9 @@ class FakeCapture:
         self.num_captured += 1
         work()
 
-        def replay() -> None:
+        def replay() -> torch.Tensor:
             self.num_replayed += 1
-            work()
+            return work()
 
         return replay
 
@@ -71,7 +73,11 @@ def load(directory: Path, name: str, ops: registry.Ops) -> CausalLM:
 
 
 def run(
-    model: CausalLM, ops: registry.Ops, seed: int, capture: Capture | None
+    model: CausalLM,
+    ops: registry.Ops,
+    seed: int,
+    capture: Capture | None,
+    sizes: Sizes = PADDED,
 ) -> tuple[list, KVPool]:
     """Sequences that come and go, decode and prefill mixed; their samples, and the pool."""
     config = model.config
@@ -79,7 +85,9 @@ def run(
     pool = KVPool(spec, NUM_PAGES, CPU)
     pool.pages.fill_(255)  # NaN
     driver = PlanDriver(
-        LocalExecutor(model, pool, ops, capture=capture), page_size=PAGE, num_pages=NUM_PAGES
+        LocalExecutor(model, pool, ops, capture=capture, sizes=sizes),
+        page_size=PAGE,
+        num_pages=NUM_PAGES,
     )
     rng = random.Random(seed)
     tracks = [
@@ -111,6 +119,37 @@ def test_padded_batches_give_the_same_bits(tmp_path: Path, ops: registry.Ops, na
     assert bool((padded_pool.pages[0] == 255).all()), "a row that pads was stored"
 
 
+@pytest.mark.parametrize("name", ["qwen3", "gemma2-old", "qwen2-tied"])
+def test_the_path_s_own_capture_gives_the_same_bits(
+    tmp_path: Path, ops: registry.Ops, name: str
+) -> None:
+    model = load(tmp_path, name, ops)
+    plain, plain_pool = run(model, ops, 2, None)
+    captures: list[bool] = []
+
+    def capture(work: Work) -> Work | None:
+        captured = ops.capture(work)
+        captures.append(captured is not None)
+        return captured
+
+    again, again_pool = run(model, ops, 2, capture, EXACT)
+    if ops.exact:
+        assert captures.count(True) == len(captures) > 4
+        assert again == plain
+        assert torch.equal(again_pool.pages, plain_pool.pages)
+    else:
+        assert captures == [False], "asked again after it could not"
+
+
+def test_a_mixture_is_computed_where_it_cannot_be_captured(
+    tmp_path: Path, ops: registry.Ops
+) -> None:
+    model = load(tmp_path, "mixtral-window", ops)
+    plain, _ = run(model, ops, 3, None)
+    again, _ = run(model, ops, 3, ops.capture, EXACT)
+    assert again == plain
+
+
 def test_rows_that_shrank_become_padding_again(tmp_path: Path, ops: registry.Ops) -> None:
     """Seven sequences, then five: the other rows of the eight neither store nor read pages."""
     model = load(tmp_path, "qwen3", ops)
@@ -134,19 +173,21 @@ def test_rows_that_shrank_become_padding_again(tmp_path: Path, ops: registry.Ops
 
 
 def test_the_ladder_holds_every_batch_and_is_short() -> None:
-    sizes = [padded_size(count) for count in range(1, MAX_SIZE + 1)]
+    sizes = [PADDED.size_for(count) for count in range(1, PADDED.most + 1)]
     assert all(size >= count for count, size in enumerate(sizes, 1))
     assert sizes == sorted(sizes)
-    assert sizes[-1] == MAX_SIZE
+    assert sizes[-1] == PADDED.most
     assert len(set(sizes)) == 36
+    assert [EXACT.size_for(count) for count in (1, 3, 17)] == [1, 3, 17]
     assert [padded_width(pages) for pages in (1, 64, 65, 128, 1000)] == [64, 64, 128, 128, 1024]
 
 
 def test_a_batch_beyond_the_ladder_is_not_captured(tmp_path: Path, ops: registry.Ops) -> None:
     model = load(tmp_path, "qwen3", ops)
-    graphs = DecodeGraphs(model, KVPool(KVSpec(1, 1, 8, 4, "float32"), 1, CPU), FakeCapture())
-    assert graphs.fits(MAX_SIZE)
-    assert not graphs.fits(MAX_SIZE + 1)
+    pool = KVPool(KVSpec(1, 1, 8, 4, "float32"), 1, CPU)
+    graphs = DecodeGraphs(model, pool, FakeCapture(), PADDED)
+    assert graphs.fits(PADDED.most)
+    assert not graphs.fits(PADDED.most + 1)
 
 
 @pytest.mark.gpu
