@@ -16,7 +16,7 @@ import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import msgspec
 
@@ -30,7 +30,7 @@ LOOK_EVERY_S: Final = 1.0
 """How often the file of keys is looked at, while requests come."""
 
 _TENANT: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_FIELDS: Final = ("tenant", "key", "sha256", "role", "comment")
+_FIELDS: Final = ("tenant", "key", "sha256", "role", "budget", "comment")
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 _PROCESS_SECRET: Final = secrets.token_bytes(32)
 
@@ -50,11 +50,17 @@ ANONYMOUS: Final = Identity(ANONYMOUS_TENANT, is_operator=True)
 """Everybody, where no keys are asked for: one tenant, whose server it is."""
 
 
+MAX_BUDGET: Final = 2**31
+
+
 class Keys(Protocol):
     """The keys that are good now."""
 
     def identity_of(self, key: str) -> Identity | None:
         """Whose key it is; `None`: nobody's."""
+
+    def budget_of(self, tenant: str) -> float | None:
+        """This tenant's own bound: KV pages, or up to 1 a share of them; `None`: it has none."""
 
 
 class FixedKeys:
@@ -75,13 +81,17 @@ class FixedKeys:
         """See `Keys`."""
         return self._identities.get(_digest(_sha256(key)))
 
+    def budget_of(self, tenant: str) -> float | None:
+        """See `Keys`: what all tenants may have is said elsewhere."""
+        return None
+
 
 class KeyFile:
     """Keys from a file, which is read again when it changes: keys come and go, tenants stay.
 
     One JSON object a line; empty lines and lines that begin with `#` are comments:
 
-        {"key": "sk-1", "tenant": "team-a"}
+        {"key": "sk-1", "tenant": "team-a", "budget": 0.25}
         {"sha256": "<64 hex digits: of a key>", "tenant": "ops", "role": "operator"}
     """
 
@@ -89,7 +99,7 @@ class KeyFile:
         """Read the file. Raises ConfigError, naming line and field and never a key."""
         self._path = path
         self._clock = clock
-        self._identities, self._seen = _read(path)
+        (self._identities, self._budgets), self._seen = _read(path)
         self._look_at_s = clock() + LOOK_EVERY_S
 
     def identity_of(self, key: str) -> Identity | None:
@@ -101,22 +111,35 @@ class KeyFile:
                 self.reload()
         return self._identities.get(_digest(_sha256(key)))
 
+    def budget_of(self, tenant: str) -> float | None:
+        """See `Keys`. As the file was when it was last read."""
+        return self._budgets.get(tenant)
+
     def reload(self) -> None:
         """Read the file again. What can't be read is said, and the keys stay as they were."""
         self._seen = _version_of(self._path)
         try:
-            self._identities, self._seen = _read(self._path)
+            (self._identities, self._budgets), self._seen = _read(self._path)
         except ConfigError as error:
             _logger.error("the keys stay as they were: %s", error)
         else:
             _logger.info("%d keys were read from %s", len(self._identities), self._path)
 
 
+class _Content(NamedTuple):
+    """What a file of keys says."""
+
+    identities: Mapping[bytes, Identity]
+    """By the digest of the key."""
+    budgets: Mapping[str, float]
+    """By tenant."""
+
+
 _Version = tuple[int, int, int] | None
 """What changes when a file does; `None` where there is none."""
 
 
-def _read(path: Path) -> tuple[Mapping[bytes, Identity], _Version]:
+def _read(path: Path) -> tuple[_Content, _Version]:
     try:
         with path.open("rb") as file:
             found = os.fstat(file.fileno())
@@ -125,9 +148,9 @@ def _read(path: Path) -> tuple[Mapping[bytes, Identity], _Version]:
         raise ConfigError(f"the keys in {path} can't be read: {error.strerror}") from None
     if len(content) > MAX_FILE_BYTES:
         raise ConfigError(f"{path} is larger than {MAX_FILE_BYTES} bytes, the limit for keys")
-    identities = _parse(content, path)
+    parsed = _parse(content, path)
     warn_if_others_may_read(path, found.st_mode)
-    return identities, (found.st_mtime_ns, found.st_size, found.st_ino)
+    return parsed, (found.st_mtime_ns, found.st_size, found.st_ino)
 
 
 def _version_of(path: Path) -> _Version:
@@ -144,9 +167,11 @@ def warn_if_others_may_read(path: Path, mode: int) -> None:
         _logger.warning("others than its owner may read %s, a secret: chmod 600 %s", path, path)
 
 
-def _parse(content: bytes, path: Path) -> Mapping[bytes, Identity]:
+def _parse(content: bytes, path: Path) -> _Content:
     identities: dict[bytes, Identity] = {}
-    lines: dict[bytes, int] = {}
+    budgets: dict[str, float] = {}
+    lines: dict[bytes | str, int] = {}
+    """Where each key, and each tenant's budget, was first."""
     for number, line in enumerate(content.splitlines(), 1):
         text = line.strip()
         if not text or text.startswith(b"#"):
@@ -157,13 +182,23 @@ def _parse(content: bytes, path: Path) -> Mapping[bytes, Identity]:
         if digest in lines:
             raise ConfigError(f"{where} the same key as in line {lines[digest]}")
         lines[digest] = number
-        identities[digest] = Identity(_tenant_in(fields, where), _is_operator_in(fields, where))
+        tenant = _tenant_in(fields, where)
+        identities[digest] = Identity(tenant, _is_operator_in(fields, where))
+        budget = _budget_in(fields, where)
+        if budget is None:
+            continue
+        if budgets.setdefault(tenant, budget) != budget:
+            raise ConfigError(
+                f"{where} budget is {budget:g}, and the same tenant's is {budgets[tenant]:g} in "
+                f"line {lines[tenant]}: a tenant has one"
+            )
+        lines.setdefault(tenant, number)
     if not identities:
         raise ConfigError(f"{path} holds no key, so nobody could ask; give at least one")
-    return identities
+    return _Content(identities, budgets)
 
 
-def _fields(text: bytes, where: str) -> dict[str, str]:
+def _fields(text: bytes, where: str) -> dict[str, Any]:
     """A line's fields. It may hold a key anywhere, so what is wrong is said in our words alone."""
     try:
         fields = msgspec.json.decode(text)
@@ -174,9 +209,23 @@ def _fields(text: bytes, where: str) -> dict[str, str]:
     if not fields.keys() <= set(_FIELDS):
         raise ConfigError(f"{where} a field is none of {', '.join(_FIELDS)}")
     for name, value in fields.items():
-        if not isinstance(value, str):
+        if name != "budget" and not isinstance(value, str):
             raise ConfigError(f"{where} {name} must be a text")
     return fields
+
+
+def _budget_in(fields: Mapping[str, Any], where: str) -> float | None:
+    budget = fields.get("budget")
+    if "budget" not in fields:
+        return None
+    if isinstance(budget, bool) or not isinstance(budget, int | float):
+        raise ConfigError(f"{where} budget must be a number: of pages, or up to 1 a share of them")
+    if not 0 < budget <= MAX_BUDGET or (budget > 1 and budget != int(budget)):
+        raise ConfigError(
+            f"{where} budget must be above 0, and a share up to 1 or a whole number of pages up to "
+            f"{MAX_BUDGET}, not {budget:g}"
+        )
+    return float(budget)
 
 
 def _hash_in(fields: Mapping[str, str], where: str) -> bytes:

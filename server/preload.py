@@ -223,7 +223,7 @@ class Preloader:
             namespace=owner.namespace,
             shared=owner.shared,
             tenant=owner.tenant,
-            tenant_pages=self._service.max_tenant_pages(),
+            tenant_pages=self._service.max_pages_of(owner.tenant),
             retention=retention_of(item.cache),
             is_idle=True,
         )

@@ -64,7 +64,7 @@ class AppConfig:
     """For `/generate` and TGI's dialect; what fits if that is less."""
     stream: StreamLimits = field(default_factory=StreamLimits)
     tenant_budget: float | None = None
-    """KV pages that each tenant may have; up to 1: that share of the pool."""
+    """KV pages that each tenant may have that has no budget of its own; up to 1: that share."""
     preload: Path | None = None
     """A file of prefixes to compute ahead: see `server.preload`."""
     drain_retry_s: float = 5.0
@@ -307,11 +307,16 @@ class Service:
         tenant = identity_of(request.scope).tenant
         num_shared_tokens = num_shared_tokens if asked.cache_scope == "shared" else 0
         owner = self.config.namespaces.owner(tenant, asked.cache_salt, num_shared_tokens)
-        return replace(owner, max_pages=self.max_tenant_pages())
+        return replace(owner, max_pages=self.max_pages_of(tenant))
 
-    def max_tenant_pages(self) -> int | None:
-        """Give the pages that each tenant may have; `None`: as many as there are."""
-        budget = self.config.tenant_budget
+    def max_pages_of(self, tenant: str) -> int | None:
+        """Give the pages that a tenant may have; `None`: as many as there are.
+
+        Its own budget goes before the one that all have.
+        """
+        keys = self.config.keys
+        own = None if keys is None else keys.budget_of(tenant)
+        budget = self.config.tenant_budget if own is None else own
         if budget is None:
             return None
         num_pages = self.engine_config().scheduler.num_pages

@@ -170,7 +170,8 @@ class Settings(BaseModel):
         None,
         gt=0,
         le=2**31,
-        description="KV pages that each tenant may have, or up to 1: share of them; default: all",
+        description="KV pages that each tenant may have, or up to 1: share of them; the file of "
+        "keys may say otherwise for one; default: all",
     )
     preload: Path | None = Field(
         None, description="file of prompts or messages (JSON lines) to compute ahead when idle"

@@ -79,6 +79,14 @@ def test_a_key_stands_for_its_tenant(tmp_path: Path) -> None:
         (entry(SECRET_KEY, "a", role="root"), "role must be user or operator"),
         ({"key": SECRET_KEY, "tenant": 7}, "tenant must be a text"),
         (entry("sk-1", "b"), "the same key as in line 1"),
+        ({**entry("sk-2", "b"), "budget": 0}, "budget must be above 0"),
+        ({**entry("sk-2", "b"), "budget": -0.5}, "not -0.5"),
+        ({**entry("sk-2", "b"), "budget": 1.5}, "whole number of pages up to 2147483648, not 1.5"),
+        ({**entry("sk-2", "b"), "budget": 2**31 + 1}, "up to 2147483648, not 2"),
+        ({**entry("sk-2", "b"), "budget": True}, "budget must be a number"),
+        ({**entry("sk-2", "b"), "budget": SECRET_KEY}, "budget must be a number"),
+        ({**entry("sk-2", "b"), "budget": None}, "budget must be a number"),
+        ('{"key": "sk-2", "tenant": "b", "budget": 1e999}', "not"),
     ],
 )
 def test_a_wrong_line_is_named_and_not_shown(tmp_path: Path, line: object, complaint: str) -> None:
@@ -134,6 +142,29 @@ def test_keys_come_and_go_while_tenants_stay(
     keys.reload()  # as SIGHUP does: at once
     assert keys.identity_of("sk-3") == Identity("team-b", is_operator=False)
     assert keys.identity_of("sk-new") is None
+
+
+def test_a_tenant_has_one_budget_of_its_own(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write(
+        tmp_path / "keys",
+        entry("sk-1", "a"),
+        {**entry("sk-2", "a"), "budget": 0.25},
+        {**entry("sk-3", "a"), "budget": 0.25},
+        {**entry("sk-4", "b"), "budget": 40},
+        entry("sk-5", "c"),
+    )
+    keys = KeyFile(path)
+    assert [keys.budget_of(tenant) for tenant in "abcd"] == [0.25, 40.0, None, None]
+    write(path, {**entry("sk-1", "a"), "budget": 7}, {**entry("sk-2", "a"), "budget": 8})
+    keys.reload()
+    assert "line 2: budget is 8, and the same tenant's is 7 in line 1" in caplog.text
+    assert keys.budget_of("a") == 0.25, "what is wrong changes nothing"
+    write(path, {**entry("sk-1", "a"), "budget": 7})
+    keys.reload()
+    assert [keys.budget_of(tenant) for tenant in "ab"] == [7.0, None]
+    assert FixedKeys(("one",), b"secret").budget_of("one") is None
 
 
 def test_others_who_may_read_the_file_are_warned_of(

@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -12,6 +13,7 @@ from http_app import Caller, listening, make_app, wait_for
 
 from kvpaging.base.errors import ConfigError
 from kvpaging.cache.retention import Retention
+from server.keys import KeyFile
 from server.preload import Preloader, open_file
 from server.schemas.preload import PreloadItem
 from server.service import Service
@@ -33,13 +35,23 @@ def work_off(
     return asyncio.run(run())
 
 
-def test_a_prefix_is_computed_in_chunks_of_idle_work_and_pinned_with_the_last() -> None:
+def keys_file(directory: Path, *entries: dict[str, Any]) -> Path:
+    path = directory / "keys"
+    path.touch(0o600)
+    path.write_text("\n".join(map(json.dumps, entries)))
+    return path
+
+
+def test_a_prefix_is_computed_in_chunks_of_idle_work_and_pinned_with_the_last(
+    tmp_path: Path,
+) -> None:
     client = FakeEngineClient(config=engine_config(max_model_len=2048, num_pages=256))
     prompt = [i % 9 + 1 for i in range(600)]
     item = PreloadItem.model_validate(
         {"prompt": prompt, "tenant": "t", "cache": {"pin": True, "ttl_s": 60, "priority": 3}}
     )
-    preloader = work_off(client, lambda preloader: preloader.add([item]), tenant_budget=0.5)
+    own = KeyFile(keys_file(tmp_path, {"key": "k", "tenant": "t", "budget": 0.5}))
+    preloader = work_off(client, lambda p: p.add([item]), tenant_budget=0.25, keys=own)
     assert [len(request.prompt_token_ids) for request in client.seen] == [256, 512, 600]
     assert all(request.is_idle and request.tenant == "t" for request in client.seen)
     assert {request.tenant_pages for request in client.seen} == {128}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ from fake_engine import FakeEngineClient
 from http_app import Caller, make_app
 
 from kvpaging.cache.retention import Retention
+from server.keys import KeyFile
 
 LONG = list(range(1, 41))  # two pages of 16, and a half
 
@@ -100,6 +102,38 @@ def test_every_dialect_refuses_what_it_would_overlook(place: int) -> None:
         answer = http.post(path, body)
         assert answer.status_code in (400, 422), cache
         assert "cache" in answer.text
+
+
+def test_a_tenants_own_budget_goes_before_the_one_of_all(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.touch(0o600)
+
+    def write(budget: str) -> None:
+        path.write_text(
+            f'{{"key": "k-a", "tenant": "a"{budget}}}\n{{"key": "k-b", "tenant": "b"}}\n'
+            '{"key": "op", "tenant": "o", "role": "operator"}'
+        )
+
+    write(', "budget": 0.5')
+    keys = KeyFile(path)
+    client = FakeEngineClient()
+    app = make_app(client, keys=keys, tenant_budget=10.0)
+    body = {"prompt": "x", "max_new_tokens": 1}
+
+    def bounds() -> list[int | None]:
+        client.seen.clear()
+        for key in ("k-a", "k-b"):
+            http = Caller(app, {"Authorization": f"Bearer {key}"})
+            assert http.post("/generate", body).status_code == 200
+        return [request.tenant_pages for request in client.seen]
+
+    assert bounds() == [32, 10]
+    write(', "budget": 3')
+    keys.reload()
+    assert bounds() == [3, 10]
+    write("")
+    keys.reload()
+    assert bounds() == [10, 10]
 
 
 def test_the_budget_of_a_tenant_goes_with_each_request() -> None:
