@@ -13,7 +13,7 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
@@ -62,6 +62,9 @@ class Keys(Protocol):
     def budget_of(self, tenant: str) -> float | None:
         """This tenant's own bound: KV pages, or up to 1 a share of them; `None`: it has none."""
 
+    def tenants(self) -> Set[str]:
+        """Those that keys stand for. O(keys)."""
+
 
 class FixedKeys:
     """Keys that were given once, each a tenant of its own.
@@ -85,6 +88,10 @@ class FixedKeys:
         """See `Keys`: what all tenants may have is said elsewhere."""
         return None
 
+    def tenants(self) -> Set[str]:
+        """See `Keys`."""
+        return _tenants_of(self._identities)
+
 
 class KeyFile:
     """Keys from a file, which is read again when it changes: keys come and go, tenants stay.
@@ -104,12 +111,20 @@ class KeyFile:
 
     def identity_of(self, key: str) -> Identity | None:
         """See `Keys`. Looks whether the file changed, at most once a second."""
+        self._look()
+        return self._identities.get(_digest(_sha256(key)))
+
+    def tenants(self) -> Set[str]:
+        """See `Keys`. Looks whether the file changed, at most once a second."""
+        self._look()
+        return _tenants_of(self._identities)
+
+    def _look(self) -> None:
         now_s = self._clock()
         if now_s >= self._look_at_s:
             self._look_at_s = now_s + LOOK_EVERY_S
             if _version_of(self._path) != self._seen:
                 self.reload()
-        return self._identities.get(_digest(_sha256(key)))
 
     def budget_of(self, tenant: str) -> float | None:
         """See `Keys`. As the file was when it was last read."""
@@ -151,6 +166,10 @@ def _read(path: Path) -> tuple[_Content, _Version]:
     parsed = _parse(content, path)
     warn_if_others_may_read(path, found.st_mode)
     return parsed, (found.st_mtime_ns, found.st_size, found.st_ino)
+
+
+def _tenants_of(identities: Mapping[bytes, Identity]) -> Set[str]:
+    return {identity.tenant for identity in identities.values()}
 
 
 def _version_of(path: Path) -> _Version:
@@ -202,7 +221,7 @@ def _fields(text: bytes, where: str) -> dict[str, Any]:
     """A line's fields. It may hold a key anywhere, so what is wrong is said in our words alone."""
     try:
         fields = msgspec.json.decode(text)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise ConfigError(f"{where} this is not JSON") from None
     if not isinstance(fields, dict):
         raise ConfigError(f"{where} this is not a JSON object")

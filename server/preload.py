@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import secrets
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Final
@@ -20,13 +19,14 @@ from typing import IO, TYPE_CHECKING, Final
 from msgspec.structs import replace
 
 from kvpaging.base.config import SchedulerConfig
-from kvpaging.base.errors import BadRequest, ConfigError, EngineDied, Overloaded
+from kvpaging.base.errors import ConfigError, EngineDied, KvPagingError, Overloaded
 from kvpaging.base.ids import RequestId
 from kvpaging.scheduling import admission
+from kvpaging.scheduling.outputs import FinishReason, SequenceOutput
 from kvpaging.scheduling.request import Request, SamplingParams
 from server.client import ShuttingDown
 from server.errors import ApiError
-from server.schemas.body import parse
+from server.schemas.body import decode_object, parse
 from server.schemas.preload import PreloadItem, PreloadStatus
 from server.schemas.retention import retention_of
 
@@ -37,19 +37,30 @@ _logger: Final = logging.getLogger(__name__)
 
 MAX_WAITING: Final = 100_000
 """Prefixes that may wait to be computed."""
+MAX_WAITING_BYTES: Final = 32 * 1024 * 1024
+"""Of their JSON; one call is taken whatever its size where none waits."""
 MAX_ERRORS: Final = 100
 """The last ones are remembered."""
+MAX_LOGGED: Final = 20
+"""So many failures are logged until preloading is over; all are counted."""
 MAX_LINE_BYTES: Final = 16 * 1024 * 1024
 NUM_TRIES: Final = 3
 """Of a prefix, when the engine ends under it."""
 POLL_S: Final = 0.5
 
 
+class NotComputed(KvPagingError):
+    """The engine gave a prefix up."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Wanted:
     where: str
     """For people: file and line, or place in a call."""
-    item: PreloadItem
+    item: PreloadItem | bytes
+    """Bytes: a line that is not parsed yet."""
+    num_bytes: int = 0
+    """Of a call's item, which waits in memory."""
 
 
 class Preloader:
@@ -58,12 +69,16 @@ class Preloader:
     def __init__(self, service: Service):
         self._service = service
         self._wanted: deque[_Wanted] = deque()
+        self._num_bytes = 0
+        """Of those."""
         self._task: asyncio.Task[None] | None = None
         self._file: IO[bytes] | None = None
         self._path: Path | None = None
         self._num_lines = 0
         self._errors: deque[str] = deque(maxlen=MAX_ERRORS)
         self._num_done = self._num_failed = self._num_tokens = self._num_cached = 0
+        self._num_logged = 0
+        """Failures, since it began to work."""
         self._current: str | None = None
 
     def status(self) -> PreloadStatus:
@@ -89,15 +104,25 @@ class Preloader:
         self._file, self._path = open_file(path), path
         self._start()
 
-    def add(self, items: Iterable[PreloadItem]) -> None:
-        """Take more prefixes. Raises `Overloaded` having taken none."""
-        items = tuple(items)
-        if len(self._wanted) + len(items) > MAX_WAITING:
+    def add(self, items: Sequence[PreloadItem]) -> None:
+        """Take more prefixes. Raises `BadRequest` or `Overloaded` having taken none."""
+        for item in items:
+            self._service.tenant_of(item)
+        wanted = [
+            _Wanted(f"item {i}", item, len(item.model_dump_json())) for i, item in enumerate(items)
+        ]
+        num_bytes = sum(one.num_bytes for one in wanted)
+        if len(self._wanted) + len(wanted) > MAX_WAITING or (
+            self._wanted and self._num_bytes + num_bytes > MAX_WAITING_BYTES
+        ):
             raise Overloaded(
-                f"{len(self._wanted)} prefixes wait to be preloaded, and {MAX_WAITING} may",
+                f"{len(self._wanted)} prefixes of {self._num_bytes} bytes wait to be preloaded; "
+                f"{MAX_WAITING} of {MAX_WAITING_BYTES} bytes may, and these are {len(wanted)} of "
+                f"{num_bytes}",
                 retry_after_s=60.0,
             )
-        self._wanted.extend(_Wanted(f"item {i}", item) for i, item in enumerate(items))
+        self._wanted.extend(wanted)
+        self._num_bytes += num_bytes
         self._start()
 
     async def close(self) -> None:
@@ -106,8 +131,7 @@ class Preloader:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
-        if self._file is not None:
-            self._file.close()
+        self._close_file()
 
     def _start(self) -> None:
         if self._task is None or self._task.done():
@@ -115,16 +139,24 @@ class Preloader:
 
     async def _work(self) -> None:
         before = self._num_done, self._num_failed, self._num_tokens
+        self._num_logged = 0
         while not self._service.is_draining and (wanted := self._next()) is not None:
+            await asyncio.sleep(0)  # however many lines can't be used, others have their turns
+            if wanted.item == b"":
+                continue
             self._current = wanted.where
             try:
-                await self._compute(wanted.item)
+                await self._compute(_read(wanted.item))
             except ShuttingDown:
                 return
-            except (BadRequest, EngineDied, Overloaded, ApiError) as error:
+            except (KvPagingError, ApiError) as error:
                 if self._service.is_draining:
                     return
                 self._fail(f"{wanted.where}: {error}")
+            except Exception as error:  # noqa: BLE001 (one's fault must not cost the others)
+                self._fail(
+                    f"{wanted.where}: internal error ({type(error).__name__})", exc_info=True
+                )
             else:
                 self._num_done += 1
                 self._service.metrics.preloaded("done")
@@ -140,33 +172,41 @@ class Preloader:
         )
 
     def _next(self) -> _Wanted | None:
-        """The next one that can be read: what was asked for by calls first."""
+        """The next one: what was asked for by calls first."""
         if self._wanted:
-            return self._wanted.popleft()
+            wanted = self._wanted.popleft()
+            self._num_bytes -= wanted.num_bytes
+            return wanted
         while self._file is not None:
-            line = self._file.readline(MAX_LINE_BYTES + 1)
-            if not line:
-                self._file.close()
-                self._file = None
-                break
             self._num_lines += 1
             where = f"{self._path}, line {self._num_lines}"
+            try:
+                line = self._file.readline(MAX_LINE_BYTES + 1)
+            except OSError as error:
+                self._fail(f"{where}: {error.strerror}; the rest is not read")
+                line = b""
             if len(line) > MAX_LINE_BYTES:
                 self._fail(f"{where}: longer than {MAX_LINE_BYTES} bytes; the rest is not read")
-                self._file.close()
-                self._file = None
-            elif line.strip():
-                try:
-                    return _Wanted(where, _parse_line(line))
-                except BadRequest as error:
-                    self._fail(f"{where}: {error.message}")
+                line = b""
+            if line:
+                return _Wanted(where, line.strip())
+            self._close_file()
         return None
 
-    def _fail(self, why: str) -> None:
+    def _close_file(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _fail(self, why: str, *, exc_info: bool = False) -> None:
         self._num_failed += 1
         self._service.metrics.preloaded("failed")
         self._errors.append(why)
-        _logger.warning("preload: %s", why)
+        self._num_logged += 1
+        if self._num_logged <= MAX_LOGGED:
+            _logger.warning("preload: %s", why, exc_info=exc_info)
+        elif self._num_logged == MAX_LOGGED + 1:
+            _logger.warning("preload: more failed, which are counted and not logged")
 
     async def _compute(self, item: PreloadItem) -> None:
         """Compute one prefix; again where the engine ended under it."""
@@ -207,6 +247,7 @@ class Preloader:
             num_cached = 0
             async for output in self._service.client.submit(chunk):
                 num_cached = output.num_cached_tokens
+                _check_end(output)
             self._num_cached += max(0, num_cached - start)
         self._num_tokens += num_tokens
 
@@ -215,7 +256,8 @@ class Preloader:
         token_ids, num_shared_tokens = await self._service.prefix_ids(item)
         namespaces = self._service.config.namespaces
         namespaces.check(item.cache_scope)
-        owner = namespaces.owner(item.tenant, item.cache_salt, num_shared_tokens)
+        tenant = self._service.tenant_of(item)
+        owner = namespaces.owner(tenant, item.cache_salt, num_shared_tokens)
         return Request(
             RequestId("preload"),
             token_ids,
@@ -239,12 +281,15 @@ def open_file(path: Path) -> IO[bytes]:
         raise ConfigError(f"--preload: {path} can't be read: {error.strerror}") from None
 
 
-def _parse_line(line: bytes) -> PreloadItem:
+def _read(item: PreloadItem | bytes) -> PreloadItem:
     """Raises BadRequest that names the field."""
-    try:
-        content = json.loads(line)
-    except ValueError as error:
-        raise BadRequest(f"not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise BadRequest("must be a JSON object")
-    return parse(PreloadItem, content)
+    if isinstance(item, bytes):
+        return parse(PreloadItem, decode_object(item, "the line"))
+    return item
+
+
+def _check_end(output: SequenceOutput) -> None:
+    """Raise where the prefix was not computed to its end."""
+    end = output.finished
+    if end is not None and end.reason in (FinishReason.ERROR, FinishReason.ABORT):
+        raise NotComputed(end.message or "the engine ended it before it was computed")

@@ -26,13 +26,14 @@ from server.client import EngineClient, EngineState
 from server.envelope import identity_of
 from server.errors import ApiError, answer_to, draining, loading, stalled
 from server.generation import Done, Order, TextDelta, generate
-from server.keys import Keys
+from server.keys import ANONYMOUS_TENANT, Keys
 from server.observe.metrics import Metrics
 from server.observe.record import RequestRecord
 from server.preload import Preloader
 from server.schemas.body import BodyBudget
 from server.schemas.fields import CacheFields
 from server.schemas.pins import PrefixFields
+from server.schemas.preload import PreloadItem
 from server.sse import StreamLimits
 from server.tenants import Namespaces, Owner
 from server.text import Text
@@ -308,6 +309,22 @@ class Service:
         num_shared_tokens = num_shared_tokens if asked.cache_scope == "shared" else 0
         owner = self.config.namespaces.owner(tenant, asked.cache_salt, num_shared_tokens)
         return replace(owner, max_pages=self.max_pages_of(tenant))
+
+    def tenant_of(self, item: PreloadItem) -> str:
+        """Give the tenant for whom a prefix shall be computed.
+
+        Raises `BadRequest` for one that no key stands for: nobody could find its pages, or end its
+        pins.
+        """
+        keys = self.config.keys
+        tenants = {ANONYMOUS_TENANT} if keys is None else keys.tenants()
+        if item.tenant is None:
+            if len(tenants) > 1:
+                raise BadRequest(f"say for which of the {len(tenants)} tenants", param="tenant")
+            return next(iter(tenants))
+        if item.tenant not in tenants:
+            raise BadRequest(f"no API key stands for the tenant {item.tenant!r}", param="tenant")
+        return item.tenant
 
     def max_pages_of(self, tenant: str) -> int | None:
         """Give the pages that a tenant may have; `None`: as many as there are.

@@ -77,14 +77,17 @@ async def read_json_object(
     """
     with budget.share() as take:
         body = await _read(request, max_bytes, timeout_s, take)
-        try:
-            content = from_json(body, allow_inf_nan=False, cache_strings="none")
-        except ValueError as error:
-            raise BadRequest(f"the body is not valid JSON: {error}", code="invalid_json") from error
+        return decode_object(body, "the body")
+
+
+def decode_object(text: bytes, what: str) -> JsonObject:
+    """Give the JSON object that `text` is. Raises `BadRequest`, also where it nests too deeply."""
+    try:
+        content = from_json(text, allow_inf_nan=False, cache_strings="none")
+    except ValueError as error:
+        raise BadRequest(f"{what} is not valid JSON: {error}", code="invalid_json") from error
     if not isinstance(content, dict):
-        raise BadRequest(
-            f"the body must be a JSON object, not {_kind(content)}", code="invalid_json"
-        )
+        raise BadRequest(f"{what} must be a JSON object, not {_kind(content)}", code="invalid_json")
     return content
 
 

@@ -7,7 +7,6 @@ from typing import Final, Literal, Self
 from pydantic import Field, model_validator
 from typing_extensions import TypedDict
 
-from server.keys import ANONYMOUS_TENANT
 from server.schemas.body import StrictModel
 from server.schemas.pins import PrefixFields
 from server.schemas.retention import CACHE_WORDS, CacheControl
@@ -19,8 +18,11 @@ MAX_ITEMS: Final = 1024
 class PreloadItem(PrefixFields):
     """One prefix to compute ahead."""
 
-    tenant: str = Field(
-        ANONYMOUS_TENANT, max_length=64, description="For whom; with API keys, a tenant's name."
+    tenant: str | None = Field(
+        None,
+        max_length=64,
+        description="For whom: the name of a tenant that some API key stands for. May be left out "
+        "where there is one tenant.",
     )
     cache: CacheControl | None = Field(None, description=CACHE_WORDS)
 

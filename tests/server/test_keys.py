@@ -61,6 +61,7 @@ def test_a_key_stands_for_its_tenant(tmp_path: Path) -> None:
     ("line", "complaint"),
     [
         ("{", "this is not JSON"),
+        ("[" * 100_000, "this is not JSON"),
         ('"sk-hush-hush"', "not a JSON object"),
         ({"sk-hush-hush": "team-a"}, "a field is none of tenant, key, sha256"),
         (entry(SECRET_KEY, ""), "tenant must be"),
@@ -176,6 +177,15 @@ def test_others_who_may_read_the_file_are_warned_of(
     os.chmod(path, 0o640)
     KeyFile(path)
     assert f"chmod 600 {path}" in caplog.text
+
+
+def test_a_file_that_nests_too_deeply_leaves_the_keys_as_they_were(tmp_path: Path) -> None:
+    path = write(tmp_path / "keys", entry("sk-1", "a"), entry("sk-2", "b"))
+    keys = KeyFile(path)
+    assert keys.tenants() == {"a", "b"}
+    path.write_text("[" * 100_000)
+    keys.reload()
+    assert keys.identity_of("sk-1") == Identity("a", is_operator=False)
 
 
 def test_keys_that_are_listed_are_tenants_of_their_own() -> None:
