@@ -153,7 +153,12 @@ class CheckedOps:
         _, num_kv_heads, _, head_dim = self._pages(pages, query.dtype)
         self._floats("query", query, 3)
         _, num_heads, width = query.shape
-        if width != head_dim or num_heads % num_kv_heads or query.stride(1) != head_dim:
+        if (
+            width != head_dim
+            or num_heads == 0
+            or num_heads % num_kv_heads
+            or query.stride(1) != head_dim
+        ):
             _refuse("query", query, f"[T, a multiple of {num_kv_heads}, {head_dim}]")
         num_seqs = page_tables.shape[0]
         self._place("page_tables", page_tables)
@@ -274,6 +279,7 @@ class CheckedOps:
             not self._is_here(keys)
             or (dtype is not activations and dtype not in self.page_dtypes)
             or len(shape) != 4
+            or 0 in shape[1:]
             or stride[1:] != (shape[2] * shape[3], shape[3], 1)
             or shape[3] % 8
         ):
@@ -282,7 +288,7 @@ class CheckedOps:
                 "pages.keys",
                 keys,
                 f"[num_pages, HKV, page_size, D] of {names} on {self.device}, dense but for dim 0,"
-                " D a multiple of 8",
+                " none of HKV, page_size and D 0, D a multiple of 8",
             )
         if (
             not self._is_here(values)

@@ -190,7 +190,7 @@ void linear(const LinearTask& task, int64_t panel_begin, int64_t panel_end, int6
     // All tiles have as many rows as the first, or one more.
     const int most = panels_at_once<W>((task.num_rows + task.num_tiles - 1) / task.num_tiles);
     const int64_t block_panels =
-        num_tiles == 1 ? most : greater(kBlockBytes / (panel_bytes * most), 1) * most;
+        num_tiles == 1 ? most : greater(kBlockBytes / greater(panel_bytes * most, 1), 1) * most;
     for (int64_t block = panel_begin; block < panel_end; block += block_panels) {
         const int64_t block_end = lesser(block + block_panels, panel_end);
         // The next block comes from memory while this one is multiplied, a share with each product.

@@ -241,9 +241,10 @@ void run_linear(Context& context, const LinearShape& shape, const std::vector<Li
     if (!batch.empty()) multiply(context, shape, batch);
 }
 
-// f(begin, end) over blocks of rows that are `width` wide.
+// f(begin, end) over blocks of rows that are `width` wide, which may be nothing.
 template <typename F>
 void run_rows(Context& context, int64_t rows, int64_t width, F f) {
+    width = std::max<int64_t>(width, 1);
     const int threads = context.threads_for(rows * width, kMinElements);
     const int64_t block =
         std::max<int64_t>(1, std::min(ceil_div(rows, 4 * threads), ceil_div(kMinElements, width)));

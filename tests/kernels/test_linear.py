@@ -39,6 +39,13 @@ def test_no_rows(ops, dtype):
     assert ops.linear(torch.empty(0, 8, dtype=dtype), prepared).shape == (0, 5)
 
 
+def test_no_columns_leave_the_bias(ops, dtype):
+    bias = torch.randn(5).to(dtype)
+    prepared = ops.prepare_linear(torch.empty(5, 0, dtype=dtype), bias)
+    assert torch.equal(ops.linear(torch.empty(70, 0, dtype=dtype), prepared), bias.expand(70, 5))
+    assert prepared.rows(torch.tensor([4, 0])).shape == (2, 0)
+
+
 def test_rows_of_a_weight_are_its_embeddings(ops, dtype):
     weight, _ = weight_and_bias(9, 16, dtype)
     prepared = ops.prepare_linear(weight.clone())

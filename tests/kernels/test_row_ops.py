@@ -117,3 +117,13 @@ def test_copy_pages_of_a_strided_pool(ops):
     expected[5, 0] = whole[1, 0]
     ops.copy_pages(whole[:, 0], torch.tensor([1]), torch.tensor([5]))
     assert torch.equal(whole, expected)
+
+
+def test_rows_without_width(ops, dtype):
+    """Nothing to compute, and nothing to divide by."""
+    empty = torch.empty(3, 0, dtype=dtype)
+    assert ops.silu_mul(empty).shape == (3, 0)
+    assert ops.gelu_mul(empty).shape == (3, 0)
+    assert ops.rms_norm(empty, torch.empty(0, dtype=dtype), 1e-6).shape == (3, 0)
+    assert ops.add_rms_norm(empty, empty, torch.empty(0, dtype=dtype), 1e-6).shape == (3, 0)
+    ops.copy_pages(torch.empty(4, 0, dtype=dtype), torch.tensor([0]), torch.tensor([1]))
