@@ -7,12 +7,13 @@ slots, lengths) is the caller's promise. Docstrings of the operations: `kernels.
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import NoReturn
 
 import torch
 
 from kernels.errors import ShapeError
-from kernels.ops import QUANTISED, KVPages, Linear, Ops, Work
+from kernels.ops import QUANTISED, Experts, KVPages, Linear, Ops, Work
 from kernels.quantization import MAX_INT8_FEATURES
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -50,12 +51,21 @@ class CheckedOps:
             self._vector("bias", bias, weight.shape[0], weight.dtype)
         return self.inner.prepare_int8_linear(weight, bias)
 
+    def prepare_experts(self, weights: Sequence[Linear]) -> Experts:
+        if not weights:
+            raise ShapeError("weights is empty; wanted: at least one expert")
+        kinds = [_kind(weight) for weight in weights]
+        for expert, kind in enumerate(kinds):
+            if kind != kinds[0]:
+                raise ShapeError(f"weights[{expert}] is {kind}; wanted: {kinds[0]}, as weights[0]")
+        return self.inner.prepare_experts(weights)
+
     def linear(self, x: torch.Tensor, weight: Linear) -> torch.Tensor:
-        self._rows("x", x, weight.in_features)
+        self._factor(x, weight)
         return self.inner.linear(x, weight)
 
     def linear_float32(self, x: torch.Tensor, weight: Linear) -> torch.Tensor:
-        self._rows("x", x, weight.in_features)
+        self._factor(x, weight)
         return self.inner.linear_float32(x, weight)
 
     def rms_norm(
@@ -185,12 +195,11 @@ class CheckedOps:
         )
 
     def grouped_linear(
-        self, x: torch.Tensor, weights: list[Linear], expert_of_row: torch.Tensor
+        self, x: torch.Tensor, experts: Experts, expert_of_row: torch.Tensor
     ) -> torch.Tensor:
-        first = weights[0]
-        self._rows("x", x, first.in_features)
+        self._factor(x, experts)
         self._vector("expert_of_row", expert_of_row, x.shape[0], torch.int64)
-        return self.inner.grouped_linear(x, weights, expert_of_row)
+        return self.inner.grouped_linear(x, experts, expert_of_row)
 
     def sample(
         self,
@@ -251,6 +260,11 @@ class CheckedOps:
         self._floats(name, tensor, 2)
         if tensor.shape[1] != width:
             _refuse(name, tensor, f"{width} wide")
+
+    def _factor(self, x: torch.Tensor, weight: Linear | Experts) -> None:
+        self._rows("x", x, weight.in_features)
+        if x.dtype is not weight.dtype:
+            _refuse("x", x, f"{weight.dtype}, which its weight is for")
 
     def _gated(self, gate_up: torch.Tensor) -> None:
         self._floats("gate_up", gate_up, 2)
@@ -322,6 +336,14 @@ class CheckedOps:
             or scales.stride()[1:] != (shape[2], 1)
         ):
             _refuse(name, scales, f"float32 {list(shape)} on {self.device}, dense but for dim 0")
+
+
+def _kind(weight: Linear) -> str:
+    """What all experts of a mixture have in common."""
+    dtype = str(weight.dtype).removeprefix("torch.")
+    kept = f"int8 for {dtype}" if weight.is_int8 else dtype
+    bias = "no bias" if weight.bias is None else "a bias"
+    return f"{kept} [{weight.out_features}, {weight.in_features}] with {bias}"
 
 
 def _shown(tensor: torch.Tensor) -> str:

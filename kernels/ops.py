@@ -14,7 +14,7 @@ the other rows, on how its queries were chunked, on the pages' places, or on the
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
 import torch
@@ -59,11 +59,36 @@ class Linear(Protocol):
     @property
     def out_features(self) -> int: ...
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weight as it came, of its bias, and of the inputs that it takes."""
+
+    @property
+    def bias(self) -> torch.Tensor | None: ...
+
+    @property
+    def is_int8(self) -> bool:
+        """Made by `Ops.prepare_int8_linear`."""
+
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """Rows of the weight, `[len(ids), in_features]`: the embedding of a tied LM head.
 
         Of an int8 weight: what its numbers stand for, in the dtype that it had.
         """
+
+
+class Experts(Protocol):
+    """The weights of one mixture as one path keeps them: made by `Ops.prepare_experts`."""
+
+    @property
+    def in_features(self) -> int: ...
+
+    @property
+    def out_features(self) -> int: ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """See `Linear`."""
 
 
 class Ops(Protocol):
@@ -98,6 +123,12 @@ class Ops(Protocol):
         Products take x as it is, or in 16 bits with a scale for each of its rows, which is finer
         than bfloat16; sums and scales are float32 or exact. Raises `ShapeError` where K is above
         `quantization.MAX_INT8_FEATURES`, `ValueError` where the weight isn't finite.
+        """
+
+    def prepare_experts(self, weights: Sequence[Linear]) -> Experts:
+        """Take one mixture's weights for `grouped_linear`: they are held, not copied.
+
+        All have the same shape and dtype, all or none a bias, all or none are int8.
         """
 
     def linear(self, x: torch.Tensor, weight: Linear) -> torch.Tensor:
@@ -184,11 +215,13 @@ class Ops(Protocol):
         """
 
     def grouped_linear(
-        self, x: torch.Tensor, weights: list[Linear], expert_of_row: torch.Tensor
+        self, x: torch.Tensor, experts: Experts, expert_of_row: torch.Tensor
     ) -> torch.Tensor:
         """Row r of `[R, K]` times the weight of expert `expert_of_row[r]` (int64): `[R, N]`.
 
-        The caller repeats rows per chosen expert and sums them in expert order.
+        The caller repeats rows per chosen expert and sums them in expert order. An expert that
+        isn't there raises `ShapeError` on a CPU; on a GPU, where looking would be a wait, the row's
+        result is arbitrary.
         """
 
     def sample(

@@ -19,7 +19,8 @@ VERSION = 5
 
 _REMEDY = "install kvpaging with a C++ compiler at hand (g++ or clang++)"
 
-# Every function of work returns 0, or 1 when memory ran out. The first argument is the context.
+# Every function of work returns 0, 1 when memory ran out, 2 for an input out of range. The first
+# argument is the context.
 _WORK: dict[str, list[type]] = {
     "kv_pack_weight": [c_void_p, c_int64, c_int64, c_void_p],
     "kv_unpack_rows": [c_void_p, c_int64, c_void_p, c_int64, c_void_p],

@@ -1,7 +1,7 @@
 // The C ABI: picks the kernels for this CPU, splits the work, and shares it out.
 //
-// Every function of work takes a context first, returns 0, or 1 when memory ran out (nothing was
-// promised about the outputs then). How work is split depends on sizes and threads, and changes
+// Every function of work takes a context first, returns 0, 1 when memory ran out, or 2 where it
+// says which input it refuses (nothing was promised about the outputs then). How work is split depends on sizes and threads, and changes
 // when things are computed, never what.
 //
 // Work can be recorded instead of done, but for that of grouped weights: a tape holds the calls with
@@ -466,10 +466,14 @@ KV_API int kv_linear(Context* context, int dtype, const void* x, int64_t x_strid
     });
 }
 
+// 2: a row's expert is none of them; nothing was done.
 KV_API int kv_grouped_linear(Context* context, int dtype, const void* x, int64_t x_stride,
                              int64_t rows, const int64_t* expert_of_row, const void* const* weights,
                              const float* const* scales, const void* const* biases,
                              int64_t num_experts, int64_t n, int64_t k, void* out) {
+    for (int64_t r = 0; r < rows; ++r) {
+        if (expert_of_row[r] < 0 || expert_of_row[r] >= num_experts) return 2;
+    }
     return kv::guarded([&] {
         // The rows of each expert side by side, in their order.
         std::vector<std::vector<int64_t>> rows_of(static_cast<size_t>(num_experts));

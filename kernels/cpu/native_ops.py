@@ -19,13 +19,14 @@ from kernels import huge_pages
 from kernels.cpu import library as native
 from kernels.cpu.tape import Arena, CannotRecordError, Tape, ViewsOnly
 from kernels.errors import KernelUnavailableError, ShapeError
-from kernels.ops import KVPages, Linear, Work
+from kernels.ops import Experts, KVPages, Linear, Work
 from kernels.quantization import int8_rows
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SILU, _GELU = 0, 1
 _MAX_HEAD_DIM = 512
 _PANEL_COLUMNS = 16
+_UNFIT = 2
 
 _Empty = Callable[[Sequence[int], torch.dtype], torch.Tensor]
 
@@ -47,8 +48,25 @@ class NativeLinear:
     bias_pointer: int | None
     ops: NativeOps
 
+    @property
+    def is_int8(self) -> bool:
+        return self.scales is not None
+
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         return self.ops.rows_of(self, ids)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class NativeExperts:
+    """The weights of a mixture's experts, and where their parts lie."""
+
+    weights: tuple[NativeLinear, ...]
+    dtype: torch.dtype
+    in_features: int
+    out_features: int
+    pointers: ctypes.Array[ctypes.c_void_p]
+    scales_pointers: ctypes.Array[ctypes.c_void_p]
+    bias_pointers: ctypes.Array[ctypes.c_void_p]
 
 
 class NativeOps:
@@ -156,6 +174,19 @@ class NativeOps:
             scales_pointer=None if scales is None else scales.data_ptr(),
             bias_pointer=None if bias is None else bias.data_ptr(),
             ops=self,
+        )
+
+    def prepare_experts(self, weights: Sequence[Linear]) -> NativeExperts:
+        own = tuple(_own(weight) for weight in weights)
+        array = ctypes.c_void_p * len(own)
+        return NativeExperts(
+            own,
+            own[0].dtype,
+            own[0].in_features,
+            own[0].out_features,
+            array(*[each.pointer for each in own]),
+            array(*[each.scales_pointer for each in own]),
+            array(*[each.bias_pointer for each in own]),
         )
 
     def rows_of(self, weight: NativeLinear, ids: torch.Tensor) -> torch.Tensor:
@@ -341,14 +372,12 @@ class NativeOps:
         return out
 
     def grouped_linear(
-        self, x: torch.Tensor, weights: list[Linear], expert_of_row: torch.Tensor
+        self, x: torch.Tensor, experts: Experts, expert_of_row: torch.Tensor
     ) -> torch.Tensor:
-        experts = [_own(weight, x) for weight in weights]
-        first = experts[0]
-        if len({expert.scales is None for expert in experts}) > 1:
-            raise ShapeError("some experts' weights are int8, others are not")
-        out = torch.empty(x.shape[0], first.out_features, dtype=x.dtype)
-        pointers = ctypes.c_void_p * len(experts)
+        if not isinstance(experts, NativeExperts):
+            raise TypeError(f"experts prepared by another path: {type(experts).__name__}")
+        out = torch.empty(x.shape[0], experts.out_features, dtype=x.dtype)
+        num_experts = len(experts.weights)
         _check(
             self._library.kv_grouped_linear(
                 self._context,
@@ -357,14 +386,15 @@ class NativeOps:
                 x.stride(0),
                 x.shape[0],
                 expert_of_row.data_ptr(),
-                pointers(*[expert.pointer for expert in experts]),
-                pointers(*[expert.scales_pointer for expert in experts]),
-                pointers(*[expert.bias_pointer for expert in experts]),
-                len(experts),
-                first.out_features,
-                first.in_features,
+                experts.pointers,
+                experts.scales_pointers,
+                experts.bias_pointers,
+                num_experts,
+                experts.out_features,
+                experts.in_features,
                 out.data_ptr(),
-            )
+            ),
+            f"expert_of_row holds numbers that are not in 0 to {num_experts - 1}",
         )
         return out
 
@@ -425,7 +455,7 @@ class NativeOps:
         )
 
     def _run_linear(self, x: torch.Tensor, weight: Linear, dtype: torch.dtype) -> torch.Tensor:
-        linear = _own(weight, x)
+        linear = _own(weight)
         rows = x.shape[0]
         out = self._empty((rows, linear.out_features), dtype)
         _check(
@@ -495,14 +525,15 @@ def _usable_cpus() -> int:
     return os.cpu_count() or 1
 
 
-def _own(weight: Linear, x: torch.Tensor) -> NativeLinear:
+def _own(weight: Linear) -> NativeLinear:
     if not isinstance(weight, NativeLinear):
         raise TypeError(f"a weight prepared by another path: {type(weight).__name__}")
-    if weight.dtype != x.dtype:
-        raise ShapeError(f"x is {x.dtype}, but the weight is for {weight.dtype}")
     return weight
 
 
-def _check(failed: int) -> None:
+def _check(failed: int, unfit: str = "an input is out of range") -> None:
+    """Raise what a call of the library says: 1, no memory; 2, an input that it can't take."""
+    if failed == _UNFIT:
+        raise ShapeError(unfit)
     if failed:
         raise MemoryError("a native kernel ran out of memory")

@@ -13,11 +13,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812  (its usual name)
 import triton
 
-from kernels.errors import ShapeError
 from kernels.jit import attention, linear, page_copies, rope, rows, sampling
 from kernels.jit.graphs import Graphs
 from kernels.jit.launch import Runner, Target, current_target, runner_for
-from kernels.ops import KVPages, Linear, Work
+from kernels.ops import Experts, KVPages, Linear, Work
 from kernels.quantization import int8_rows
 
 
@@ -30,6 +29,10 @@ class TritonLinear:
     scales: torch.Tensor | None
     dtype: torch.dtype
     """That it came in."""
+
+    @property
+    def is_int8(self) -> bool:
+        return self.scales is not None
 
     @property
     def in_features(self) -> int:
@@ -47,13 +50,26 @@ class TritonLinear:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Experts:
-    """The weights of one mixture layer, held so that the addresses stay theirs."""
+class TritonExperts:
+    """The weights of a mixture's experts, held so that the addresses stay theirs."""
 
     weights: tuple[TritonLinear, ...]
     weight_addresses: torch.Tensor
+    """`[experts]` int64, on the device; the other two likewise."""
     bias_addresses: torch.Tensor | None
     scale_addresses: torch.Tensor | None
+
+    @property
+    def in_features(self) -> int:
+        return self.weights[0].in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.weights[0].out_features
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weights[0].dtype
 
 
 class TritonOps:
@@ -83,7 +99,6 @@ class TritonOps:
         self._device = torch.device(device)
         self._run = runner or runner_for(self._target, self._device)
         self._graphs: Graphs | None = None
-        self._experts: dict[tuple[int, ...], _Experts] = {}
         self.exact = exact
         self.page_dtypes: tuple[torch.dtype, ...] = (torch.int8,)
         if self._target.has_fp8:
@@ -111,6 +126,15 @@ class TritonOps:
         whole, scales = int8_rows(weight)
         return TritonLinear(whole, bias, scales, weight.dtype)
 
+    def prepare_experts(self, weights: Sequence[Linear]) -> TritonExperts:
+        own = tuple(_own(weight) for weight in weights)
+        return TritonExperts(
+            own,
+            _addresses([each.weight for each in own]),
+            None if own[0].bias is None else _addresses([each.bias for each in own]),
+            None if own[0].scales is None else _addresses([each.scales for each in own]),
+        )
+
     def linear(self, x: torch.Tensor, weight: Linear) -> torch.Tensor:
         own = _own(weight)
         if not self.exact and own.scales is None:
@@ -130,18 +154,20 @@ class TritonOps:
         return out
 
     def grouped_linear(
-        self, x: torch.Tensor, weights: list[Linear], expert_of_row: torch.Tensor
+        self, x: torch.Tensor, experts: Experts, expert_of_row: torch.Tensor
     ) -> torch.Tensor:
-        experts = self._experts_of([_own(weight) for weight in weights])
-        num_rows, out_features = x.shape[0], experts.weights[0].out_features
+        if not isinstance(experts, TritonExperts):
+            raise TypeError(f"experts prepared by another path: {type(experts).__name__}")
+        num_rows, out_features = x.shape[0], experts.out_features
+        num_experts = len(experts.weights)
         out = x.new_empty(num_rows, out_features)
         if out.numel():
             ordered, row_order = expert_of_row.sort(stable=True)
             expert_starts = torch.searchsorted(
-                ordered, torch.arange(len(weights) + 1, device=x.device)
+                ordered, torch.arange(num_experts + 1, device=x.device)
             )
             # As if each expert had its fair share: on average its tiles are that full.
-            rows_of_expert = -(-num_rows // len(weights))
+            rows_of_expert = -(-num_rows // num_experts)
             tiles = linear.choose_tiles(
                 self._target, rows_of_expert, out_features, x.dtype, exact=self.exact
             )
@@ -158,22 +184,6 @@ class TritonOps:
                 )
             )
         return out
-
-    def _experts_of(self, weights: Sequence[TritonLinear]) -> _Experts:
-        key = tuple(map(id, weights))
-        if key not in self._experts:
-            device = weights[0].weight.device
-            biases = [own.bias.data_ptr() for own in weights if own.bias is not None]
-            scales = [own.scales.data_ptr() for own in weights if own.scales is not None]
-            if scales and len(scales) < len(weights):
-                raise ShapeError("some experts' weights are int8, others are not")
-            self._experts[key] = _Experts(
-                tuple(weights),
-                torch.tensor([own.weight.data_ptr() for own in weights], device=device),
-                torch.tensor(biases, device=device) if biases else None,
-                torch.tensor(scales, device=device) if scales else None,
-            )
-        return self._experts[key]
 
     def rms_norm(
         self, x: torch.Tensor, weight: torch.Tensor, eps: float, *, weight_offset: float = 0.0
@@ -329,6 +339,12 @@ class TritonOps:
     def copy_pages(self, pool: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor) -> None:
         if sources.numel():
             self._run(page_copies.copy_pages_launch(pool, sources, targets))
+
+
+def _addresses(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor:
+    """Where they lie, int64 beside them. None of them is `None`: experts are alike."""
+    present = [each for each in tensors if each is not None]
+    return torch.tensor([each.data_ptr() for each in present], device=present[0].device)
 
 
 def _own(weight: Linear) -> TritonLinear:

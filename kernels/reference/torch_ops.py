@@ -8,11 +8,14 @@ sum in an order that depends on the number of rows and threads.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812  (its usual name)
 
-from kernels.ops import QUANTISED, KVPages, Linear, Work
+from kernels.errors import ShapeError
+from kernels.ops import QUANTISED, Experts, KVPages, Linear, Work
 from kernels.quantization import int8_rows
 from kernels.reference.philox import uniform
 
@@ -26,6 +29,11 @@ class TorchLinear:
 
     weight: torch.Tensor
     bias: torch.Tensor | None
+    is_int8: ClassVar[bool] = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
 
     @property
     def in_features(self) -> int:
@@ -47,6 +55,7 @@ class TorchInt8Linear:
     scales: torch.Tensor
     bias: torch.Tensor | None
     dtype: torch.dtype
+    is_int8: ClassVar[bool] = True
 
     @property
     def in_features(self) -> int:
@@ -58,6 +67,25 @@ class TorchInt8Linear:
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         return (self.whole[ids].float() * self.scales[ids, None]).to(self.dtype)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TorchExperts:
+    """The weights of a mixture's experts."""
+
+    weights: tuple[Linear, ...]
+
+    @property
+    def in_features(self) -> int:
+        return self.weights[0].in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.weights[0].out_features
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weights[0].dtype
 
 
 class TorchOps:
@@ -80,6 +108,9 @@ class TorchOps:
         self, weight: torch.Tensor, bias: torch.Tensor | None = None
     ) -> TorchInt8Linear:
         return TorchInt8Linear(*int8_rows(weight), bias, weight.dtype)
+
+    def prepare_experts(self, weights: Sequence[Linear]) -> TorchExperts:
+        return TorchExperts(tuple(weights))
 
     def linear(self, x: torch.Tensor, weight: Linear) -> torch.Tensor:
         if isinstance(weight, TorchInt8Linear):
@@ -188,12 +219,18 @@ class TorchOps:
         return out
 
     def grouped_linear(
-        self, x: torch.Tensor, weights: list[Linear], expert_of_row: torch.Tensor
+        self, x: torch.Tensor, experts: Experts, expert_of_row: torch.Tensor
     ) -> torch.Tensor:
-        out = x.new_empty(x.shape[0], weights[0].out_features)
+        if not isinstance(experts, TorchExperts):
+            raise TypeError(f"experts prepared by another path: {type(experts).__name__}")
+        out = x.new_empty(x.shape[0], experts.out_features)
         for expert in sorted(set(expert_of_row.tolist())):
+            if not 0 <= expert < len(experts.weights):
+                raise ShapeError(
+                    f"expert_of_row holds {expert}; there are {len(experts.weights)} experts"
+                )
             rows = (expert_of_row == expert).nonzero().squeeze(1)
-            out[rows] = self.linear(x[rows], weights[expert])
+            out[rows] = self.linear(x[rows], experts.weights[expert])
         return out
 
     def sample(

@@ -14,6 +14,16 @@ def linear(ops, **changed):
     return ops.linear(**given)
 
 
+def grouped_linear(ops, **changed):
+    given = {
+        "x": torch.zeros(2, 8),
+        "weights": [ops.prepare_linear(torch.zeros(3, 8)) for _ in range(2)],
+        "expert_of_row": torch.tensor([0, 0]),
+    } | changed
+    experts = ops.prepare_experts(given.pop("weights"))
+    return ops.grouped_linear(given["x"], experts, given["expert_of_row"])
+
+
 def attention(ops, **changed):
     keys, values = torch.zeros(4, 2, 2, 16, 8).unbind(1)
     kept = {"keys": keys, "values": values}
@@ -86,6 +96,9 @@ WRONG = [
     (linear, "x", torch.zeros(8)),
     (linear, "x", torch.zeros(2, 8, dtype=torch.float64)),
     (linear, "x", torch.zeros(8, 2).T),
+    (grouped_linear, "x", torch.zeros(2, 9)),
+    (grouped_linear, "expert_of_row", torch.zeros(3, dtype=torch.int64)),
+    (grouped_linear, "expert_of_row", torch.zeros(2, dtype=torch.int32)),
     (rms_norm, "x", torch.zeros(2, 7)),
     (rms_norm, "weight", torch.ones(8, dtype=torch.int32)),
     (add_rms_norm, "residual", torch.zeros(3, 8)),
@@ -172,11 +185,48 @@ def test_odd_gates_are_refused(ops):
 
 
 def test_a_weight_of_another_dtype_or_path_is_refused(ops):
-    with pytest.raises((ShapeError, RuntimeError)):
-        linear(ops, x=torch.zeros(2, 8, dtype=torch.bfloat16))
+    wrong = torch.zeros(2, 8, dtype=torch.bfloat16)
+    prepared = ops.prepare_linear(torch.zeros(3, 8))
+    whole = ops.prepare_int8_linear(torch.ones(3, 8))
+    for weight in (prepared, whole):
+        for call in (ops.linear, ops.linear_float32):
+            with pytest.raises(ShapeError, match=r"bfloat16.*wanted: torch.float32"):
+                call(wrong, weight)
+        with pytest.raises(ShapeError, match=r"bfloat16.*wanted: torch.float32"):
+            grouped_linear(ops, x=wrong, weights=[weight])
 
     class Foreign:
-        in_features, out_features = 8, 3
+        in_features, out_features, dtype, bias, is_int8 = 8, 3, torch.float32, None, False
 
     with pytest.raises(TypeError, match="Foreign"):
         linear(ops, weight=Foreign())
+    with pytest.raises(TypeError, match="Foreign"):
+        grouped_linear(ops, weights=[Foreign()])
+    with pytest.raises(TypeError, match="Foreign"):
+        ops.grouped_linear(torch.zeros(2, 8), Foreign(), torch.tensor([0, 0]))
+
+
+def test_experts_that_are_not_alike_are_refused(ops):
+    def expert(num_rows=3, width=8, *, bias=False, dtype=torch.float32, whole=False):
+        prepare = ops.prepare_int8_linear if whole else ops.prepare_linear
+        ones = torch.ones(num_rows, dtype=dtype) if bias else None
+        return prepare(torch.ones(num_rows, width, dtype=dtype), ones)
+
+    grouped_linear(ops, weights=[expert(), expert()])
+    for other in (
+        expert(4),
+        expert(width=16),
+        expert(bias=True),
+        expert(dtype=torch.float16),
+        expert(whole=True),
+    ):
+        with pytest.raises(ShapeError, match=r"weights\[1\] is .*wanted: float32 \[3, 8\]"):
+            grouped_linear(ops, weights=[expert(), other])
+    with pytest.raises(ShapeError, match="at least one expert"):
+        grouped_linear(ops, weights=[])
+
+
+@pytest.mark.parametrize("expert", [-1, 2, 100_000, -(2**63)])
+def test_an_expert_that_is_not_there_is_refused(ops, expert):
+    with pytest.raises(ShapeError, match="expert_of_row holds"):
+        grouped_linear(ops, expert_of_row=torch.tensor([0, expert]))

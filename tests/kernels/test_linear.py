@@ -131,7 +131,7 @@ def test_more_rows_than_are_packed_at_once(exact_ops, dtype):
     assert torch.equal(exact_ops.linear_float32(x[some], prepared), out[some])
     where = torch.arange(5000) % 2
     other = exact_ops.prepare_linear(weight_and_bias(5, 2048, dtype)[0], bias)
-    grouped = exact_ops.grouped_linear(x, [prepared, other], where)
+    grouped = exact_ops.grouped_linear(x, exact_ops.prepare_experts([prepared, other]), where)
     assert torch.equal(grouped[::2], exact_ops.linear(x[::2], prepared))
     assert torch.equal(grouped[1::2], exact_ops.linear(x[1::2], other))
 
@@ -148,14 +148,14 @@ def test_grouped_linear_sends_each_row_to_its_expert(ops, dtype, biased):
             for r, e in enumerate(chosen.tolist())
         ]
     )
-    assert_close(ops.grouped_linear(x, experts, chosen), expected, dtype)
+    assert_close(ops.grouped_linear(x, ops.prepare_experts(experts), chosen), expected, dtype)
 
 
 def test_grouped_linear_is_the_linear_of_its_expert_bit_for_bit(exact_ops, dtype):
     experts = [exact_ops.prepare_linear(*weight_and_bias(19, 48, dtype)) for _ in range(3)]
     x = torch.randn(40, 48).to(dtype)
     chosen = torch.randint(0, 3, (40,))
-    out = exact_ops.grouped_linear(x, experts, chosen)
+    out = exact_ops.grouped_linear(x, exact_ops.prepare_experts(experts), chosen)
     for r, e in enumerate(chosen.tolist()):
         assert torch.equal(out[r : r + 1], exact_ops.linear(x[r : r + 1], experts[e]))
 
@@ -209,7 +209,7 @@ def test_a_row_of_an_int8_linear_is_the_same_among_any_others(on_threads, dtype,
     assert torch.equal(more.linear_float32(x, more.prepare_int8_linear(weight, bias)), alone)
     experts = [prepared, ops.prepare_int8_linear(weight.flip(0), bias)]
     chosen = torch.arange(64) % 2
-    grouped = ops.grouped_linear(x, experts, chosen)
+    grouped = ops.grouped_linear(x, ops.prepare_experts(experts), chosen)
     assert torch.equal(grouped[::2], ops.linear(x[::2], experts[0]))
     assert torch.equal(grouped[1::2], ops.linear(x[1::2], experts[1]))
 

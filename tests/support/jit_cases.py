@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import weakref
 
 import torch
 from kv_pages import as_stored, fill_page, poisoned_pool, read_pages
@@ -248,7 +249,7 @@ def check_int8_linear(
     assert torch.equal(ops.linear(x, linear)[-1:], alone)
     other = ops.prepare_int8_linear(weight.flip(0), bias)
     chosen = (torch.arange(rows) % 2).to(device)
-    grouped = ops.grouped_linear(x, [linear, other], chosen)
+    grouped = ops.grouped_linear(x, ops.prepare_experts([linear, other]), chosen)
     assert torch.equal(grouped[::2], ops.linear(x, linear)[::2])
     assert torch.equal(grouped[1::2], ops.linear(x, other)[1::2])
     ids = torch.tensor([0, out_features - 1], device=device)
@@ -384,13 +385,16 @@ def check_grouped_linear(ops: Ops, rows: int, experts: int, device: str) -> None
     pairs = [(random(40, 72), random(40)) for _ in range(experts)]
     linears = [ops.prepare_linear(*pair) for pair in pairs]
     chosen = torch.randint(0, experts - 1, (rows,), generator=generator)  # the last gets none
-    result = ops.grouped_linear(x, linears, chosen.to(device))
+    result = ops.grouped_linear(x, ops.prepare_experts(linears), chosen.to(device))
     for row, expert in enumerate(chosen.tolist()):
         weight, bias = pairs[expert]
         wanted = weight.double() @ x[row].double() + bias.double()
         assert relative_error(result[row], wanted) < TOLERANCE[torch.bfloat16]
         alone = ops.linear(x[row : row + 1], linears[expert])
         assert torch.equal(result[row : row + 1], alone), (row, expert)
+    held = weakref.ref(pairs[0][0])
+    del pairs, linears, weight, bias
+    assert held() is None  # the operations keep no weight that its owner let go of
 
 
 def check_sample(ops: Ops, rows: int, vocabulary: int, device: str, seed: int = 0) -> None:

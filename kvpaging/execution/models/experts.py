@@ -39,10 +39,12 @@ class ExpertsMLP:
         self._normalize = experts.normalize
         self._router = parameters.whole_linear("gate", experts.num_experts, hidden_size)
         each = [parameters.at(f"experts.{index}.") for index in range(experts.num_experts)]
-        self._gate_up = [
-            one.linear((names.gate, names.up), (inner, inner), hidden_size) for one in each
-        ]
-        self._down = [one.linear((names.down,), (hidden_size,), inner) for one in each]
+        self._gate_up = parameters.ops.prepare_experts(
+            [one.linear((names.gate, names.up), (inner, inner), hidden_size) for one in each]
+        )
+        self._down = parameters.ops.prepare_experts(
+            [one.linear((names.down,), (hidden_size,), inner) for one in each]
+        )
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """`[T, H] -> [T, H]`. A token's result depends on its own row only."""

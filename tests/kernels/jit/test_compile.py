@@ -81,7 +81,9 @@ def linear(rows: int, out_features: int) -> Callable[[TritonOps], object]:
 
 def grouped(ops: TritonOps) -> torch.Tensor:
     experts = [ops.prepare_linear(empty(1536, 2048)) for _ in range(128)]
-    return ops.grouped_linear(empty(64, 2048), experts, empty(64, dtype=torch.int64))
+    return ops.grouped_linear(
+        empty(64, 2048), ops.prepare_experts(experts), empty(64, dtype=torch.int64)
+    )
 
 
 def int8_linear(rows: int) -> Callable[[TritonOps], object]:
@@ -99,7 +101,9 @@ def int8_weight(out_features: int, in_features: int) -> TritonLinear:
 
 def int8_grouped(ops: TritonOps) -> torch.Tensor:
     experts: list[Linear] = [int8_weight(1536, 2048) for _ in range(128)]
-    return ops.grouped_linear(empty(64, 2048), experts, empty(64, dtype=torch.int64))
+    return ops.grouped_linear(
+        empty(64, 2048), ops.prepare_experts(experts), empty(64, dtype=torch.int64)
+    )
 
 
 def rope_store(ops: TritonOps, page_dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
