@@ -301,7 +301,7 @@ class CacheManager:
             raise OutOfPages(needed, self.num_available)
         self.allocator.share(matched)
         taken = self._take(self.pages_for(num_tokens) - len(matched), budget)
-        if self.retained or retention is not AS_IT_IS:
+        if self.retained or retention != AS_IT_IS:
             self._ask(matched, retention)
         return self._lease([*matched, *taken], len(matched), retention, budget)
 
@@ -411,7 +411,7 @@ class CacheManager:
         for twin in twins:
             if twin in self._cached:
                 self.discard(twin)
-        if self.retained or lease.retention is not AS_IT_IS:
+        if self.retained or lease.retention != AS_IT_IS:
             if lease.retention.store:
                 self.retained.ask(link.key, lease.retention, is_new=not twins)
             elif not twins:  # it came from below: nobody says how long it shall stay here
@@ -500,6 +500,10 @@ class CacheManager:
             else:
                 self._cached.withdraw(page_id)
         return num_found
+
+    def hurry_stores(self) -> None:
+        """All that waits to be copied down goes with the next step."""
+        self._stores.hurry()
 
     def drop_stores(self) -> None:
         """Copy nothing down of what waits for it."""

@@ -28,4 +28,5 @@ class Retention(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
 
 
 AS_IT_IS = Retention()
+"""To be compared by value: one that crossed the process line is another object."""
 NOT_AT_ALL = Retention(store=False)

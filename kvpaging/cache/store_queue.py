@@ -40,6 +40,11 @@ class StoreQueue:
         if self._wants_evicted:
             self._urgent.append(order)
 
+    def hurry(self) -> None:
+        """All that was ordered so far is copied by the next step, whatever the room."""
+        self._urgent.extend(self._waiting.values())
+        self._waiting.clear()
+
     def drop(self) -> None:
         """Copy nothing of what was ordered so far."""
         self._waiting.clear()

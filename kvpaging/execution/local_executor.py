@@ -136,12 +136,15 @@ class LocalExecutor:
             self._mover = None
 
     def _move(self, plan: StepPlan) -> None:
-        """Stores read their pages now; loads, which may write to the same pages, begin after."""
+        """Stores read their pages now; loads, which may write to the same pages, begin after.
+
+        What is stored in a level that is emptied was ordered before that, and leaves it again.
+        """
         if self._mover is None:
             return
+        self._mover.store(plan.stores)
         for flush in plan.flushes:
             self._mover.flush(flush)
-        self._mover.store(plan.stores)
         for load in plan.loads:
             self._mover.begin(load)
 

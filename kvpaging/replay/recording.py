@@ -35,7 +35,7 @@ from kvpaging.scheduling.outputs import FinishReason, Rejection, SequenceOutput,
 from kvpaging.scheduling.plan import StepPlan, StepResult
 from kvpaging.scheduling.request import Request
 
-VERSION: Final = 2
+VERSION: Final = 3
 PAGE_NAME_BYTES: Final = 16
 
 _logger: Final = logging.getLogger(__name__)
@@ -52,6 +52,7 @@ class Header(msgspec.Struct, frozen=True):
     store_at_uses: tuple[int, ...] | None = None
     """Of the levels below the device; `None` where there are none."""
     wants_evicted: bool = False
+    level_names: tuple[str, ...] = ()
 
 
 class RecordedArrival(msgspec.Struct, frozen=True, tag="arrival", omit_defaults=True):
@@ -110,13 +111,20 @@ class EndedOutput(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RecordedFlush(msgspec.Struct, frozen=True, tag="flush"):
-    """The operator emptied a level, or all (`None`)."""
+    """The operator emptied a level, or all (`None`); `LevelsFlushed` of the same query ends it."""
 
+    query_id: int
     level: str | None
 
 
 RecordedEvent = (
-    RecordedArrival | RecordedAbort | RecordedUnpin | RecordedFinish | RecordedFlush | PagesLoaded
+    RecordedArrival
+    | RecordedAbort
+    | RecordedUnpin
+    | RecordedFinish
+    | RecordedFlush
+    | PagesLoaded
+    | LevelsFlushed
 )
 
 
@@ -262,6 +270,7 @@ class Recorder:
             scheduler,
             None if levels is None else levels.store_at_uses,
             levels is not None and levels.wants_evicted,
+            () if levels is None else levels.names,
         )
         try:
             _write(file, header)
@@ -329,12 +338,10 @@ class Recorder:
 
     def _event(self, event: Event, refused: deque[Rejection]) -> RecordedEvent | None:
         match event:
-            case PagesLoaded():
+            case PagesLoaded() | LevelsFlushed():
                 return event
-            case LevelsFlushed():
-                return None  # nothing is decided by it
-            case Flush(_, level):
-                return RecordedFlush(level)
+            case Flush(query_id, level):
+                return RecordedFlush(query_id, level)
             case Arrival(request):
                 return None if self._is_refused(request, refused) else self._arrival(request)
             case Abort(request_id):

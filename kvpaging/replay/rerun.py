@@ -19,7 +19,7 @@ from kvpaging.base.evictions import Evicted
 from kvpaging.base.ids import PageKey, RequestId, SeqId
 from kvpaging.cache.cache_manager import CacheManager
 from kvpaging.cache.eviction.names import POLICIES
-from kvpaging.cache.lower_levels import Held, PagesLoaded
+from kvpaging.cache.lower_levels import Held, LevelsFlushed, PagesLoaded
 from kvpaging.cache.prefix_key import ChainLink
 from kvpaging.replay.full_mode import FILLER, VOCAB_SIZE, page_tokens
 from kvpaging.replay.recording import (
@@ -77,10 +77,8 @@ class Rerun(msgspec.Struct, frozen=True):
 class _RecordedLevels:
     """Answers as the levels of the live run did."""
 
-    names = ()
-    """No decision depends on them."""
-
     def __init__(self, header: Header):
+        self.names = header.level_names
         self.store_at_uses = header.store_at_uses or ()
         self.wants_evicted = header.wants_evicted
         self.answers: list[tuple[Held, ...]] = []
@@ -231,13 +229,13 @@ def _event(event: RecordedEvent, numbers: PageNumbers, page_size: int) -> Event:
             )
         case RecordedAbort(request):
             return Abort(_id(request))
-        case RecordedFlush(level):
-            return Flush(0, level)
+        case RecordedFlush(query_id, level):
+            return Flush(query_id, level)
         case RecordedUnpin(request):
             return Unpin(_id(request))
         case RecordedFinish(request, output_index, num_tokens):
             return Finish(_id(request), output_index, num_tokens)
-        case PagesLoaded():
+        case PagesLoaded() | LevelsFlushed():
             return event
 
 

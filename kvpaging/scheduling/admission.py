@@ -38,7 +38,7 @@ def check(request: Request, config: SchedulerConfig, vocab_size: int) -> None:
 
 def _check_retention(request: Request, config: SchedulerConfig) -> None:
     retention = request.retention
-    if retention is AS_IT_IS:
+    if retention == AS_IT_IS:
         return
     if abs(retention.priority) > MAX_RETENTION_PRIORITY:
         raise BadRequest(

@@ -238,14 +238,20 @@ class Scheduler:
                 assert_never(event)
 
     def _flush(self, query_id: int, level: str | None) -> None:
-        """Empty the device now, and let the levels below be emptied."""
+        """Empty the device now, and let the levels below be emptied.
+
+        What waits to be copied down is dropped; where other levels want it as well it goes down
+        before, and leaves this one with the rest. A level that is not here changes nothing.
+        """
         pages: dict[str, int | None] = {}
         if level in (None, DEVICE):
             pages[DEVICE] = self.cache.flush()
-        if level != DEVICE:
-            self.cache.drop_stores()
         levels = tuple(name for name in self.cache.level_names if level in (None, name))
         if levels:
+            if levels == self.cache.level_names:
+                self.cache.drop_stores()
+            else:
+                self.cache.hurry_stores()
             self._flushes.append(LevelFlush(query_id, levels))
             self._flushing[query_id] = pages
         else:
@@ -566,7 +572,12 @@ class Scheduler:
             spoken_for += self._num_missing_pages(sequence)
 
     def _num_to_load(self, sequence: Sequence, matched: list[PageId]) -> int:
-        """Pages after the matched ones that lower levels should fill."""
+        """Pages after the matched ones that lower levels should fill.
+
+        None while a level is being emptied: what it still had would be found after that.
+        """
+        if self._flushing:
+            return 0
         held = self.cache.held_below(sequence.chain, len(matched), sequence.num_findable_tokens)
         num_pages = self._load_costs.num_worth_loading(held, self.cache.page_size)
         if held and not sequence.was_admitted:

@@ -220,10 +220,6 @@ class DigestLevels:
         return {n: [self.gone.get(n, {}).get(key) for key in keys] for n in self.names}
 
     def carry_out(self, plan: StepPlan, slots: list[int], size: int) -> None:
-        for order in plan.flushes:
-            assert order.levels == self.names
-            self.flushed.append(LevelsFlushed(order.query_id, {"digest": len(self.pages)}))
-            self.pages.clear()
         for store in plan.stores:
             content = slots[store.page_id * size : (store.page_id + 1) * size]
             packed = b"".join(token.to_bytes(4, "little") for token in content)
@@ -231,6 +227,10 @@ class DigestLevels:
             assert store.num_uses or self.wants_evicted
             assert packed == store.link.tokens, "a page was stored that does not hold its link"
             self.pages[store.link.key] = (store.link.tokens, content)
+        for order in plan.flushes:
+            assert order.levels == self.names
+            self.flushed.append(LevelsFlushed(order.query_id, {"digest": len(self.pages)}))
+            self.pages.clear()
         for load in plan.loads:
             for page_id in load.page_ids:
                 slots[page_id * size : (page_id + 1) * size] = [GARBAGE] * size

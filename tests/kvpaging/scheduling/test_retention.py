@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
 import pytest
 
 from kvpaging.base.config import SchedulerConfig
@@ -11,10 +12,10 @@ from kvpaging.base.errors import LawBroken
 from kvpaging.base.evictions import Evicted
 from kvpaging.base.ids import RequestId
 from kvpaging.cache.cache_manager import CacheManager
-from kvpaging.cache.lower_levels import Held, PagesLoaded, PageStore
+from kvpaging.cache.lower_levels import Held, LevelsFlushed, PagesLoaded, PageStore
 from kvpaging.cache.prefix_key import ChainLink
 from kvpaging.cache.retention import AS_IT_IS, Retention
-from kvpaging.scheduling.events import Abort, Arrival, Event, Unpin
+from kvpaging.scheduling.events import Abort, Arrival, Event, Flush, Unpin
 from kvpaging.scheduling.outputs import FinishReason, Rejection
 from kvpaging.scheduling.plan import Sample, StepPlan, StepResult
 from kvpaging.scheduling.request import Request, SamplingParams
@@ -350,6 +351,56 @@ def test_what_can_never_fit_a_tenants_budget_is_refused_with_the_numbers() -> No
     bench.run(order("a", [1] * 7, 4, tenant="t", tenant_pages=4))
     assert bench.rejections[0].code == "tenant_budget_exceeded"
     assert "5 KV pages and this tenant may have 4" in bench.rejections[0].message
+
+
+def test_nothing_is_loaded_while_a_level_is_emptied() -> None:
+    levels = Levels()
+    levels.held = 3
+    bench = Bench(levels=levels)
+    plan = bench.step(Flush(1, "host"), order("a", [1] * 7, 1))
+    assert plan.flushes
+    assert not plan.loads, "it would be found after the flush was answered"
+    assert not bench.step(order("b", [2] * 7, 1)).loads
+    bench.run(LevelsFlushed(1, {"host": 3}))
+    assert set(bench.reasons) == {"a", "b"}
+    assert bench.step(order("c", [3] * 7, 1)).loads
+
+
+def test_a_level_that_is_not_here_is_emptied_without_a_trace() -> None:
+    levels = Levels()
+    levels.num_storable = lambda: 0  # type: ignore[method-assign]
+    bench = Bench(levels=levels)
+    bench.step(order("a", [1] * 5, 1))
+    assert bench.cache.has_stores
+    bench.step(Flush(1, "nonsense"))
+    assert bench.cache.has_stores
+
+
+def test_emptying_one_level_takes_from_the_others_nothing_that_was_to_go_there() -> None:
+    levels = Levels()
+    levels.num_storable = lambda: 0  # type: ignore[method-assign]
+    levels.names = ("host", "disk")  # type: ignore[assignment]
+    bench = Bench(levels=levels)
+    bench.step(order("a", [1] * 5, 1))
+    plan = bench.step(Flush(1, "disk"))
+    assert len(plan.stores) == 2, "before the flush, in the same plan"
+    assert plan.flushes[0].levels == ("disk",)
+    bench.step(LevelsFlushed(1, {"disk": 2}))
+    bench.step(order("b", [2] * 5, 1))
+    plan = bench.step(Flush(2, None))
+    assert not plan.stores
+    assert not bench.cache.has_stores
+
+
+def test_what_asks_for_nothing_special_costs_nothing_whichever_process_it_came_from() -> None:
+    bench = Bench()
+    asked = []
+    bench.cache.retained.ask = lambda *args, **more: asked.append(args)  # type: ignore[method-assign]
+    sent = msgspec.msgpack.encode(order("a", [1] * 7, 3).request)
+    bench.run(Arrival(msgspec.msgpack.decode(sent, type=Request)))
+    assert not asked
+    bench.run(order("b", [2] * 7, 3, retention=Retention(priority=1)))
+    assert asked
 
 
 def test_idle_work_runs_alone_and_gives_way_at_once() -> None:
