@@ -16,6 +16,7 @@ Knows nothing of files and connections.
 
 from __future__ import annotations
 
+import itertools
 import struct
 import threading
 from collections.abc import Sequence
@@ -146,18 +147,40 @@ class PageCodec:
 
         An uncompressed payload is a view of `value`.
         """
-        value = memoryview(value)
-        header = self.check(value, key)
-        body_at = HEADER_BYTES + header.token_bytes
-        tokens = bytes(value[HEADER_BYTES:body_at])
-        body = value[body_at : body_at + header.body_bytes]
-        if header.codec == RAW and header.body_bytes == header.payload_bytes:
-            payload = body
-        elif header.codec == PLANES_ZSTD and header.item_bytes in _WORD_BYTES:
-            payload = self._grow(body, header)
-        else:
-            raise BadValue(f"codec {header.codec} is not known here")
-        return StoredPage(header.key, header.parent, tokens, payload)
+        [page] = self.decode_many([(value, key)])
+        if isinstance(page, BadValue):
+            raise page
+        return page
+
+    def decode_many(
+        self, values: Sequence[tuple[bytes | memoryview, PageKey]]
+    ) -> list[StoredPage | BadValue]:
+        """The pages of these keys, or why one is none; see `decode` and `encode_many`.
+
+        Payloads that were compressed lie in one piece of memory, which each of them keeps.
+        """
+        bodies = [self._body(memoryview(value), key) for value, key in values]
+        packed = [body for body in bodies if isinstance(body, _Body) and body.is_packed]
+        try:
+            grown: Sequence[memoryview | BadValue] = self._grow(packed)
+        except BadValue:  # one of them at least: find out which
+            grown = [self._grow_one(body) for body in packed]
+        payloads = iter(grown)
+        return [
+            body
+            if isinstance(body, BadValue)
+            else body.page(next(payloads) if body.is_packed else body.data)
+            for body in bodies
+        ]
+
+    def _body(self, value: memoryview, key: PageKey) -> _Body | BadValue:
+        try:
+            header = self.check(value, key)
+            body_at = HEADER_BYTES + header.token_bytes
+            data = value[body_at : body_at + header.body_bytes]
+            return _Body.of(header, bytes(value[HEADER_BYTES:body_at]), data)
+        except BadValue as error:
+            return error
 
     def check(self, value: memoryview, key: PageKey) -> Header:
         """That `value` is whole, unchanged, and the page `key` of this root. Raises BadValue."""
@@ -174,30 +197,84 @@ class PageCodec:
 
     def _shrink(self, payloads: list[memoryview]) -> list[list[memoryview]]:
         """Of each: sizes of the planes as uint32, then the planes. One of its full size is raw."""
-        words = [np.frombuffer(payload, _word(self._item_bytes)) for payload in payloads]
-        planes = [
-            self._zstd.shrink([(word >> (8 * i)).astype(np.uint8).data for word in words])
-            for i in range(self._item_bytes)
-        ]
+        own = [np.frombuffer(payload, _word(self._item_bytes)) for payload in payloads]
+        ends = list(itertools.accumulate(map(len, own)))
+        bounds = list(zip([0, *ends], ends, strict=False))
+        words = np.concatenate(own)
+        planes: list[list[memoryview]] = []
+        for i in range(self._item_bytes):
+            if i:
+                words >>= 8
+            plane = words.astype(np.uint8).data
+            planes.append(self._zstd.shrink([plane[first:end] for first, end in bounds]))
         return [
-            [memoryview(np.array([len(plane) for plane in own], "<u4").tobytes()), *own]
-            for own in zip(*planes, strict=True)
+            [memoryview(np.array([len(plane) for plane in body], "<u4").tobytes()), *body]
+            for body in zip(*planes, strict=True)
         ]
 
-    def _grow(self, body: memoryview, header: Header) -> memoryview:
-        item_bytes = header.item_bytes
-        num_items, rest = divmod(header.payload_bytes, item_bytes)
-        at = 4 * item_bytes
-        if rest or len(body) < at:
+    def _grow_one(self, body: _Body) -> memoryview | BadValue:
+        try:
+            return self._grow([body])[0]
+        except BadValue as error:
+            return error
+
+    def _grow(self, bodies: Sequence[_Body]) -> list[memoryview]:
+        """The payloads of packed bodies. Raises BadValue if any of them is none."""
+        payloads: dict[int, list[memoryview]] = {}
+        for item_bytes in {body.header.item_bytes for body in bodies}:
+            alike = [body for body in bodies if body.header.item_bytes == item_bytes]
+            payloads[item_bytes] = self._grow_alike(item_bytes, alike)[::-1]
+        return [payloads[body.header.item_bytes].pop() for body in bodies]
+
+    def _grow_alike(self, item_bytes: int, bodies: Sequence[_Body]) -> list[memoryview]:
+        sizes = [body.header.payload_bytes // item_bytes for body in bodies]
+        planes = list(zip(*(body.planes() for body in bodies), strict=True))
+        words = np.concatenate(self._zstd.grow(planes.pop(), sizes), dtype=_word(item_bytes))
+        for plane in reversed(planes):
+            words <<= 8
+            words |= np.concatenate(self._zstd.grow(plane, sizes))
+        data = words.view(np.uint8).data
+        ends = list(itertools.accumulate(body.header.payload_bytes for body in bodies))
+        return [data[first:end] for first, end in zip([0, *ends], ends, strict=False)]
+
+
+class _Body(NamedTuple):
+    """A value that is whole, and not yet expanded."""
+
+    header: Header
+    tokens: bytes
+    data: memoryview
+
+    @classmethod
+    def of(cls, header: Header, tokens: bytes, data: memoryview) -> _Body:
+        """Raises BadValue for a codec that is not known, or lengths that can't be."""
+        is_raw = header.codec == RAW and header.body_bytes == header.payload_bytes
+        if not is_raw and (header.codec != PLANES_ZSTD or header.item_bytes not in _WORD_BYTES):
+            raise BadValue(f"codec {header.codec} is not known here")
+        body = cls(header, tokens, data)
+        if not is_raw and (
+            header.payload_bytes % header.item_bytes or len(data) < 4 * header.item_bytes
+        ):
             raise BadValue("the planes do not fit the payload")
-        words = np.zeros(num_items, _word(item_bytes))
-        for i, size in enumerate(struct.unpack(f"<{item_bytes}I", body[:at])):
-            plane = self._zstd.grow(body[at : at + size], num_items)
-            word = np.frombuffer(plane, np.uint8).astype(words.dtype)
-            word <<= 8 * i
-            words |= word
-            at += size
-        return words.view(np.uint8).data
+        return body
+
+    @property
+    def is_packed(self) -> bool:
+        """The payload is in planes."""
+        return self.header.codec == PLANES_ZSTD
+
+    def planes(self) -> list[memoryview]:
+        """The planes as they are stored, the lowest bytes first."""
+        at = 4 * self.header.item_bytes
+        sizes = struct.unpack(f"<{self.header.item_bytes}I", self.data[:at])
+        ends = list(itertools.accumulate(sizes, initial=at))
+        return [self.data[first:end] for first, end in itertools.pairwise(ends)]
+
+    def page(self, payload: memoryview | BadValue) -> StoredPage | BadValue:
+        """The page, where its payload could be had."""
+        if isinstance(payload, BadValue):
+            return payload
+        return StoredPage(self.header.key, self.header.parent, self.tokens, payload)
 
 
 def _word(item_bytes: int) -> np.dtype[np.unsignedinteger[Any]]:
@@ -239,14 +316,20 @@ class _ZstdOfThread(threading.local):
             for small, plane in zip(smaller, planes, strict=True)
         ]
 
-    def grow(self, data: memoryview, num_bytes: int) -> bytes | memoryview:
-        """A plane of `num_bytes` bytes, and no more whatever `data` says. Raises BadValue."""
-        if len(data) == num_bytes:
-            return data
-        try:
-            plane = self._decompressor.decompress(data, max_output_size=num_bytes)
-        except zstandard.ZstdError as error:
-            raise BadValue(f"zstd: {error}") from None
-        if len(plane) != num_bytes:
-            raise BadValue(f"a plane of {len(plane)} bytes, not {num_bytes}")
-        return plane
+    def grow(
+        self, planes: Sequence[memoryview], sizes: Sequence[int]
+    ) -> list[np.ndarray[Any, np.dtype[np.uint8]]]:
+        """Planes of so many bytes, and no more whatever they say. Raises BadValue."""
+        small = [i for i, plane in enumerate(planes) if len(plane) != sizes[i]]
+        grown: list[Any] = [*planes]
+        if small:
+            wanted = np.array([sizes[i] for i in small], np.uint64)
+            try:
+                found = self._decompressor.multi_decompress_to_buffer(
+                    [planes[i] for i in small], decompressed_sizes=wanted.tobytes()
+                )
+            except (zstandard.ZstdError, ValueError) as error:
+                raise BadValue(f"zstd: {error}") from None
+            for k, i in enumerate(small):
+                grown[i] = found[k]
+        return [np.frombuffer(plane, np.uint8) for plane in grown]

@@ -429,16 +429,16 @@ class DiskLevel:
             if run.segment in self._segments:  # else it went meanwhile: a plain miss
                 self._failed("a segment can't be read", error)
             return [None] * len(run.wanted)
+        values = [(data[place[1] - run.offset :][: place[2]], key) for _, key, place in run.wanted]
         pages: list[StoredPage | None] = []
-        for _, key, place in run.wanted:
-            at = place[1] - run.offset
-            try:
-                pages.append(self._codec.decode(data[at : at + place[2]], key))
-            except BadValue as error:
-                pages.append(None)
+        for page, (_, key, place) in zip(self._codec.decode_many(values), run.wanted, strict=True):
+            if isinstance(page, BadValue):
                 self._counters.add(corrupt=1)
-                self._complaints.warn("a page is corrupt", f"{path} at {place[1]}: {error}")
+                self._complaints.warn("a page is corrupt", f"{path} at {place[1]}: {page}")
                 self._forget([(key, place)], EvictionCause.CORRUPT)
+                pages.append(None)
+                continue
+            pages.append(page)
         return pages
 
     def _mark_used(self, keys: Iterable[PageKey]) -> None:

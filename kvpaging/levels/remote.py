@@ -190,7 +190,7 @@ class RemoteLevel:
             batch = keys[len(found) : len(found) + num_pages]
             commands = [(b"GET", self._seal.name(key)) for key in batch]
             replies, trouble = self._exchange(commands, num_bytes, started + deadline_s)
-            found += map(self._open, batch, replies)
+            found += self._open(batch, replies)
             self._note_missing(batch, replies)
         missing = len(keys) - len(found)
         hits = [page for page in found if page is not None]
@@ -294,8 +294,31 @@ class RemoteLevel:
         num_pages = min(_MAX_BATCH_PAGES, max(1, self._batch_bytes // self._value_bytes))
         return num_pages, num_pages * self._value_bytes
 
-    def _open(self, key: PageKey, reply: object) -> StoredPage | None:
-        """The page that a reply holds, if it does."""
+    def _open(self, keys: Sequence[PageKey], replies: Sequence[object]) -> list[StoredPage | None]:
+        """The page that each reply holds, if it does."""
+        sealed = [self._unsealed(key, reply) for key, reply in zip(keys, replies, strict=False)]
+        pages = iter(
+            self._codec.decode_many(
+                [
+                    (value, key)
+                    for key, value in zip(keys, sealed, strict=False)
+                    if value is not None
+                ]
+            )
+        )
+        found: list[StoredPage | None] = []
+        for key, value in zip(keys, sealed, strict=False):
+            page = None if value is None else next(pages)
+            if isinstance(page, BadValue):
+                self._note_broken(key, page)
+                page = None
+            elif value is not None:
+                self._value_bytes = max(self._value_bytes or 0, _MAC_BYTES + len(value))
+            found.append(page)
+        return found
+
+    def _unsealed(self, key: PageKey, reply: object) -> memoryview | None:
+        """The value that a reply holds, if it is one made with this secret."""
         if reply is None:
             return None
         if isinstance(reply, Refusal):
@@ -304,15 +327,16 @@ class RemoteLevel:
         try:
             if not isinstance(reply, bytes):
                 raise BadValue(f"the server answered {reply!r:.100}")
-            page = self._codec.decode(self._seal.open(reply), key)
+            return self._seal.open(reply)
         except BadValue as error:
-            if len(self._broken) < _MAX_REMEMBERED:
-                self._broken.add(key)
-            self._counters.add(corrupt=1)
-            self._complaints.warn("a page is corrupt", f"{self._link.address}: {error}")
+            self._note_broken(key, error)
             return None
-        self._value_bytes = max(self._value_bytes or 0, len(reply))
-        return page
+
+    def _note_broken(self, key: PageKey, error: BadValue) -> None:
+        if len(self._broken) < _MAX_REMEMBERED:
+            self._broken.add(key)
+        self._counters.add(corrupt=1)
+        self._complaints.warn("a page is corrupt", f"{self._link.address}: {error}")
 
     def _renew(self, keys: Sequence[PageKey], end_s: float) -> tuple[set[PageKey], _Trouble | None]:
         """The pages that are there already: they are used, so they live on."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from level_pages import ROOT, key_of, page_of
@@ -82,3 +83,29 @@ def test_a_page_is_only_itself() -> None:
         codec.decode(value, key_of(2))
     with pytest.raises(BadValue, match="numerics"):
         PageCodec(b"x" * 32, 2).decode(value, key_of(1))
+
+
+def test_many_at_once_are_each_alone() -> None:
+    """Of one batch a broken page is told from the others, whatever they are packed like."""
+    payloads = [page_of(n, size).payload for n, size in enumerate((200, 0, 4000, 200, 64))]
+    pages = [page_of(n)._replace(payload=payload) for n, payload in enumerate(payloads)]
+    codecs = [PageCodec(ROOT, item, compress=item > 0) for item in (2, 4, 2, 2, 0)]
+    values = [codec.encode(page) for codec, page in zip(codecs, pages, strict=True)]
+    asked = [(value, page.key) for value, page in zip(values, pages, strict=True)]
+    assert PageCodec(ROOT, 2).decode_many(asked) == pages
+    assert PageCodec(ROOT, 2).decode_many([]) == []
+    asked[2] = (values[2][:-1] + b"x", pages[2].key)
+    asked[3] = (forged(values[3]), pages[3].key)  # its digest is right, its planes are not
+    found = PageCodec(ROOT, 2).decode_many(asked)
+    assert [isinstance(page, BadValue) for page in found] == [False, False, True, True, False]
+    assert [page for page in found if not isinstance(page, BadValue)] == [
+        pages[i] for i in (0, 1, 4)
+    ]
+
+
+def forged(value: bytes) -> bytes:
+    """A value with another packed body of the same length, and a digest that fits."""
+    header = read_header(value)
+    body_at = HEADER_BYTES + header.token_bytes + 4 * header.item_bytes
+    changed = value[:body_at] + bytes(len(value) - body_at - 16)
+    return changed + xxhash.xxh3_128_digest(changed)
