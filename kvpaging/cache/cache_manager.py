@@ -189,6 +189,12 @@ class CacheManager:
         while self._cached.exposed:
             self._give_up_over(self._cached.exposed.pop())
 
+    @property
+    def next_end_s(self) -> float | None:
+        """When `advance` has something to do again, at the earliest; `None`: not by itself."""
+        ends = (self.pins.next_end_s, self.retained.next_end_s)
+        return min((end for end in ends if end is not None), default=None)
+
     def _give_up_over(self, page_id: PageId) -> None:
         """Give the page up if it is a cached leaf whose time is over; that may expose another."""
         if page_id in self._cached:

@@ -215,6 +215,11 @@ class Pins:
             self.drop(name)
         return owned
 
+    @property
+    def next_end_s(self) -> float | None:
+        """No pin's time is over before that; `None`: never."""
+        return self._ends[0][0] if self._ends else None
+
     def next_over(self, now_s: float) -> str | None:
         """A pin whose time is over; `None`: there is none."""
         while self._ends and self._ends[0][0] <= now_s:

@@ -90,6 +90,11 @@ class RetainedKeys:
         """Nothing holds the key any more."""
         self._marks.pop(key, None)
 
+    @property
+    def next_end_s(self) -> float | None:
+        """No key's time is over before that, since `next_over` last gave none; `None`: never."""
+        return self._queue[0][0] if self._marks and self._queue else None
+
     def next_over(self) -> PageKey | None:
         """Take out a key whose time is over and that was not given since; `None`: there is none.
 

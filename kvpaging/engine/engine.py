@@ -119,6 +119,15 @@ class Engine:
         """Another step would do something."""
         return self._scheduler.has_work or bool(self._held)
 
+    @property
+    def due_in_s(self) -> float | None:
+        """In so many seconds a step has to end pins or pages whose time is over; 0: now.
+
+        `None`: without new events never.
+        """
+        end_s = self._cache.next_end_s
+        return None if end_s is None else max(0.0, end_s - self._clock())
+
     def step(self, events: Sequence[Event] = ()) -> StepOutputs:
         """Take the events in, and wait for one step.
 

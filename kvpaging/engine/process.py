@@ -54,6 +54,8 @@ _logger = logging.getLogger(__name__)
 
 AUDIT_PAUSE_S: Final = 0.05
 """Between two slices of an idle audit, so that it costs no noticeable share of a core."""
+LONGEST_SLEEP_S: Final = 3600.0
+"""What ends in a year is more than a system call takes."""
 LINGER_S: Final = 2.0
 """At most so long are the last messages sent, after everything else is over."""
 PR_SET_PDEATHSIG: Final = 1
@@ -70,6 +72,10 @@ class SteppedEngine(Protocol):
     @property
     def has_work(self) -> bool:
         """Some request is unfinished, or some bookkeeping is left."""
+
+    @property
+    def due_in_s(self) -> float | None:
+        """In so many seconds a step is needed even if nothing happens; `None`: never."""
 
     def step(self, events: Sequence[Event]) -> StepOutputs:
         """Take the events in, and compute one step."""
@@ -168,13 +174,12 @@ def _serve(connection: Connection[ToEngine], engine: SteppedEngine) -> None:
     events: list[Event] = []
     audit_left = True
     while True:
-        working = bool(events) or engine.has_work
-        if working and not connection.is_congested:
-            timeout_s: float | None = 0.0
-        elif audit_left and not working:
-            timeout_s = AUDIT_PAUSE_S
-        else:
-            timeout_s = None
+        timeout_s: float | None = None
+        if not connection.is_congested:
+            timeout_s = 0.0 if events or engine.has_work else engine.due_in_s
+            if audit_left or timeout_s is not None:
+                longest_s = AUDIT_PAUSE_S if audit_left else LONGEST_SLEEP_S
+                timeout_s = longest_s if timeout_s is None else min(longest_s, timeout_s)
         for message in connection.receive(timeout_s):
             match message:
                 case Shutdown():
@@ -195,7 +200,7 @@ def _serve(connection: Connection[ToEngine], engine: SteppedEngine) -> None:
                     events.append(message)
         if connection.is_congested:
             continue
-        if events or engine.has_work:
+        if events or engine.has_work or engine.due_in_s == 0:
             outputs = engine.step(events)
             events = []
             connection.send(StepDone(outputs, engine.stats()))

@@ -238,6 +238,25 @@ def test_clients_that_leave_at_any_moment_give_every_page_back(
     assert answered['kvpaging_requests_total{finish_reason="error"}'] == 0
 
 
+def test_pins_and_pages_end_in_time_on_a_server_that_nobody_asks(http: httpx.Client) -> None:
+    prompt = [random.randrange(10, 5000) for _ in range(80)]
+    pinned = http.post("/pins", json={"prompt": prompt[:48], "ttl_s": 0.6}).json()
+    assert pinned["pages"] == 3
+    body = {"prompt": prompt, "max_new_tokens": 1, "cache": {"ttl_s": 0.6}}
+    http.post("/generate", json=body).raise_for_status()
+    before = metrics(http)
+    assert before["kvpaging_pinned_pages"] == 3
+    evicted = 'kvpaging_cache_evicted_pages_total{level="device",reason="expired"}'
+    # Neither of these makes a step.
+    wait_for(lambda: metrics(http)["kvpaging_pinned_pages"] == 0, timeout_s=5)
+    wait_for(lambda: metrics(http)[evicted] >= before[evicted] + 5, timeout_s=5)
+    assert http.get("/pins").json()["pins"] == []
+    assert (
+        metrics(http)["kvpaging_prefix_cache_queried_tokens_total"]
+        == (before["kvpaging_prefix_cache_queried_tokens_total"])
+    )
+
+
 def test_an_explanation_is_the_engines(http: httpx.Client) -> None:
     prompt = [300 + i % 100 for i in range(70)]
     body = {"prompt": prompt, "max_new_tokens": 1, "explain": True}
@@ -250,6 +269,7 @@ def test_an_explanation_is_the_engines(http: httpx.Client) -> None:
             "pages": 0,
             "pages_left": 0,
             "first_mismatch": {"page": 0, "token": 0},
+            "missed": [{"reason": "never_seen", "first_token": 0, "tokens": 64}],
         }
     ]
     reasons = [(run["reason"], run["tokens"]) for run in told["missed"]]

@@ -65,6 +65,16 @@ class RetentionMachine(CacheMachine):
             if page_id in self.cache.policy:
                 key = self.cache.index.entry(page_id).link.key
                 assert self.ends[key] > self.now, "a page stayed after its time"
+        # Who sleeps until then neither misses an end nor wakes for nothing for ever.
+        next_end_s = self.cache.next_end_s
+        assert next_end_s is None or next_end_s > self.now
+        for end_s in [end_s for _, end_s in self.pins.values()]:
+            assert end_s == math.inf or (next_end_s is not None and next_end_s <= end_s)
+        for page_id in self.cache.index:
+            key = self.cache.index.entry(page_id).link.key
+            if page_id in self.cache.policy and self.cache.retained.has_end(key):
+                assert next_end_s is not None
+                assert next_end_s <= self.ends[key]
 
     @precondition(lambda self: self.live)
     @rule(data=st.data(), ttl_s=st.sampled_from([None, 4.0]), renews=st.booleans())

@@ -63,6 +63,8 @@ class ScriptedEngine:
         self.num_audits = num_audits
         self.laws: tuple[str, ...] = ()
         self.closed = False
+        self.due_s: float | None = None
+        self.num_questions = 0
         self._work = 0
         self._error = error
         self._filler = "x" * output_bytes
@@ -71,7 +73,13 @@ class ScriptedEngine:
     def has_work(self) -> bool:
         return self._work > 0
 
+    @property
+    def due_in_s(self) -> float | None:
+        self.num_questions += 1
+        return None if self.due_s is None else max(0.0, self.due_s - time.monotonic())
+
     def step(self, events: Sequence[Event]) -> StepOutputs:
+        self.due_s = None
         if self._error is not None:
             raise self._error
         self.seen += events
@@ -189,6 +197,37 @@ def test_events_that_come_during_a_step_are_in_the_next(start: Start) -> None:
     while engine.num_steps < 7:
         api.receive()
     assert [event.request_id for event in engine.seen if isinstance(event, Abort)] == ["2", "5"]
+
+
+@pytest.mark.parametrize("num_audits", [0, 4])
+def test_it_wakes_when_something_is_due_and_sleeps_until_then(
+    start: Start, num_audits: int
+) -> None:
+    engine = ScriptedEngine(num_audits=num_audits)
+    engine.due_s = time.monotonic() + 0.3
+    api = start(engine).api
+    time.sleep(0.1)
+    assert engine.num_steps == 0
+    num_questions = engine.num_questions
+    told = api.receive()
+    while isinstance(told, StepDone) and told.stats.broken_laws and not told.stats.step_id:
+        told = api.receive()
+    assert isinstance(told, StepDone)
+    assert told.stats.step_id == 1
+    time.sleep(0.1)
+    assert engine.num_steps == 1
+    assert engine.num_questions - num_questions < 20, "it does not look all the time"
+
+
+def test_what_is_due_in_a_year_is_slept_for(start: Start) -> None:
+    engine = ScriptedEngine()
+    engine.due_s = time.monotonic() + 366 * 86_400
+    api = start(engine).api
+    time.sleep(0.1)
+    assert engine.num_questions < 10
+    api.send(GetCacheStats(8))
+    assert api.receive() == CacheStats(8, num_recomputed_tokens=1)
+    assert engine.num_steps == 0
 
 
 def test_pages_are_answered_without_a_step(start: Start) -> None:

@@ -76,6 +76,10 @@ class FakeEngine:
     def has_work(self) -> bool:
         return bool(self._requests)
 
+    @property
+    def due_in_s(self) -> float | None:
+        return None
+
     def stats(self) -> EngineStats:
         return EngineStats(
             step_id=self._steps,
