@@ -8,6 +8,7 @@
     |  + NeverFits             prompt and output exceed the whole pool
     |  + OverBudget            prompt and output exceed what the tenant may have
     |  + TooManyPinned         a pin exceeds what pins may hold
+    |  + NoPins                pins may hold nothing here
     + Overloaded               the bounded queue is full; HTTP 429
     + EngineDied               the engine process ended under the request; HTTP 503
     + LawBroken                one of DESIGN's laws does not hold: our bug
@@ -92,6 +93,25 @@ class TooManyPinned(BadRequest):
         super().__init__(
             f"the pin needs {needs} more KV pages, and {room}; give up other pins, shorten the "
             "prompt or raise the limit",
+            param="cache",
+            code="pin_limit_exceeded",
+        )
+
+
+class NoPins(BadRequest):
+    """This server has no room for any pin."""
+
+    def __init__(self, max_model_len: int, longest: int, num_pages: int):
+        """`longest`: pages of one request of the model's length."""
+        why = (
+            f"one request of the model's length of {max_model_len} tokens takes {longest} of the "
+            f"{num_pages} KV pages, and must always fit: a smaller --max-model-len or more KV "
+            "memory leaves room"
+            if longest >= num_pages
+            else "--max-pinned-ratio leaves them no page"
+        )
+        super().__init__(
+            f"cache.pin: pins may hold 0 KV pages on this server, because {why}",
             param="cache",
             code="pin_limit_exceeded",
         )

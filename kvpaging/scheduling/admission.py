@@ -7,7 +7,7 @@ scheduler's business.
 from __future__ import annotations
 
 from kvpaging.base.config import SchedulerConfig
-from kvpaging.base.errors import BadRequest, NeverFits, OverBudget, PromptTooLong
+from kvpaging.base.errors import BadRequest, NeverFits, NoPins, OverBudget, PromptTooLong
 from kvpaging.cache.retention import (
     AS_IT_IS,
     MAX_RETENTION_PRIORITY,
@@ -58,6 +58,9 @@ def _check_retention(request: Request, config: SchedulerConfig) -> None:
         )
     if retention.pin and not config.prefix_cache:
         raise BadRequest("cache.pin needs the prefix cache, which is off here", param="cache")
+    if retention.pin and not config.max_pinned_pages:
+        longest = -(-config.max_model_len // config.page_size)
+        raise NoPins(config.max_model_len, longest, config.num_pages)
 
 
 def _check_prompt(request: Request, vocab_size: int) -> None:

@@ -62,6 +62,7 @@ def engine_config(
     num_pages: int = 64,
     page_size: int = 16,
     max_num_seqs: int = 8,
+    max_pinned_pages: int = 16,
     model_dir: str = "",
 ) -> EngineConfig:
     return EngineConfig(
@@ -80,6 +81,7 @@ def engine_config(
             num_pages=num_pages,
             page_size=page_size,
             max_num_seqs=max_num_seqs,
+            max_pinned_pages=max_pinned_pages,
             max_num_batched_tokens=256,
             max_model_len=max_model_len,
             max_num_waiting=16,

@@ -197,3 +197,18 @@ def test_a_container_s_limit_counts(tmp_path: Path) -> None:
     (tmp_path / "memory.current").write_text("700\n")
     (tmp_path / "memory.stat").write_text("anon 300\ninactive_file 250\n")
     assert _cgroup_bytes(tmp_path) == 550
+
+
+def test_a_pool_of_the_models_length_leaves_no_page_for_pins_and_says_so(
+    checkpoint: Path,
+) -> None:
+    page_bytes = 2 * 2 * 2 * 16 * 16 * 2
+    config = resolved(checkpoint, dtype="bfloat16", kv_cache_memory_bytes=7 * page_bytes)
+    assert (config.scheduler.max_model_len, config.scheduler.max_pinned_pages) == (96, 0)
+    assert "pins may hold 0 KV pages, not 1: one request of the model's length takes 6 of 6" in (
+        "\n".join(config.decisions)
+    )
+    roomy = resolved(
+        checkpoint, dtype="bfloat16", kv_cache_memory_bytes=7 * page_bytes, max_model_len=64
+    )
+    assert roomy.scheduler.max_pinned_pages == 1

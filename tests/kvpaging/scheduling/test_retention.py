@@ -335,6 +335,26 @@ def test_what_says_nothing_is_refused(retention: Retention, says: str) -> None:
     assert says in bench.rejections[0].message
 
 
+@pytest.mark.parametrize(
+    ("num_pages", "why"),
+    [
+        (50, "the model's length of 100 tokens takes 50 of the 50 KV pages"),
+        (60, "--max-pinned-ratio leaves them no page"),
+    ],
+)
+def test_where_pins_may_hold_nothing_each_is_refused_with_the_reason(
+    num_pages: int, why: str
+) -> None:
+    bench = Bench(num_pages, max_pinned=0)
+    bench.run(order("a", [1] * 7, 1, retention=Retention(pin=True)))
+    [refused] = bench.rejections
+    assert (refused.code, refused.param) == ("pin_limit_exceeded", "cache")
+    assert "pins may hold 0 KV pages" in refused.message
+    assert why in refused.message
+    bench.run(order("b", [1] * 7, 1))
+    assert bench.reasons == {"b": FinishReason.LENGTH}
+
+
 def test_a_tenant_over_its_budget_loses_its_own_pages_first() -> None:
     bench = Bench(20)
     bench.run(order("other", [9] * 7, 1, tenant="u"))

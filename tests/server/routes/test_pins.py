@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_engine import FakeEngineClient
+from fake_engine import FakeEngineClient, engine_config
 from http_app import Caller, make_app
 
 from kvpaging.cache.retention import Retention
@@ -142,3 +142,20 @@ def test_the_budget_of_a_tenant_goes_with_each_request() -> None:
         http = Caller(make_app(client, tenant_budget=budget))
         http.post("/generate", {"prompt": "x", "max_new_tokens": 1})
         assert [request.tenant_pages for request in client.seen] == [pages]
+
+
+def test_a_server_without_room_for_pins_says_so_at_once() -> None:
+    client = FakeEngineClient(
+        config=engine_config(max_model_len=1024, num_pages=64, max_pinned_pages=0)
+    )
+    http = Caller(make_app(client))
+    for path, body in (
+        ("/pins", {"prompt": [1] * 40}),
+        ("/generate", {"prompt": [1] * 40, "max_new_tokens": 1, "cache": {"pin": True}}),
+    ):
+        answer = http.post(path, body)
+        assert answer.status_code == 400
+        error = answer.json()["error"]
+        assert error["code"] == "pin_limit_exceeded"
+        assert "takes 64 of the 64 KV pages" in error["message"]
+    assert not client.seen
