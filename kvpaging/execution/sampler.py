@@ -54,34 +54,30 @@ class Draws:
 class Scored:
     """The log-probabilities of S tokens, and the largest of their rows, on the device.
 
-    A row's own count of largest ones may be less than K.
+    A row's own count of largest ones may be less than K. Holds no whole rows: they are long.
     """
 
     chosen: torch.Tensor  # [S] float32
     values: torch.Tensor  # [S, K] float32, largest first
     ids: torch.Tensor  # [S, K] int64; which of equal values are taken, and their order, is open
-    num_at_least: torch.Tensor  # [S] how many of the row are not below the last that it wants
-    logprobs: torch.Tensor  # [S, V] float32, for rows where more are equal than are wanted
+    last_ids: torch.Tensor
+    """[S, K] the lowest ids whose value is that of the last that the row wants, lowest first; then
+    anything."""
     counts: npt.NDArray[np.int32]
     """[S], how many of the largest each row wants."""
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """What the host wants to see."""
-        return self.chosen, self.values, self.ids, self.num_at_least
+        return self.chosen, self.values, self.ids, self.last_ids
 
     def samples(self, token_ids: Sequence[int], host: Sequence[torch.Tensor]) -> list[Sample]:
         """Samples of these tokens, with `tensors` as they came to the host."""
-        chosen, values, ids, num_at_least = (tensor.tolist() for tensor in host)
-        samples = []
-        for i, count in enumerate(self.counts.tolist()):
-            if num_at_least[i] > count:
-                top = _top(self.logprobs[i], count)
-            else:
-                pairs = zip(ids[i][:count], values[i][:count], strict=True)
-                top = tuple(sorted(pairs, key=lambda pair: (-pair[1], pair[0])))
-            samples.append(Sample(token_ids[i], chosen[i], top))
-        return samples
+        chosen, *rows = (tensor.tolist() for tensor in host)
+        return [
+            Sample(token_ids[i], chosen[i], _top(count, *(row[i] for row in rows)))
+            for i, count in enumerate(self.counts.tolist())
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,21 +243,24 @@ def _scored(
     chosen = logprobs.gather(1, token_ids[:, None]).squeeze(1)
     most = int(counts.max())
     if not most:
-        empty = logprobs[:, :0]
-        return Scored(chosen, empty, empty, torch.zeros_like(chosen), logprobs, counts)
+        none = torch.empty(len(counts), 0, device=logprobs.device)
+        return Scored(chosen, none, none, none, counts)
     values, ids = logprobs.topk(most)
+    # topk leaves open which of equal values it takes, which matters for the last one only.
     last = to_device(np.maximum(counts - 1, 0).astype(np.int64)[:, None], logprobs.device)
-    num_at_least = (logprobs >= values.gather(1, last)).sum(dim=1)
-    return Scored(chosen, values, ids, num_at_least, logprobs, counts)
+    backwards = -torch.arange(logprobs.shape[1], dtype=torch.int32, device=logprobs.device)
+    is_last = logprobs == values.gather(1, last)
+    last_ids = torch.where(is_last, backwards, -(2**31)).topk(most).indices
+    return Scored(chosen, values, ids, last_ids, counts)
 
 
-def _top(logprobs: torch.Tensor, count: int) -> tuple[tuple[int, float], ...]:
-    """(token id, value) of the `count` largest, largest first, the lower id first on a tie."""
-    count = min(count, len(logprobs))
+def _top(
+    count: int, values: Sequence[float], ids: Sequence[int], last_ids: Sequence[int]
+) -> tuple[tuple[int, float], ...]:
+    """(token id, value) of a row's `count` largest, largest first, the lower id first on a tie."""
     if not count:
         return ()
-    # topk leaves open which of equal values it takes: it gives the bound, and ids decide.
-    bound = logprobs.topk(count).values[-1]
-    ids = (logprobs >= bound).nonzero().squeeze(1)
-    values, order = logprobs[ids].sort(descending=True, stable=True)
-    return tuple(zip(ids[order][:count].tolist(), values[:count].tolist(), strict=True))
+    last = values[count - 1]
+    above = [pair for pair in zip(ids, values, strict=True) if pair[1] > last]
+    above.sort(key=lambda pair: (-pair[1], pair[0]))
+    return *above, *((token_id, last) for token_id in last_ids[: count - len(above)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -267,3 +268,17 @@ def test_scores_are_what_a_draw_says_and_a_row_that_is_no_number_has_none(
         assert found.logprob == pytest.approx(float(expected[next_ids[row]]), abs=1e-5)
         assert found.top == drawn.top
     assert scores[0] == scored(sampler, logits[:1], next_ids[:1], 2)[0]
+
+
+@pytest.mark.parametrize("num_top", [0, 2])
+def test_scores_hold_no_whole_rows(sampler: Sampler, num_top: int) -> None:
+    """A long prompt is scored in parts, and all of them wait for the end of the step."""
+    num_rows = 8
+    found = sampler.score(random_logits(rows=num_rows), np.arange(num_rows), num_top)
+    held = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for part in (found, found.scored)
+        for field in dataclasses.fields(part)
+        if isinstance(tensor := getattr(part, field.name), torch.Tensor)
+    }
+    assert sum(held.values()) <= num_rows * (5 + 20 * num_top)
