@@ -53,10 +53,13 @@ class LevelFlush(msgspec.Struct, frozen=True, gc=False):
 
 
 class LevelsFlushed(msgspec.Struct, frozen=True, tag=True):
-    """The levels of a `LevelFlush` are empty; how many pages each had, where it knows."""
+    """The levels of a `LevelFlush` are empty, or could not be emptied."""
 
     query_id: int
     pages: dict[str, int | None]
+    """How many pages each had that is empty now, where it knows."""
+    failed: tuple[str, ...] = ()
+    """The levels that may have pages still."""
 
 
 class LevelLoad(msgspec.Struct, frozen=True, array_like=True, gc=False):

@@ -270,14 +270,18 @@ class PageMover:
                 self.num_queued_bytes -= self._page_bytes * len(pages)
 
     def _flush(self, order: LevelFlush) -> None:
-        for way in self._overflows:
-            way.drop()
         pages: dict[str, int | None] = {}
-        for level in (setting.level for setting in self._settings):
-            if level.name in order.levels:
-                pages[level.name] = level.stats().num_pages
-                self._guarded(level.clear)
-        self._flushed.put(LevelsFlushed(order.query_id, pages))
+
+        def empty(level: Level) -> None:
+            num_pages = level.stats().num_pages
+            level.clear()
+            pages[level.name] = num_pages
+
+        for way in self._overflows:
+            self._guarded(way.drop)
+        levels = [s.level for s in self._settings if s.level.name in order.levels]
+        failed = [each.name for each in levels if not self._guarded(partial(empty, each))]
+        self._flushed.put(LevelsFlushed(order.query_id, pages, tuple(failed)))
         self._news.set()
 
     def _run_loads(self) -> None:
@@ -365,14 +369,16 @@ class PageMover:
             and len(page.payload) == self._page_bytes
         )
 
-    def _guarded(self, work: Callable[[], object]) -> None:
-        """A level's bug must not end its thread: it means misses, and a line that says so."""
+    def _guarded(self, work: Callable[[], object]) -> bool:
+        """Whether it worked. A level's bug must not end its thread: it is misses, and a line."""
         try:
             work()
+            return True
         except Exception as error:  # noqa: BLE001 - whatever it was, it is a miss
             where = traceback.extract_tb(error.__traceback__)[-1]
             detail = f"{type(error).__name__}: {error} ({where.filename}:{where.lineno})"
             self._complaints.warn("a level failed", detail)
+            return False
 
     def _has_room(self) -> bool:
         with self._queued_lock:

@@ -242,11 +242,13 @@ class DiskLevel:
                 self._writer.sync()
 
     def clear(self) -> None:
-        """Delete every segment."""
+        """Delete every segment. Raises `OSError` where some could not be."""
         with self._write_lock:
             self._seal()
             while self._segments and not self._is_closed:
                 self._drop_oldest(EvictionCause.FLUSH)
+            if self._num_bytes:
+                raise OSError(f"{self._directory}: {self._num_bytes} bytes can't be deleted")
 
     def evicted(self, keys: Sequence[PageKey]) -> list[Evicted | None]:
         """How long ago and why each page left, since this was opened; of the last ones."""

@@ -1,8 +1,9 @@
 """The one interface of the levels below the device: pages by key, batched, a miss is not an error.
 
-A level that is slow, full, corrupt or gone means a miss, never a wrong answer and never an
-exception: what went wrong is counted and logged. Keys name pages (see `kvpaging.cache.prefix_key`),
-but are never trusted alone: a page comes back with its tokens, and the caller compares them.
+A level that is slow, full, corrupt or gone means a miss, never a wrong answer and, but for `clear`,
+never an exception: what went wrong is counted and logged. Keys name pages (see
+`kvpaging.cache.prefix_key`), but are never trusted alone: a page comes back with its tokens, and
+the caller compares them.
 
 Knows nothing of the device, of page ids or of who may read what (the key says that).
 """
@@ -111,7 +112,7 @@ class Level(Protocol):
         """Make what was stored before survive the machine's end, as far as the medium can."""
 
     def clear(self) -> None:
-        """Forget every page."""
+        """Forget every page. Raises whatever it likes where it may have some still."""
 
     def evicted(self, keys: Sequence[PageKey]) -> list[Evicted | None]:
         """How long ago and why each page left, of those whose leaving is remembered.

@@ -225,19 +225,27 @@ class RemoteLevel:
         """Nothing: what the server confirmed is its own."""
 
     def clear(self) -> None:
-        """Delete every page made with this secret, other servers' too, within half a minute."""
+        """Delete every page made with this secret, other servers' too, within half a minute.
+
+        Raises `ConnectionError` where the server does not answer, refuses, or needs longer.
+        """
         end_s = self._clock() + _CLEAR_S
         cursor = b"0"
         while self._clock() < end_s:
             scan = (b"SCAN", cursor, b"MATCH", self._seal.prefix + b"*", b"COUNT", 1000)
-            replies, _ = self._exchange([scan], _COMMAND_BYTES * 1000, end_s)
+            replies, trouble = self._exchange([scan], _COMMAND_BYTES * 1000, end_s)
             match replies:
                 case [[bytes(cursor), list(names)]]:
-                    self._exchange([(b"UNLINK", name) for name in names], 0, end_s)
+                    unlinks = [(b"UNLINK", name) for name in names]
+                    replies, trouble = self._exchange(unlinks, 0, end_s)
+                    refused = [reply.message for reply in replies if isinstance(reply, Refusal)]
                 case _:
-                    return
+                    refused = [f"{replies!r:.100}"]
+            if trouble or refused:
+                raise ConnectionError(f"{self._link.address} keeps pages: {trouble or refused[0]}")
             if cursor == b"0":
                 return
+        raise ConnectionError(f"{self._link.address} keeps pages: {_CLEAR_S} s were not enough")
 
     def evicted(self, keys: Sequence[PageKey]) -> list[Evicted | None]:
         """Nothing: what leaves, and why, only the server knows."""

@@ -80,12 +80,14 @@ class Rejection(msgspec.Struct, frozen=True):
 
 
 class Flushed(msgspec.Struct, frozen=True):
-    """A `Flush` is done."""
+    """A `Flush` is over."""
 
     query_id: int
     pages: dict[str, int | None]
     """Pages that were forgotten, by level; `None` where only its server knows. A level that is
-    not here is not there."""
+    neither here nor in `failed` is not there."""
+    failed: tuple[str, ...] = ()
+    """Levels that could not be emptied, and may have pages still."""
 
 
 class StepOutputs(msgspec.Struct, frozen=True):

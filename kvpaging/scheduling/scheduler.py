@@ -232,8 +232,9 @@ class Scheduler:
                 self._flush(query_id, level)
             case PagesLoaded():
                 self._take_loaded(event)
-            case LevelsFlushed(query_id, pages):
-                self._flushed.append(Flushed(query_id, self._flushing.pop(query_id) | pages))
+            case LevelsFlushed(query_id, pages, failed):
+                pages = self._flushing.pop(query_id) | pages
+                self._flushed.append(Flushed(query_id, pages, failed))
             case _:
                 assert_never(event)
 

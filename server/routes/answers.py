@@ -51,9 +51,9 @@ async def read_body(request: Request, service: Service) -> JsonObject:
     )
 
 
-def json_response(content: object) -> Response:
-    """Give a 200 with this content."""
-    return Response(msgspec.json.encode(content), media_type="application/json")
+def json_response(content: object, status: int = 200) -> Response:
+    """Give this content."""
+    return Response(msgspec.json.encode(content), status, media_type="application/json")
 
 
 def stream_response(

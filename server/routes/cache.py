@@ -26,10 +26,12 @@ LevelName = Annotated[
 
 
 class FlushAnswer(TypedDict):
-    """What was forgotten."""
+    """What was forgotten, and where that failed."""
 
     pages: dict[str, int | None]
     """By level; `null` where only its server knows."""
+    failed: tuple[str, ...]
+    """Levels that could not be emptied, and may have pages still."""
 
 
 @router.delete(
@@ -38,6 +40,7 @@ class FlushAnswer(TypedDict):
     responses={
         200: {"model": FlushAnswer},
         400: {"model": ErrorResponse, "description": "No such level here"},
+        502: {"model": FlushAnswer, "description": "A level could not be emptied"},
         503: {"model": ErrorResponse},
     },
 )
@@ -48,9 +51,10 @@ async def flush(request: Request, service: ServiceDep, level: LevelName = None) 
     """
     service.engine_config()
     flushed = await until_gone(request.receive, service.client.flush_cache(level))
-    if not flushed.pages:
+    if not (flushed.pages or flushed.failed):
         raise BadRequest(f"there is no level {level!r:.60} here", param="level")
-    return json_response(FlushAnswer(pages=flushed.pages))
+    answer = FlushAnswer(pages=flushed.pages, failed=flushed.failed)
+    return json_response(answer, 502 if flushed.failed else 200)
 
 
 @router.get(

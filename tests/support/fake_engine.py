@@ -109,6 +109,8 @@ class FakeEngineClient:
     cache: CacheStats = field(default_factory=lambda: cache_stats())
     num_restarts: int = 0
     num_cached_tokens: int = 0
+    levels_that_fail: tuple[str, ...] = ()
+    """To be emptied."""
     late_steps: int = 0
     """Steps that an output still makes after it was told to finish."""
 
@@ -176,10 +178,12 @@ class FakeEngineClient:
         self.unpinned.append(request_id)
 
     async def flush_cache(self, level: str | None) -> Flushed:
+        failed = self.levels_that_fail
         pages: dict[str, int | None] = {"device": 5, "disk": 7, "remote": None}
         if level is not None:
             pages = {name: count for name, count in pages.items() if name == level}
-        return Flushed(1, pages)
+        emptied = {name: count for name, count in pages.items() if name not in failed}
+        return Flushed(1, emptied, tuple(name for name in pages if name in failed))
 
     async def close(self) -> None:
         self.state = EngineState.DEAD

@@ -18,7 +18,7 @@ from kvpaging.execution import page_mover
 from kvpaging.execution.kv_pool import KVPool
 from kvpaging.execution.page_mover import LevelSetting, PageMover
 from kvpaging.levels.host import HostLevel
-from kvpaging.levels.level import StoredPage
+from kvpaging.levels.level import LevelStats, StoredPage
 from kvpaging.levels.overflow import Overflow
 
 SPEC = KVSpec(num_layers=2, num_kv_heads=1, head_dim=4, page_size=2, dtype="bfloat16")
@@ -255,6 +255,32 @@ def test_only_the_levels_that_are_named_are_emptied(
     stored(mover, other, pool, [1, 2])
     assert flushed(mover, "other") == LevelsFlushed(3, {"other": 2})
     assert host.stats().num_pages == 2
+
+
+@pytest.mark.parametrize("method", ["clear", "stats"])
+def test_a_level_that_can_not_be_emptied_is_named_and_the_next_order_is_carried_out(
+    make: Callable[..., PageMover], pool: KVPool, method: str
+) -> None:
+    class Broken(HostLevel):
+        is_broken = True
+
+        def clear(self) -> None:
+            if self.is_broken and method == "clear":
+                raise OSError("read-only")
+            super().clear()
+
+        def stats(self) -> LevelStats:
+            if self.is_broken and method == "stats":
+                raise OSError("gone")
+            return super().stats()
+
+    host, broken = HostLevel(1 << 20), Broken(1 << 20)
+    broken.name = "broken"
+    mover = make(broken, host)
+    stored(mover, host, pool, [1, 2])
+    assert flushed(mover, "broken", "host") == LevelsFlushed(3, {"host": 2}, ("broken",))
+    broken.is_broken = False
+    assert flushed(mover, "broken", "host") == LevelsFlushed(3, {"broken": 2, "host": 0})
 
 
 def test_what_was_read_before_a_flush_is_not_kept_nearer_after_it(

@@ -249,6 +249,20 @@ def test_a_page_larger_than_a_segment_has_one_of_its_own(tmp_path: Path) -> None
     level.close()
 
 
+def test_a_clear_that_leaves_files_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    level = opened(tmp_path / "cache", segment_bytes=1000)
+    fill(level, range(10))
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(f"{path} stays")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        with pytest.raises(OSError, match="bytes can't be deleted"):
+            level.clear()
+    assert segments_of(tmp_path / "cache") != []
+
+
 def test_clear_forgets_all(tmp_path: Path) -> None:
     level = opened(tmp_path / "cache", segment_bytes=1000)
     fill(level, range(10))

@@ -116,6 +116,21 @@ def test_another_secret_or_root_meets_nothing(url: str) -> None:
         assert redis.Redis.from_url(url).dbsize() == 0
 
 
+def test_a_server_that_can_not_be_emptied_says_so(url: str) -> None:
+    with remote(url) as level:
+        fill(level, range(3))
+        client = redis.Redis.from_url(url)
+        client.execute_command("ACL", "SETUSER", "default", "-unlink")
+        try:
+            with pytest.raises(ConnectionError, match=r"keeps pages: .*unlink"):
+                level.clear()
+        finally:
+            client.execute_command("ACL", "SETUSER", "default", "+unlink")
+        assert whole(level, range(3)) == [0, 1, 2]
+    with pytest.raises(ConnectionError, match="keeps pages"):
+        level.clear()  # closed: nobody answers
+
+
 def test_what_was_missed_is_not_asked_for_again_at_once(url: str) -> None:
     now = [0.0]
     with remote(url, clock=lambda: now[0]) as level:

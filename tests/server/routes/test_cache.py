@@ -69,9 +69,19 @@ def test_without_an_engine_there_are_none() -> None:
 def test_emptying_says_what_was_there() -> None:
     http = Caller(make_app(FakeEngineClient()))
     answer = http.request("DELETE", "/cache")
-    assert answer.json() == {"pages": {"device": 5, "disk": 7, "remote": None}}
-    assert http.request("DELETE", "/cache?level=disk").json() == {"pages": {"disk": 7}}
+    assert answer.json() == {"pages": {"device": 5, "disk": 7, "remote": None}, "failed": []}
+    disk = http.request("DELETE", "/cache?level=disk").json()
+    assert disk == {"pages": {"disk": 7}, "failed": []}
     assert http.request("GET", "/cache").status_code == 405
+
+
+def test_a_level_that_could_not_be_emptied_is_no_success() -> None:
+    http = Caller(make_app(FakeEngineClient(levels_that_fail=("disk",))))
+    answer = http.request("DELETE", "/cache")
+    assert answer.status_code == 502
+    assert answer.json() == {"pages": {"device": 5, "remote": None}, "failed": ["disk"]}
+    assert http.request("DELETE", "/cache?level=disk").status_code == 502
+    assert http.request("DELETE", "/cache?level=device").status_code == 200
 
 
 def test_a_level_that_is_not_there_is_no_success() -> None:
