@@ -147,6 +147,25 @@ class CheckedOps:
             norm_weight_offset=norm_weight_offset,
         )
 
+    def store_kv(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        pages: KVPages,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        _, num_kv_heads, _, head_dim = self._pages(pages, key.dtype)
+        for name, rows in (("key", key), ("value", value)):
+            self._floats(name, rows, 3)
+            if (
+                rows.dtype is not key.dtype
+                or rows.shape != (key.shape[0], num_kv_heads, head_dim)
+                or rows.stride(1) != head_dim
+            ):
+                _refuse(name, rows, f"{key.dtype} [T, {num_kv_heads}, {head_dim}], dense rows")
+        self._vector("slot_mapping", slot_mapping, key.shape[0], torch.int64)
+        self.inner.store_kv(key, value, pages, slot_mapping)
+
     def paged_attention(
         self,
         query: torch.Tensor,
@@ -160,28 +179,7 @@ class CheckedOps:
         soft_cap: float | None = None,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        _, num_kv_heads, _, head_dim = self._pages(pages, query.dtype)
-        self._floats("query", query, 3)
-        _, num_heads, width = query.shape
-        if (
-            width != head_dim
-            or num_heads == 0
-            or num_heads % num_kv_heads
-            or query.stride(1) != head_dim
-        ):
-            _refuse("query", query, f"[T, a multiple of {num_kv_heads}, {head_dim}]")
-        num_seqs = page_tables.shape[0]
-        self._place("page_tables", page_tables)
-        if page_tables.dim() != 2 or page_tables.dtype != torch.int32 or page_tables.stride(1) != 1:
-            _refuse("page_tables", page_tables, "int32 [B, max_pages]")
-        self._vector("seq_lens", seq_lens, num_seqs, torch.int32)
-        self._vector("query_starts", query_starts, num_seqs + 1, torch.int32)
-        if sinks is not None:
-            self._vector("sinks", sinks, num_heads, torch.float32)
-        if window is not None and window < 1:
-            raise ShapeError(f"window is {window}, but a query sees at least itself")
-        if soft_cap is not None and soft_cap <= 0:
-            raise ShapeError(f"soft_cap is {soft_cap}, must be positive")
+        self._attention(query, pages, page_tables, seq_lens, query_starts, window, soft_cap, sinks)
         return self.inner.paged_attention(
             query,
             pages,
@@ -193,6 +191,43 @@ class CheckedOps:
             soft_cap=soft_cap,
             sinks=sinks,
         )
+
+    def paged_attention_state(
+        self,
+        query: torch.Tensor,
+        pages: KVPages,
+        page_tables: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_starts: torch.Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+        soft_cap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self._attention(query, pages, page_tables, seq_lens, query_starts, window, soft_cap, sinks)
+        return self.inner.paged_attention_state(
+            query,
+            pages,
+            page_tables,
+            seq_lens,
+            query_starts,
+            scale=scale,
+            window=window,
+            soft_cap=soft_cap,
+            sinks=sinks,
+        )
+
+    def merge_state(
+        self, out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self._floats("out_a", out_a, 3)
+        if not out_a.is_contiguous():
+            _refuse("out_a", out_a, "a dense [T, HQ, D]")
+        self._like("out_b", out_b, out_a.shape, out_a.dtype)
+        self._like("lse_a", lse_a, out_a.shape[:2], torch.float32)
+        self._like("lse_b", lse_b, out_a.shape[:2], torch.float32)
+        return self.inner.merge_state(out_a, lse_a, out_b, lse_b)
 
     def grouped_linear(
         self, x: torch.Tensor, experts: Experts, expert_of_row: torch.Tensor
@@ -230,12 +265,86 @@ class CheckedOps:
         return self.inner.log_softmax(logits)
 
     def copy_pages(self, pool: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor) -> None:
-        self._place("pool", pool)
-        if pool.dim() < 2 or not pool[:1].is_contiguous():
-            _refuse("pool", pool, "[num_pages, ...] with contiguous pages")
+        self._pool("pool", pool)
         self._vector("sources", sources, sources.shape[0], torch.int64)
         self._vector("targets", targets, sources.shape[0], torch.int64)
         self.inner.copy_pages(pool, sources, targets)
+
+    def swap_out(
+        self, pool: torch.Tensor, host: torch.Tensor, pages: torch.Tensor, places: torch.Tensor
+    ) -> None:
+        self._swap(pool, host, pages, places)
+        self.inner.swap_out(pool, host, pages, places)
+
+    def swap_in(
+        self, pool: torch.Tensor, host: torch.Tensor, pages: torch.Tensor, places: torch.Tensor
+    ) -> None:
+        self._swap(pool, host, pages, places)
+        self.inner.swap_in(pool, host, pages, places)
+
+    def _attention(
+        self,
+        query: torch.Tensor,
+        pages: KVPages,
+        page_tables: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_starts: torch.Tensor,
+        window: int | None,
+        soft_cap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> None:
+        _, num_kv_heads, _, head_dim = self._pages(pages, query.dtype)
+        self._floats("query", query, 3)
+        _, num_heads, width = query.shape
+        if (
+            width != head_dim
+            or num_heads == 0
+            or num_heads % num_kv_heads
+            or query.stride(1) != head_dim
+        ):
+            _refuse("query", query, f"[T, a multiple of {num_kv_heads}, {head_dim}]")
+        num_seqs = page_tables.shape[0]
+        self._place("page_tables", page_tables)
+        if page_tables.dim() != 2 or page_tables.dtype != torch.int32 or page_tables.stride(1) != 1:
+            _refuse("page_tables", page_tables, "int32 [B, max_pages]")
+        self._vector("seq_lens", seq_lens, num_seqs, torch.int32)
+        self._vector("query_starts", query_starts, num_seqs + 1, torch.int32)
+        if sinks is not None:
+            self._vector("sinks", sinks, num_heads, torch.float32)
+        if window is not None and window < 1:
+            raise ShapeError(f"window is {window}, but a query sees at least itself")
+        if soft_cap is not None and soft_cap <= 0:
+            raise ShapeError(f"soft_cap is {soft_cap}, must be positive")
+
+    def _pool(self, name: str, pool: torch.Tensor) -> None:
+        self._place(name, pool)
+        if pool.dim() < 2 or not pool[:1].is_contiguous():
+            _refuse(name, pool, "[num_pages, ...] with contiguous pages")
+
+    def _swap(
+        self, pool: torch.Tensor, host: torch.Tensor, pages: torch.Tensor, places: torch.Tensor
+    ) -> None:
+        self._pool("pool", pool)
+        if (
+            not host.is_cpu
+            or host.dtype is not pool.dtype
+            or host.shape[1:] != pool.shape[1:]
+            or not host[:1].is_contiguous()
+            or (pool.is_cuda and not host.is_pinned())
+        ):
+            kind = "pinned memory" if pool.is_cuda else "memory"
+            _refuse("host", host, f"in the host's {kind}, with dense pages like {_shown(pool)}")
+        self._vector("pages", pages, pages.shape[0], torch.int64)
+        self._vector("places", places, pages.shape[0], torch.int64)
+
+    def _like(self, name: str, tensor: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> None:
+        if (
+            not self._is_here(tensor)
+            or tensor.dtype is not dtype
+            or tensor.shape != shape
+            or not tensor.is_contiguous()
+        ):
+            _refuse(name, tensor, f"a dense {dtype} {list(shape)} on {self.device}")
 
     def _place(self, name: str, tensor: torch.Tensor) -> None:
         if not self._is_here(tensor):

@@ -188,6 +188,20 @@ class Ops(Protocol):
         returns:       [T, HQ, D]
         """
 
+    def store_kv(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        pages: KVPages,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Store K and V as they are (or quantised, where pages are): `rope_store` without rotation.
+
+        key, value:    [T, HKV, D], rows may be strided
+        pages:         changed in place at the slots
+        slot_mapping:  [T] int64; -1 skips that token. Slots must be distinct.
+        """
+
     def paged_attention(
         self,
         query: torch.Tensor,
@@ -212,6 +226,42 @@ class Ops(Protocol):
         soft_cap:      s -> soft_cap * tanh(s / soft_cap) before the mask (Gemma 2)
         sinks:         [HQ] float32: an extra logit per head that takes weight and gives no value
         returns:       [T, HQ, D]; slots outside a sequence, even NaN, never show
+        """
+
+    def paged_attention_state(
+        self,
+        query: torch.Tensor,
+        pages: KVPages,
+        page_tables: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_starts: torch.Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+        soft_cap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`paged_attention`, and how much weight each row's mean has: what `merge_state` takes.
+
+        returns:       the same [T, HQ, D] bit by bit; [T, HQ] float32, the natural logarithm of the
+                       sum of exp(score) over what the row sees, its sink included (so of parts to
+                       be merged, one alone is given the sinks)
+        """
+
+    def merge_state(
+        self, out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention over the keys of both parts, from each part's result and weight.
+
+        Parts of a row are over different keys: of a prefix that several sequences share, say, each
+        of whose queries is a sequence of its own there, and of what follows it (Ye et al. 2024,
+        cascade inference). A row's bits depend on its own two parts and their order. They are not
+        those of one call over all keys, which rounds once.
+
+        out_a, out_b:  [T, HQ, D], dense, of one dtype
+        lse_a, lse_b:  [T, HQ] float32, dense; where one is -inf, the other part is the result as it
+                       is; where both are, zeros
+        returns:       [T, HQ, D] and [T, HQ], as from `paged_attention_state`
         """
 
     def grouped_linear(
@@ -255,4 +305,25 @@ class Ops(Protocol):
         """`pool[targets[i]] = pool[sources[i]]` for whole pages `[num_pages, ...]`, int64 `[N]`.
 
         In place. No target is also a source.
+        """
+
+    def swap_out(
+        self, pool: torch.Tensor, host: torch.Tensor, pages: torch.Tensor, places: torch.Tensor
+    ) -> None:
+        """`host[places[i]] = pool[pages[i]]`: whole pages, from the device to the host.
+
+        On a GPU this only joins the current stream: `host` holds the pages once that got there.
+
+        pool:    [num_pages, ...] on the device, pages dense
+        host:    [num_places, ...] in the host's memory, pinned where the device is a GPU; pages of
+                 the same shape and dtype. Changed in place.
+        pages, places: [N] int64 on the device; places are distinct
+        """
+
+    def swap_in(
+        self, pool: torch.Tensor, host: torch.Tensor, pages: torch.Tensor, places: torch.Tensor
+    ) -> None:
+        """`pool[pages[i]] = host[places[i]]`: the way back. Pages are distinct; else as `swap_out`.
+
+        Changes `pool` in place. `host` must stay as it is until the current stream got there.
         """

@@ -499,7 +499,13 @@ void finish(const Block& block, int64_t row, Gathered gathered, const float* val
         const float sink = task.sinks[head];
         const float top = gathered.top > sink ? gathered.top : sink;
         const float kept = exp(gathered.top - top);
-        scale = kept / (gathered.sum * kept + exp(sink - top));
+        gathered = {top, gathered.sum * kept + exp(sink - top)};
+        scale = kept / gathered.sum;
+    }
+    if (task.lse) {
+        const bool is_empty = gathered.sum == 0;
+        task.lse[block.token_of(row) * task.num_heads + head] =
+            is_empty ? -kInfinity : gathered.top + std::log(gathered.sum);
     }
     for (int64_t i = 0; i < task.head_dim; i += 32) {
         const Vec a = load(values + i) * set1(scale), b = load(values + i + 16) * set1(scale);
@@ -603,6 +609,36 @@ void merge_splits(const AttentionTask& task, const AttentionItem& item) {
             merge(&merged, values, {from[0], from[1]}, from + 2, block.width);
         }
         finish<T>(block, row, merged, values);
+    }
+}
+
+// A row is one head of one query.
+template <typename T>
+void merge_states(const MergeTask& task, int64_t row_begin, int64_t row_end) {
+    for (int64_t row = row_begin; row < row_end; ++row) {
+        const T* a = static_cast<const T*>(task.a) + row * task.width;
+        const T* b = static_cast<const T*>(task.b) + row * task.width;
+        T* out = static_cast<T*>(task.out) + row * task.width;
+        const float a_lse = task.a_lse[row], b_lse = task.b_lse[row];
+        if (a_lse == -kInfinity || b_lse == -kInfinity) {
+            const bool is_a = b_lse == -kInfinity;
+            task.lse[row] = is_a ? a_lse : b_lse;
+            const size_t bytes = sizeof(T) * static_cast<size_t>(task.width);
+            if (task.lse[row] == -kInfinity) {
+                std::memset(out, 0, bytes);
+            } else {
+                std::memcpy(out, is_a ? a : b, bytes);
+            }
+            continue;
+        }
+        const float top = a_lse > b_lse ? a_lse : b_lse;
+        const float a_weight = exp(a_lse - top), b_weight = exp(b_lse - top);
+        const float sum = a_weight + b_weight;
+        task.lse[row] = top + std::log(sum);
+        const Vec a_share = set1(a_weight / sum), b_share = set1(b_weight / sum);
+        for_lanes(task.width, [&](int64_t i, int n) {
+            store_some(out + i, load_some(a + i, n) * a_share + load_some(b + i, n) * b_share, n);
+        });
     }
 }
 

@@ -103,10 +103,10 @@ struct GatedTask {
 };
 
 struct RopeTask {
-    const void* qkv;
-    int64_t qkv_stride;
-    const int32_t* positions;
-    const float* cos_sin;  // [max_positions, rotary_dim]: cosines, then sines
+    const void *query, *key, *value;  // rows of heads
+    int64_t query_stride, key_stride, value_stride;
+    const int32_t* positions;  // null with rotary_dim 0: nothing turns
+    const float* cos_sin;      // [max_positions, rotary_dim]: cosines, then sines
     void *key_pages, *value_pages;
     int64_t key_page_stride, value_page_stride;
     float *key_scales, *value_scales;  // null: pages hold what qkv does; else int8
@@ -117,6 +117,15 @@ struct RopeTask {
     float eps, weight_offset;
     void* query_out;  // [T, num_heads, head_dim]
     int64_t num_heads, num_kv_heads, head_dim, page_size, rotary_dim;
+};
+
+// Two means of one query's values over different keys, and the log of each one's weights' sum.
+struct MergeTask {
+    const void *a, *b;
+    const float *a_lse, *b_lse;  // -infinity: that one isn't read
+    void* out;
+    float* lse;
+    int64_t width;
 };
 
 // Keys are taken in splits of this many, at absolute positions: a query's partial sums, and the
@@ -150,6 +159,7 @@ struct AttentionTask {
     int64_t window;  // 0: none
     float soft_cap;  // 0: none
     const float* sinks;
+    float* lse;  // [T, num_heads], or null
 };
 
 // A block of queries of one sequence for some heads. With several KV heads, all of their group's
@@ -180,6 +190,7 @@ struct Kernels {
     void (*attend_int8[kNumDtypes])(const AttentionTask&, const AttentionItem&);
     // Merges an item's partials of all splits, in split order, into the output.
     void (*merge_splits[kNumDtypes])(const AttentionTask&, const AttentionItem&);
+    void (*merge_states[kNumDtypes])(const MergeTask&, int64_t row_begin, int64_t row_end);
 
     void (*log_softmax)(const float* logits, float* out, int64_t width);
     // The largest number of a row (NaN apart), and the largest of each kMaxBlock of them.

@@ -14,7 +14,7 @@ from ctypes import c_char_p, c_float, c_int, c_int64, c_void_p
 
 from kernels.errors import KernelUnavailableError
 
-VERSION = 5
+VERSION = 6
 """Of the interface between `native_ops` and the library; both must name the same."""
 
 _REMEDY = "install kvpaging with a C++ compiler at hand (g++ or clang++)"
@@ -35,13 +35,18 @@ _WORK: dict[str, list[type]] = {
                       c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p,
                       c_void_p, c_int, c_void_p, c_int, c_float, c_float, c_int64, c_int64,
                       c_int64, c_void_p],
+    "kv_store_kv": [c_int, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_void_p, c_int64,
+                    c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int64,
+                    c_int64],
     "kv_paged_attention": [c_int, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64,
                            c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p,
                            c_int64, c_int64, c_int64, c_int64, c_int64, c_float, c_int64, c_float,
-                           c_void_p, c_void_p],
+                           c_void_p, c_void_p, c_void_p],
+    "kv_merge_states": [c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p,
+                        c_void_p],
     "kv_log_softmax": [c_void_p, c_int64, c_int64, c_int64, c_void_p],
     "kv_sample": [c_void_p, c_int64, c_int64, c_int64, *[c_void_p] * 8],
-    "kv_copy_pages": [c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64],
+    "kv_copy_pages": [c_void_p, c_int64, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64],
 }  # fmt: skip
 
 

@@ -403,7 +403,7 @@ void run_attention(Context& context, int dtype, const AttentionTask& task, int64
 using kv::Context;
 
 // Raised with every change of this interface: Python refuses a library of another version.
-KV_API int kv_version() { return 5; }
+KV_API int kv_version() { return 6; }
 
 // The i-th instruction set, best first, or null: unusable here. Ends with i == kv_num_isas().
 KV_API int kv_num_isas() { return kv::kNumIsas; }
@@ -522,16 +522,67 @@ KV_API int kv_rope_store(Context* context, int dtype, const void* qkv, int64_t q
                          const void* k_norm, int k_norm_dtype, float eps, float weight_offset,
                          int64_t num_heads, int64_t num_kv_heads, int64_t head_dim,
                          void* query_out) {
-    const kv::RopeTask task{
-        qkv,          qkv_stride,   positions,       cos_sin,           key_pages,
-        value_pages,  key_page_stride, value_page_stride, key_scales,   value_scales,
-        scale_page_stride, slots,      q_norm,
-        k_norm,       q_norm_dtype, k_norm_dtype,    eps,               weight_offset,
-        query_out,    num_heads,    num_kv_heads,    head_dim,          page_size,
-        rotary_dim};
+    const int64_t bytes = head_dim * kv::dtype_bytes(dtype);
+    const char* key = static_cast<const char*>(qkv) + num_heads * bytes;
+    kv::RopeTask task{};
+    task.query = qkv;
+    task.key = key;
+    task.value = key + num_kv_heads * bytes;
+    task.query_stride = task.key_stride = task.value_stride = qkv_stride;
+    task.positions = positions;
+    task.cos_sin = cos_sin;
+    task.key_pages = key_pages;
+    task.value_pages = value_pages;
+    task.key_page_stride = key_page_stride;
+    task.value_page_stride = value_page_stride;
+    task.key_scales = key_scales;
+    task.value_scales = value_scales;
+    task.scale_page_stride = scale_page_stride;
+    task.slots = slots;
+    task.q_norm = q_norm;
+    task.k_norm = k_norm;
+    task.q_norm_dtype = q_norm_dtype;
+    task.k_norm_dtype = k_norm_dtype;
+    task.eps = eps;
+    task.weight_offset = weight_offset;
+    task.query_out = query_out;
+    task.num_heads = num_heads;
+    task.num_kv_heads = num_kv_heads;
+    task.head_dim = head_dim;
+    task.page_size = page_size;
+    task.rotary_dim = rotary_dim;
     const int64_t width = (num_heads + 2 * num_kv_heads) * head_dim;
     return kv::perform(context, [=] {
         kv::run_rows(*context, rows, 2 * width, [&](int64_t begin, int64_t end) {
+            context->kernels.rope_store[dtype](task, begin, end);
+        });
+    });
+}
+
+KV_API int kv_store_kv(Context* context, int dtype, const void* key, int64_t key_stride,
+                       const void* value, int64_t value_stride, int64_t rows, void* key_pages,
+                       int64_t key_page_stride, void* value_pages, int64_t value_page_stride,
+                       float* key_scales, float* value_scales, int64_t scale_page_stride,
+                       int64_t page_size, const int64_t* slots, int64_t num_kv_heads,
+                       int64_t head_dim) {
+    kv::RopeTask task{};  // no queries, and nothing turns
+    task.key = key;
+    task.value = value;
+    task.key_stride = key_stride;
+    task.value_stride = value_stride;
+    task.key_pages = key_pages;
+    task.value_pages = value_pages;
+    task.key_page_stride = key_page_stride;
+    task.value_page_stride = value_page_stride;
+    task.key_scales = key_scales;
+    task.value_scales = value_scales;
+    task.scale_page_stride = scale_page_stride;
+    task.slots = slots;
+    task.num_kv_heads = num_kv_heads;
+    task.head_dim = head_dim;
+    task.page_size = page_size;
+    return kv::perform(context, [=] {
+        kv::run_rows(*context, rows, 4 * num_kv_heads * head_dim, [&](int64_t begin, int64_t end) {
             context->kernels.rope_store[dtype](task, begin, end);
         });
     });
@@ -545,15 +596,26 @@ KV_API int kv_paged_attention(Context* context, int dtype, const void* query, in
                               const int32_t* seq_lens, const int32_t* query_starts,
                               int64_t num_seqs, int64_t num_heads, int64_t num_kv_heads,
                               int64_t head_dim, int64_t page_size, float scale, int64_t window,
-                              float soft_cap, const float* sinks, void* out) {
+                              float soft_cap, const float* sinks, void* out, float* lse) {
     return kv::perform(context, [=] {
         const kv::AttentionTask task{query,           query_stride, key_pages,    value_pages,
                                      key_page_stride, value_page_stride, key_scales,
                                      value_scales,    scale_page_stride, page_tables, table_stride,
                                      seq_lens,        query_starts, out,          num_heads,
                                      num_kv_heads,    head_dim,     page_size,    scale,
-                                     window,          soft_cap,     sinks};
+                                     window,          soft_cap,     sinks,        lse};
         kv::run_attention(*context, dtype, task, num_seqs);
+    });
+}
+
+KV_API int kv_merge_states(Context* context, int dtype, const void* a, const float* a_lse,
+                           const void* b, const float* b_lse, int64_t rows, int64_t width,
+                           void* out, float* lse) {
+    const kv::MergeTask task{a, b, a_lse, b_lse, out, lse, width};
+    return kv::perform(context, [=] {
+        kv::run_rows(*context, rows, 3 * width, [&](int64_t begin, int64_t end) {
+            context->kernels.merge_states[dtype](task, begin, end);
+        });
     });
 }
 
@@ -590,14 +652,14 @@ KV_API int kv_sample(Context* context, const float* logits, int64_t stride, int6
     });
 }
 
-KV_API int kv_copy_pages(Context* context, char* pool, int64_t page_stride_bytes,
-                         int64_t page_bytes, const int64_t* sources, const int64_t* targets,
-                         int64_t pages) {
+KV_API int kv_copy_pages(Context* context, const char* from, int64_t from_stride_bytes, char* to,
+                         int64_t to_stride_bytes, int64_t page_bytes, const int64_t* sources,
+                         const int64_t* targets, int64_t pages) {
     return kv::perform(context, [=] {
         kv::run_rows(*context, pages, page_bytes, [&](int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; ++i) {
-                std::memcpy(pool + targets[i] * page_stride_bytes,
-                            pool + sources[i] * page_stride_bytes,
+                std::memcpy(to + targets[i] * to_stride_bytes,
+                            from + sources[i] * from_stride_bytes,
                             static_cast<size_t>(page_bytes));
             }
         });

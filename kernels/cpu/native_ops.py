@@ -325,6 +325,36 @@ class NativeOps:
         )
         return out
 
+    def store_kv(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        pages: KVPages,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        _, num_kv_heads, page_size, head_dim = pages.keys.shape
+        _check_head_dim(head_dim)
+        _check(
+            self._library.kv_store_kv(
+                self._context,
+                _CODES[key.dtype],
+                key.data_ptr(),
+                key.stride(0),
+                value.data_ptr(),
+                value.stride(0),
+                key.shape[0],
+                pages.keys.data_ptr(),
+                pages.keys.stride(0),
+                pages.values.data_ptr(),
+                pages.values.stride(0),
+                *_page_scales(pages),
+                page_size,
+                slot_mapping.data_ptr(),
+                num_kv_heads,
+                head_dim,
+            )
+        )
+
     def paged_attention(
         self,
         query: torch.Tensor,
@@ -337,6 +367,42 @@ class NativeOps:
         window: int | None = None,
         soft_cap: float | None = None,
         sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return self._attend(
+            query, pages, page_tables, seq_lens, query_starts, scale, window, soft_cap, sinks, None
+        )
+
+    def paged_attention_state(
+        self,
+        query: torch.Tensor,
+        pages: KVPages,
+        page_tables: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_starts: torch.Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+        soft_cap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        lse = self._empty(query.shape[:2], torch.float32)
+        out = self._attend(
+            query, pages, page_tables, seq_lens, query_starts, scale, window, soft_cap, sinks, lse
+        )
+        return out, lse
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        pages: KVPages,
+        page_tables: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_starts: torch.Tensor,
+        scale: float,
+        window: int | None,
+        soft_cap: float | None,
+        sinks: torch.Tensor | None,
+        lse: torch.Tensor | None,
     ) -> torch.Tensor:
         _, num_kv_heads, page_size, head_dim = pages.keys.shape
         _check_head_dim(head_dim)
@@ -367,9 +433,31 @@ class NativeOps:
                 soft_cap or 0.0,
                 None if sinks is None else sinks.data_ptr(),
                 out.data_ptr(),
+                None if lse is None else lse.data_ptr(),
             )
         )
         return out
+
+    def merge_state(
+        self, out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        out = self._empty(out_a.shape, out_a.dtype)
+        lse = self._empty(lse_a.shape, torch.float32)
+        _check(
+            self._library.kv_merge_states(
+                self._context,
+                _CODES[out_a.dtype],
+                out_a.data_ptr(),
+                lse_a.data_ptr(),
+                out_b.data_ptr(),
+                lse_b.data_ptr(),
+                lse_a.numel(),
+                out_a.shape[2],
+                out.data_ptr(),
+                lse.data_ptr(),
+            )
+        )
+        return out, lse
 
     def grouped_linear(
         self, x: torch.Tensor, experts: Experts, expert_of_row: torch.Tensor
@@ -441,13 +529,29 @@ class NativeOps:
         return out
 
     def copy_pages(self, pool: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor) -> None:
-        page_bytes = pool[0].numel() * pool.element_size()
+        self._copy_pages(pool, sources, pool, targets)
+
+    def swap_out(
+        self, pool: torch.Tensor, host: torch.Tensor, pages: torch.Tensor, places: torch.Tensor
+    ) -> None:
+        self._copy_pages(pool, pages, host, places)
+
+    def swap_in(
+        self, pool: torch.Tensor, host: torch.Tensor, pages: torch.Tensor, places: torch.Tensor
+    ) -> None:
+        self._copy_pages(host, places, pool, pages)
+
+    def _copy_pages(
+        self, from_: torch.Tensor, sources: torch.Tensor, to: torch.Tensor, targets: torch.Tensor
+    ) -> None:
         _check(
             self._library.kv_copy_pages(
                 self._context,
-                pool.data_ptr(),
-                pool.stride(0) * pool.element_size(),
-                page_bytes,
+                from_.data_ptr(),
+                from_.stride(0) * from_.element_size(),
+                to.data_ptr(),
+                to.stride(0) * to.element_size(),
+                to.shape[1:].numel() * to.element_size(),
                 sources.data_ptr(),
                 targets.data_ptr(),
                 sources.shape[0],

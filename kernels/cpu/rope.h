@@ -1,4 +1,4 @@
-// Split qkv, normalise and turn queries and keys, and put keys and values into their slots.
+// Normalise and turn queries and keys, and put keys and values into their slots.
 #pragma once
 
 namespace {
@@ -7,6 +7,12 @@ template <typename T, typename Out>
 KV_INLINE void head(const RopeTask& task, const T* in, Out* out, const float* cosines,
                     const void* weight, int weight_dtype) {
     const int64_t half = task.rotary_dim / 2;
+    if constexpr (std::is_same_v<T, Out>) {
+        if (half == 0 && !weight) {
+            std::memcpy(out, in, sizeof(T) * static_cast<size_t>(task.head_dim));
+            return;
+        }
+    }
     const float* sines = cosines + half;
     Vec scale = set1(1.0f);
     if (weight) {
@@ -29,15 +35,17 @@ KV_INLINE void head(const RopeTask& task, const T* in, Out* out, const float* co
     });
 }
 
-// The keys and values of one token, from its first key on.
+// The keys and values of one token.
 template <typename T>
-void store_int8(const RopeTask& task, const T* in, int64_t page, int64_t place,
+void store_int8(const RopeTask& task, const T* key, const T* value, int64_t page, int64_t place,
                 const float* cosines) {
     const int64_t d = task.head_dim;
     alignas(64) float x[kMaxHeadDim];
-    for (int64_t h = 0; h < 2 * task.num_kv_heads; ++h, in += d) {
-        const bool is_key = h < task.num_kv_heads;
-        const int64_t slot = (is_key ? h : h - task.num_kv_heads) * task.page_size + place;
+    for (int64_t i = 0; i < 2 * task.num_kv_heads; ++i) {
+        const bool is_key = i < task.num_kv_heads;
+        const int64_t h = is_key ? i : i - task.num_kv_heads;
+        const int64_t slot = h * task.page_size + place;
+        const T* in = (is_key ? key : value) + h * d;
         if (is_key) {
             head(task, in, x, cosines, task.k_norm, task.k_norm_dtype);
         } else {
@@ -54,27 +62,28 @@ template <typename T>
 void rope_store(const RopeTask& task, int64_t row_begin, int64_t row_end) {
     const int64_t d = task.head_dim;
     for (int64_t row = row_begin; row < row_end; ++row) {
-        const T* in = static_cast<const T*>(task.qkv) + row * task.qkv_stride;
-        const float* cosines = task.cos_sin + task.positions[row] * task.rotary_dim;
-        T* query = static_cast<T*>(task.query_out) + row * task.num_heads * d;
-        for (int64_t h = 0; h < task.num_heads; ++h, in += d) {
-            head(task, in, query + h * d, cosines, task.q_norm, task.q_norm_dtype);
+        const float* cosines =
+            task.positions ? task.cos_sin + task.positions[row] * task.rotary_dim : nullptr;
+        const T* query = static_cast<const T*>(task.query) + row * task.query_stride;
+        const T* key = static_cast<const T*>(task.key) + row * task.key_stride;
+        const T* value = static_cast<const T*>(task.value) + row * task.value_stride;
+        T* query_out = static_cast<T*>(task.query_out) + row * task.num_heads * d;
+        for (int64_t h = 0; h < task.num_heads; ++h) {
+            head(task, query + h * d, query_out + h * d, cosines, task.q_norm, task.q_norm_dtype);
         }
         const int64_t slot = task.slots[row];
         if (slot < 0) continue;
         const int64_t page = slot / task.page_size, place = slot % task.page_size;
         if (task.key_scales) {
-            store_int8(task, in, page, place, cosines);
+            store_int8(task, key, value, page, place, cosines);
             continue;
         }
         T* keys = static_cast<T*>(task.key_pages) + page * task.key_page_stride + place * d;
         T* values = static_cast<T*>(task.value_pages) + page * task.value_page_stride + place * d;
-        for (int64_t h = 0; h < task.num_kv_heads; ++h, in += d) {
-            head(task, in, keys + h * task.page_size * d, cosines, task.k_norm, task.k_norm_dtype);
-        }
-        for (int64_t h = 0; h < task.num_kv_heads; ++h, in += d) {
-            std::memcpy(values + h * task.page_size * d, in,
-                        sizeof(T) * static_cast<size_t>(d));
+        for (int64_t h = 0; h < task.num_kv_heads; ++h) {
+            const int64_t to = h * task.page_size * d;
+            head(task, key + h * d, keys + to, cosines, task.k_norm, task.k_norm_dtype);
+            std::memcpy(values + to, value + h * d, sizeof(T) * static_cast<size_t>(d));
         }
     }
 }

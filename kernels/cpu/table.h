@@ -29,6 +29,7 @@ constexpr Kernels kernels_named(const char* name) {
         {attend<float, float>, attend<bf16, bf16>, attend<f16, f16>},
         {attend<float, int8_t>, attend<bf16, int8_t>, attend<f16, int8_t>},
         {merge_splits<float>, merge_splits<bf16>, merge_splits<f16>},
+        {merge_states<float>, merge_states<bf16>, merge_states<f16>},
         log_softmax,
         block_max,
         weights,

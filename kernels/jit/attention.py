@@ -228,14 +228,19 @@ def _merge(acc, maximum, total, other_acc, other_maximum, other_total):
 
 @triton.jit
 def _normalise(acc, maximum, total, sink_log2, HAS_SINKS: tl.constexpr):
-    """The weighted mean; a sink takes weight and gives no value, once for a row."""
+    """The weighted mean, and the logarithm of the weights' sum.
+
+    A sink takes weight and gives no value, once for a row.
+    """
     if HAS_SINKS:
         highest = tl.maximum(maximum, sink_log2)
         shrink = tl.exp2(maximum - highest)
         acc = acc * shrink[:, None]
         total = total * shrink + tl.exp2(sink_log2 - highest)
+        maximum = highest
     # A row that sees nothing (padding) would divide by 0.
-    return acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    total = tl.where(total == 0.0, 1.0, total)
+    return acc / total[:, None], (maximum + tl.log2(total)) * 0.6931471805599453
 
 
 @triton.jit
@@ -304,6 +309,7 @@ def _find_query(query_starts, num_seqs, place, BY_QUERY: tl.constexpr):
 @triton.jit(do_not_specialize=["num_seqs", "window", "max_splits", "page_table_stride"])
 def decode_kernel(
     out,
+    lse,
     part_acc,
     part_state,
     query,
@@ -338,6 +344,7 @@ def decode_kernel(
     HAS_WINDOW: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    HAS_LSE: tl.constexpr,
 ):
     """Program (kv head, place, split): one query's heads of a group over one split of its keys.
 
@@ -405,7 +412,9 @@ def decode_kernel(
         sink = maximum
         if HAS_SINKS:
             sink = tl.load(sinks + head, mask=is_row, other=0.0) * 1.4426950408889634
-        result = _normalise(acc, maximum, total, sink, HAS_SINKS)
+        result, row_lse = _normalise(acc, maximum, total, sink, HAS_SINKS)
+        if HAS_LSE:
+            tl.store(lse + token.to(tl.int64) * HEADS + head, row_lse, mask=is_row)
         out_row = out + token.to(tl.int64) * (HEADS * HEAD_DIM)
         out_at = out_row + (head * HEAD_DIM)[:, None] + column[None, :]
         tl.store(out_at, result.to(out.dtype.element_ty), mask=mask)
@@ -419,6 +428,7 @@ def decode_kernel(
 @triton.jit(do_not_specialize=["num_seqs", "window", "max_splits"])
 def combine_kernel(
     out,
+    lse,
     part_acc,
     part_state,
     seq_lens,
@@ -437,6 +447,7 @@ def combine_kernel(
     BY_QUERY: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    HAS_LSE: tl.constexpr,
 ):
     """Program (kv head, place): merge the splits of a place's query in ascending order."""
     kv_head = tl.program_id(0)
@@ -472,7 +483,9 @@ def combine_kernel(
     sink = maximum
     if HAS_SINKS:
         sink = tl.load(sinks + head, mask=is_head, other=0.0) * 1.4426950408889634
-    result = _normalise(acc, maximum, total, sink, HAS_SINKS)
+    result, row_lse = _normalise(acc, maximum, total, sink, HAS_SINKS)
+    if HAS_LSE:
+        tl.store(lse + token.to(tl.int64) * HEADS + head, row_lse, mask=is_head)
     out_row = out + token.to(tl.int64) * (HEADS * HEAD_DIM)
     out_at = out_row + (head * HEAD_DIM)[:, None] + column[None, :]
     tl.store(out_at, result.to(out.dtype.element_ty), mask=mask)
@@ -484,6 +497,7 @@ def combine_kernel(
 @triton.jit(do_not_specialize=["num_seqs", "min_queries", "window", "page_table_stride"])
 def extend_kernel(
     out,
+    lse,
     query,
     key_pages,
     value_pages,
@@ -516,6 +530,7 @@ def extend_kernel(
     HAS_WINDOW: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    HAS_LSE: tl.constexpr,
 ):
     """Program (query block, kv head): BLOCK_M // GROUP queries over all keys that they see.
 
@@ -643,9 +658,83 @@ def extend_kernel(
             all_acc, all_maximum, all_total = acc, maximum, total
 
     sink = tl.load(sinks + head) * 1.4426950408889634 if HAS_SINKS else all_maximum
-    result = _normalise(all_acc, all_maximum, all_total, sink, HAS_SINKS)
+    result, row_lse = _normalise(all_acc, all_maximum, all_total, sink, HAS_SINKS)
+    if HAS_LSE:
+        tl.store(lse + token * HEADS + head, row_lse, mask=is_row)
     out_at = ((token * HEADS + head) * HEAD_DIM)[:, None] + column[None, :]
     tl.store(out + out_at, result.to(out.dtype.element_ty), mask=mask)
+
+
+# --- merging parts --------------------------------------------------------------------------------
+
+
+@triton.jit
+def merge_states_kernel(
+    out,
+    lse,
+    out_a,
+    lse_a,
+    out_b,
+    lse_b,
+    num_rows,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Program (BLOCK_R rows: heads of queries)."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    column = tl.arange(0, BLOCK_D)
+    is_row = row < num_rows
+    in_row = is_row[:, None] & (column < HEAD_DIM)[None, :]
+    weight_a = tl.load(lse_a + row, mask=is_row, other=0.0)
+    weight_b = tl.load(lse_b + row, mask=is_row, other=0.0)
+    has_a, has_b = weight_a != float("-inf"), weight_b != float("-inf")
+    at = row[:, None] * HEAD_DIM + column[None, :]
+    a = tl.load(out_a + at, mask=in_row & has_a[:, None], other=0.0).to(tl.float32)
+    b = tl.load(out_b + at, mask=in_row & has_b[:, None], other=0.0).to(tl.float32)
+
+    highest = tl.maximum(weight_a, weight_b)
+    anchor = tl.where(has_a | has_b, highest, 0.0)
+    share_a = tl.exp2((weight_a - anchor) * 1.4426950408889634)
+    share_b = tl.exp2((weight_b - anchor) * 1.4426950408889634)
+    total = share_a + share_b
+    divisor = tl.where(total == 0.0, 1.0, total)
+    result = a * (share_a / divisor)[:, None] + b * (share_b / divisor)[:, None]
+    tl.store(out + at, result.to(out.dtype.element_ty), mask=in_row)
+    # One part alone keeps its bits.
+    merged = tl.where(has_a & has_b, anchor + tl.log2(divisor) * 0.6931471805599453, highest)
+    tl.store(lse + row, merged, mask=is_row)
+
+
+def merge_states_launch(
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    out_a: torch.Tensor,
+    lse_a: torch.Tensor,
+    out_b: torch.Tensor,
+    lse_b: torch.Tensor,
+) -> Launch:
+    """Fill `out [T, HQ, D]` and `lse [T, HQ]`."""
+    head_dim, num_rows = out.shape[2], lse.numel()
+    block_d = triton.next_power_of_2(head_dim)
+    block_r = max(1, 2048 // block_d)
+    return Launch(
+        merge_states_kernel,
+        (triton.cdiv(num_rows, block_r),),
+        {
+            "out": out,
+            "lse": lse,
+            "out_a": out_a,
+            "lse_a": lse_a,
+            "out_b": out_b,
+            "lse_b": lse_b,
+            "num_rows": num_rows,
+            "HEAD_DIM": head_dim,
+            "BLOCK_D": block_d,
+            "BLOCK_R": block_r,
+        },
+        Schedule(num_warps=4, num_stages=1),
+    )
 
 
 # --- launches -------------------------------------------------------------------------------------
@@ -690,9 +779,13 @@ class Attention:
         return self.query.shape[0] if self.is_decode else self.page_tables.shape[0]
 
     def launches(
-        self, out: torch.Tensor, part_acc: torch.Tensor, part_state: torch.Tensor
+        self,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+        part_acc: torch.Tensor,
+        part_state: torch.Tensor,
     ) -> list[Launch]:
-        """What fills `out [T, HQ, D]`, in order.
+        """What fills `out [T, HQ, D]` and `lse [T, HQ]`, where there is one, in order.
 
         part_acc:   float32 [part_rows, HQ, max_splits, D], any contents
         part_state: float32 [part_rows, HQ, max_splits, 2]: maximum and total of a split
@@ -701,16 +794,21 @@ class Attention:
         if num_tokens == 0 or num_seqs == 0:
             return []
         if self.is_decode:
-            return self._decode(out, part_acc, part_state, num_tokens)
+            return self._decode(out, lse, part_acc, part_state, num_tokens)
         if num_seqs == 1:
-            return [self._extend(out, min_queries=1)]
+            return [self._extend(out, lse, min_queries=1)]
         return [
-            self._extend(out, min_queries=2),
-            *self._decode(out, part_acc, part_state, num_seqs),
+            self._extend(out, lse, min_queries=2),
+            *self._decode(out, lse, part_acc, part_state, num_seqs),
         ]
 
     def _decode(
-        self, out: torch.Tensor, part_acc: torch.Tensor, part_state: torch.Tensor, places: int
+        self,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+        part_acc: torch.Tensor,
+        part_state: torch.Tensor,
+        places: int,
     ) -> list[Launch]:
         tiles, grid = self.tiles.decode, (self.pages.keys.shape[1], places)
         parts = {
@@ -722,7 +820,7 @@ class Attention:
         decode = Launch(
             decode_kernel,
             (*grid, self.max_splits),
-            {**self._common(out), **self._keys(), **parts, **_tile_arguments(tiles)},
+            {**self._common(out, lse), **self._keys(), **parts, **_tile_arguments(tiles)},
             tiles.schedule,
         )
         if self.max_splits == 1:
@@ -732,7 +830,7 @@ class Attention:
             combine_kernel,
             grid,
             {
-                **self._common(out),
+                **self._common(out, lse),
                 **parts,
                 "BLOCK_G": block_g,
                 "UNROLL": 4 if block_g <= 8 else 1,
@@ -742,7 +840,7 @@ class Attention:
         )
         return [decode, combine]
 
-    def _extend(self, out: torch.Tensor, min_queries: int) -> Launch:
+    def _extend(self, out: torch.Tensor, lse: torch.Tensor | None, min_queries: int) -> Launch:
         tiles, num_seqs = self.tiles.extend, self.page_tables.shape[0]
         # Each sequence fills at most one block only in part.
         num_blocks = self.query.shape[0] // (tiles.block_m // self.group) + num_seqs
@@ -750,7 +848,7 @@ class Attention:
             extend_kernel,
             (num_blocks, self.pages.keys.shape[1]),
             {
-                **self._common(out),
+                **self._common(out, lse),
                 **self._keys(),
                 **_tile_arguments(tiles),
                 "min_queries": min_queries,
@@ -759,10 +857,11 @@ class Attention:
             tiles.schedule,
         )
 
-    def _common(self, out: torch.Tensor) -> dict[str, object]:
+    def _common(self, out: torch.Tensor, lse: torch.Tensor | None) -> dict[str, object]:
         head_dim = self.query.shape[2]
         return {
             "out": out,
+            "lse": lse,
             "seq_lens": self.seq_lens,
             "query_starts": self.query_starts,
             "sinks": self.sinks,
@@ -775,6 +874,7 @@ class Attention:
             "SPLIT": SPLIT,
             "HAS_WINDOW": self.window is not None,
             "HAS_SINKS": self.sinks is not None,
+            "HAS_LSE": lse is not None,
         }
 
     def _keys(self) -> dict[str, object]:

@@ -36,6 +36,117 @@ def _quantise(x, MOST: tl.constexpr):
 
 
 @triton.jit
+def _entries(x, MOST: tl.constexpr):
+    """Rows as pages hold them; their scales unless MOST is 0, then anything."""
+    if MOST > 0:
+        return _quantise(x.to(tl.float32), MOST)
+    else:
+        return x, x
+
+
+@triton.jit
+def _put(pages, scales, entry, scale, at, scale_at, mask, in_head, MOST: tl.constexpr):
+    """The rows of `mask` to `at` in the pages."""
+    to = mask[:, None] & in_head[None, :]
+    tl.store(pages + at, entry.to(pages.dtype.element_ty), mask=to)
+    if MOST > 0:
+        tl.store(scales + scale_at, scale, mask=mask)
+
+
+@triton.jit
+def store_kv_kernel(
+    key,
+    value,
+    key_pages,
+    value_pages,
+    key_scales,
+    value_scales,
+    slot_mapping,
+    key_stride,
+    value_stride,
+    key_page_stride,
+    value_page_stride,
+    scale_page_stride,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    MOST: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """Program (token, BLOCK_H of its heads). MOST as in `rope_store_kernel`."""
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slot_mapping + token)
+    if slot < 0:
+        return
+    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    column = tl.arange(0, BLOCK_D)
+    is_head, in_head = head < KV_HEADS, column < HEAD_DIM
+    mask = is_head[:, None] & in_head[None, :]
+    source = head[:, None] * HEAD_DIM + column[None, :]
+    page = slot // PAGE_SIZE
+    row = head * PAGE_SIZE + slot % PAGE_SIZE
+    at = row[:, None] * HEAD_DIM + column[None, :]
+    scale_at = page * scale_page_stride + row
+    own_key = tl.load(key + token * key_stride + source, mask=mask, other=0.0)
+    own_value = tl.load(value + token * value_stride + source, mask=mask, other=0.0)
+    key_entry, key_scale = _entries(own_key, MOST)
+    value_entry, value_scale = _entries(own_value, MOST)
+    key_at, value_at = page * key_page_stride + at, page * value_page_stride + at
+    _put(key_pages, key_scales, key_entry, key_scale, key_at, scale_at, is_head, in_head, MOST)
+    _put(
+        value_pages,
+        value_scales,
+        value_entry,
+        value_scale,
+        value_at,
+        scale_at,
+        is_head,
+        in_head,
+        MOST,
+    )
+
+
+def store_kv_launch(
+    key: torch.Tensor, value: torch.Tensor, pages: KVPages, slot_mapping: torch.Tensor
+) -> Launch:
+    """Fill the pages' slots with `key, value [T, HKV, D]`."""
+    num_tokens, num_kv_heads, _ = key.shape
+    return Launch(
+        store_kv_kernel,
+        (num_tokens, triton.cdiv(num_kv_heads, _BLOCK_H)),
+        {
+            "key": key,
+            "value": value,
+            **_page_arguments(pages),
+            "slot_mapping": slot_mapping,
+            "key_stride": key.stride(0),
+            "value_stride": value.stride(0),
+        },
+        Schedule(num_warps=2, num_stages=1),
+    )
+
+
+def _page_arguments(pages: KVPages) -> dict[str, object]:
+    _, num_kv_heads, page_size, head_dim = pages.keys.shape
+    return {
+        "key_pages": pages.keys,
+        "value_pages": pages.values,
+        "key_scales": pages.key_scales,
+        "value_scales": pages.value_scales,
+        "key_page_stride": pages.keys.stride(0),
+        "value_page_stride": pages.values.stride(0),
+        "scale_page_stride": 0 if pages.key_scales is None else pages.key_scales.stride(0),
+        "KV_HEADS": num_kv_heads,
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": triton.next_power_of_2(head_dim),
+        "PAGE_SIZE": page_size,
+        "MOST": QUANTISED.get(pages.keys.dtype, 0.0),
+        "BLOCK_H": _BLOCK_H,
+    }
+
+
+@triton.jit
 def rope_store_kernel(
     query_out,
     qkv,
@@ -121,25 +232,15 @@ def rope_store_kernel(
     if slot >= 0:
         page = slot // PAGE_SIZE
         in_page = slot % PAGE_SIZE
+        scale_at = page * scale_page_stride + (head - HEADS) * PAGE_SIZE + in_page
         key_at = ((head - HEADS) * PAGE_SIZE + in_page)[:, None] * HEAD_DIM + column[None, :]
         value_at = key_at - KV_HEADS * PAGE_SIZE * HEAD_DIM
-        entry = result
-        if MOST > 0:
-            entry, entry_scale = _quantise(result, MOST)
-            scale_at = page * scale_page_stride + (head - HEADS) * PAGE_SIZE + in_page
-            tl.store(key_scales + scale_at, entry_scale, mask=is_key)
-            tl.store(value_scales + scale_at - KV_HEADS * PAGE_SIZE, entry_scale, mask=is_value)
-        entry = entry.to(key_pages.dtype.element_ty)
-        tl.store(
-            key_pages + page * key_page_stride + key_at,
-            entry,
-            mask=is_key[:, None] & in_head[None, :],
-        )
-        tl.store(
-            value_pages + page * value_page_stride + value_at,
-            entry,
-            mask=is_value[:, None] & in_head[None, :],
-        )
+        key_at += page * key_page_stride
+        value_at += page * value_page_stride
+        entry, step = _entries(result, MOST)
+        _put(key_pages, key_scales, entry, step, key_at, scale_at, is_key, in_head, MOST)
+        scale_at -= KV_HEADS * PAGE_SIZE
+        _put(value_pages, value_scales, entry, step, value_at, scale_at, is_value, in_head, MOST)
 
 
 def rope_store_launch(
@@ -155,8 +256,8 @@ def rope_store_launch(
     norm_weight_offset: float,
 ) -> Launch:
     """Fill `query_out [T, HQ, D]` and the pages' slots."""
-    num_tokens, num_heads, head_dim = query_out.shape
-    _, num_kv_heads, page_size, _ = pages.keys.shape
+    num_tokens, num_heads, _ = query_out.shape
+    num_kv_heads = pages.keys.shape[1]
     return Launch(
         rope_store_kernel,
         (num_tokens, triton.cdiv(num_heads + 2 * num_kv_heads, _BLOCK_H)),
@@ -165,29 +266,17 @@ def rope_store_launch(
             "qkv": qkv,
             "positions": positions,
             "cos_sin": cos_sin,
-            "key_pages": pages.keys,
-            "value_pages": pages.values,
-            "key_scales": pages.key_scales,
-            "value_scales": pages.value_scales,
+            **_page_arguments(pages),
             "slot_mapping": slot_mapping,
             "q_norm": q_norm,
             "k_norm": k_norm,
             "qkv_stride": qkv.stride(0),
-            "key_page_stride": pages.keys.stride(0),
-            "value_page_stride": pages.values.stride(0),
-            "scale_page_stride": 0 if pages.key_scales is None else pages.key_scales.stride(0),
             "norm_eps": norm_eps,
             "norm_weight_offset": norm_weight_offset,
             "HEADS": num_heads,
-            "KV_HEADS": num_kv_heads,
-            "HEAD_DIM": head_dim,
-            "BLOCK_D": triton.next_power_of_2(head_dim),
             "ROTARY_HALF": cos_sin.shape[1] // 2,
-            "PAGE_SIZE": page_size,
             "HAS_Q_NORM": q_norm is not None,
             "HAS_K_NORM": k_norm is not None,
-            "MOST": QUANTISED.get(pages.keys.dtype, 0.0),
-            "BLOCK_H": _BLOCK_H,
         },
         Schedule(num_warps=4, num_stages=1),
     )

@@ -259,6 +259,16 @@ class TritonOps:
             )
         return query
 
+    def store_kv(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        pages: KVPages,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        if key.numel():
+            self._run(rope.store_kv_launch(key, value, pages, slot_mapping))
+
     def paged_attention(
         self,
         query: torch.Tensor,
@@ -271,6 +281,42 @@ class TritonOps:
         window: int | None = None,
         soft_cap: float | None = None,
         sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return self._attend(
+            query, pages, page_tables, seq_lens, query_starts, scale, window, soft_cap, sinks, None
+        )
+
+    def paged_attention_state(
+        self,
+        query: torch.Tensor,
+        pages: KVPages,
+        page_tables: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_starts: torch.Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+        soft_cap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
+        out = self._attend(
+            query, pages, page_tables, seq_lens, query_starts, scale, window, soft_cap, sinks, lse
+        )
+        return out, lse
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        pages: KVPages,
+        page_tables: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_starts: torch.Tensor,
+        scale: float,
+        window: int | None,
+        soft_cap: float | None,
+        sinks: torch.Tensor | None,
+        lse: torch.Tensor | None,
     ) -> torch.Tensor:
         _, num_heads, head_dim = query.shape
         group = num_heads // pages.keys.shape[1]
@@ -298,9 +344,17 @@ class TritonOps:
         parts = (call.part_rows, num_heads, call.max_splits)
         part_acc = torch.empty(*parts, head_dim, dtype=torch.float32, device=query.device)
         part_state = torch.empty(*parts, 2, dtype=torch.float32, device=query.device)
-        for launch in call.launches(out, part_acc, part_state):
+        for launch in call.launches(out, lse, part_acc, part_state):
             self._run(launch)
         return out
+
+    def merge_state(
+        self, out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse = torch.empty_like(out_a), torch.empty_like(lse_a)
+        if out.numel():
+            self._run(attention.merge_states_launch(out, lse, out_a, lse_a, out_b, lse_b))
+        return out, lse
 
     def sample(
         self,
@@ -338,7 +392,19 @@ class TritonOps:
 
     def copy_pages(self, pool: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor) -> None:
         if sources.numel():
-            self._run(page_copies.copy_pages_launch(pool, sources, targets))
+            self._run(page_copies.copy_pages_launch(pool, sources, pool, targets))
+
+    def swap_out(
+        self, pool: torch.Tensor, host: torch.Tensor, pages: torch.Tensor, places: torch.Tensor
+    ) -> None:
+        if pages.numel():
+            self._run(page_copies.copy_pages_launch(pool, pages, host, places))
+
+    def swap_in(
+        self, pool: torch.Tensor, host: torch.Tensor, pages: torch.Tensor, places: torch.Tensor
+    ) -> None:
+        if pages.numel():
+            self._run(page_copies.copy_pages_launch(host, places, pool, pages))
 
 
 def _addresses(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor:

@@ -186,6 +186,19 @@ class TorchOps:
         _store(value[stored], places, pages.values, pages.value_scales)
         return _rotate(query, cos, sin).to(qkv.dtype)
 
+    def store_kv(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        pages: KVPages,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        stored = slot_mapping >= 0
+        slots, page_size = slot_mapping[stored], pages.keys.shape[2]
+        places = (slots // page_size, slice(None), slots % page_size)
+        _store(key[stored], places, pages.keys, pages.key_scales)
+        _store(value[stored], places, pages.values, pages.value_scales)
+
     def paged_attention(
         self,
         query: torch.Tensor,
@@ -199,7 +212,33 @@ class TorchOps:
         soft_cap: float | None = None,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        return self.paged_attention_state(
+            query,
+            pages,
+            page_tables,
+            seq_lens,
+            query_starts,
+            scale=scale,
+            window=window,
+            soft_cap=soft_cap,
+            sinks=sinks,
+        )[0]
+
+    def paged_attention_state(
+        self,
+        query: torch.Tensor,
+        pages: KVPages,
+        page_tables: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_starts: torch.Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+        soft_cap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
         page_size = pages.keys.shape[2]
         starts = query_starts.tolist()
         for b, seq_len in enumerate(seq_lens.tolist()):
@@ -207,7 +246,7 @@ class TorchOps:
             if rows.start == rows.stop:
                 continue
             page_ids = page_tables[b, : -(-seq_len // page_size)].long()
-            out[rows] = _attend(
+            means, lse[rows] = _attend(
                 query[rows].float(),
                 _gather(pages.keys, pages.key_scales, page_ids, seq_len),
                 _gather(pages.values, pages.value_scales, page_ids, seq_len),
@@ -215,8 +254,20 @@ class TorchOps:
                 window=window,
                 soft_cap=soft_cap,
                 sinks=sinks,
-            ).to(query.dtype)
-        return out
+            )
+            out[rows] = means.to(query.dtype)
+        return out, lse
+
+    def merge_state(
+        self, out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        lse = torch.logaddexp(lse_a, lse_b)
+        both = torch.zeros_like(out_a, dtype=torch.float32)
+        for out, own in ((out_a, lse_a), (out_b, lse_b)):
+            share = (own - lse).exp().unsqueeze(-1)
+            # What has no weight may hold anything: 0 * NaN is NaN.
+            both += (out.float() * share).where((own != -torch.inf).unsqueeze(-1), 0.0)
+        return both.to(out_a.dtype), lse
 
     def grouped_linear(
         self, x: torch.Tensor, experts: Experts, expert_of_row: torch.Tensor
@@ -279,6 +330,16 @@ class TorchOps:
 
     def copy_pages(self, pool: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor) -> None:
         pool[targets] = pool[sources]
+
+    def swap_out(
+        self, pool: torch.Tensor, host: torch.Tensor, pages: torch.Tensor, places: torch.Tensor
+    ) -> None:
+        host[places.cpu()] = pool[pages].cpu()
+
+    def swap_in(
+        self, pool: torch.Tensor, host: torch.Tensor, pages: torch.Tensor, places: torch.Tensor
+    ) -> None:
+        pool[pages] = host[places.cpu()].to(pool.device)
 
 
 def _int8_linear(x: torch.Tensor, linear: TorchInt8Linear) -> torch.Tensor:
@@ -353,8 +414,11 @@ def _attend(
     window: int | None,
     soft_cap: float | None,
     sinks: torch.Tensor | None,
-) -> torch.Tensor:
-    """One sequence, float32: `query [Q, HQ, D]` over `key, value [HKV, N, D]`: `[Q, HQ, D]`."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One sequence, float32: `query [Q, HQ, D]` over `key, value [HKV, N, D]`.
+
+    Returns the means `[Q, HQ, D]` and the logarithms of their weights' sums `[Q, HQ]`.
+    """
     num_queries, num_heads, head_dim = query.shape
     num_kv_heads, num_keys, _ = key.shape
     grouped = query.transpose(0, 1).reshape(num_kv_heads, -1, head_dim)  # [HKV, G * Q, D]
@@ -371,10 +435,10 @@ def _attend(
 
     if sinks is not None:
         sink = sinks.float()[:, None, None].expand(-1, num_queries, 1)
-        weights = torch.cat((scores, sink), dim=-1).softmax(dim=-1)[..., :-1]
-    else:
-        weights = scores.softmax(dim=-1)
+        scores = torch.cat((scores, sink), dim=-1)
+    weights = scores.softmax(dim=-1)[..., :num_keys]
     # A key that no query sees may hold anything: 0 * NaN is NaN.
     value = value.masked_fill(~visible.any(dim=0)[:, None], 0.0)
-    out = weights.view(num_kv_heads, -1, num_keys) @ value
-    return out.view(num_heads, num_queries, head_dim).transpose(0, 1)
+    out = weights.reshape(num_kv_heads, -1, num_keys) @ value
+    means = out.view(num_heads, num_queries, head_dim).transpose(0, 1)
+    return means, scores.logsumexp(dim=-1).T

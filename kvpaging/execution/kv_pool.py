@@ -14,7 +14,6 @@ import torch
 
 from kernels.huge_pages import untouched
 from kernels.ops import KVPages
-from kvpaging.base.ids import PageId
 from kvpaging.base.kv_spec import KVSpec
 
 TORCH_DTYPES: Final = {
@@ -72,15 +71,3 @@ class KVPool:
         num_bytes = math.prod(shape) * dtype.itemsize
         part = self.pages[:, begin : begin + num_bytes]
         return part.view(dtype).view(-1, *shape)
-
-    def read_page(self, page_id: PageId) -> bytes:
-        """A copy of the page's span."""
-        return self.pages[page_id].cpu().numpy().tobytes()
-
-    def write_page(self, page_id: PageId, payload: bytes | memoryview) -> None:
-        """Make `payload`, of `spec.page_bytes` bytes, the page's span; it is there on return."""
-        with torch.inference_mode():
-            # A bytearray: torch warns of memory that can't be written to.
-            self.pages[page_id].copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
-            if self.pages.is_cuda:
-                torch.cuda.current_stream().synchronize()

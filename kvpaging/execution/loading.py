@@ -130,7 +130,7 @@ def load_executor(
         numerics_identity=identity,
         decisions=tuple(decisions),
     )
-    mover = PageMover(pool, levels) if levels else None
+    mover = PageMover(pool, ops, levels) if levels else None
     executor = LocalExecutor(
         model,
         pool,

@@ -21,8 +21,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
-from typing import Final
+from typing import Final, NamedTuple
 
+from kernels.ops import Ops
 from kvpaging.base.clock import Clock, monotonic
 from kvpaging.base.evictions import Evicted
 from kvpaging.base.ids import PageKey
@@ -37,6 +38,7 @@ from kvpaging.cache.lower_levels import (
 )
 from kvpaging.cache.prefix_key import ChainLink
 from kvpaging.execution.kv_pool import KVPool
+from kvpaging.execution.page_swaps import PagesOut, PageSwaps
 from kvpaging.levels.level import BelowStats, Complaints, Level, StoredPage
 from kvpaging.levels.overflow import Overflow
 
@@ -98,8 +100,13 @@ class _Fetch:
         self.asked = None
 
 
-_StoreOrder = tuple[list[StoredPage], tuple[LevelSetting, ...]]
-"""Pages, and the levels that take them."""
+class _StoreOrder(NamedTuple):
+    """Pages, and the levels that take them."""
+
+    pages: list[StoredPage]
+    takers: tuple[LevelSetting, ...]
+    coming: PagesOut | None = None
+    """What the pages' payloads must wait for."""
 
 
 class PageMover:
@@ -112,12 +119,13 @@ class PageMover:
     def __init__(
         self,
         pool: KVPool,
+        ops: Ops,
         settings: Sequence[LevelSetting],
         *,
         give_up_s: float = 5.0,
         clock: Clock = monotonic,
     ) -> None:
-        self._pool = pool
+        self._swaps = PageSwaps(pool, ops)
         self._page_bytes = pool.spec.page_bytes
         self._settings = tuple(settings)
         self._overflows = [s.overflow for s in settings if s.overflow is not None]
@@ -202,13 +210,14 @@ class PageMover:
         """Copy the pages out of the pool now, and write them down some time."""
         for num_uses, orders in groupby(stores, lambda store: store.num_uses):
             takers = tuple(s for s in self._settings if _takes(s, num_uses))
-            pages = [
-                StoredPage(s.link.key, s.parent, s.link.tokens, self._pool.read_page(s.page_id))
-                for s in orders
-                if takers and self._has_room()
-            ]
-            if pages:
-                self._stores.put((pages, takers))
+            kept = [order for order in orders if takers and self._has_room()]
+            if kept:
+                coming = self._swaps.take_out([order.page_id for order in kept])
+                pages = [
+                    StoredPage(order.link.key, order.parent, order.link.tokens, payload)
+                    for order, payload in zip(kept, coming.payloads, strict=True)
+                ]
+                self._stores.put(_StoreOrder(pages, takers, coming))
 
     def begin(self, load: PageLoad) -> None:
         """Begin a load; `completions` tells its end."""
@@ -230,9 +239,10 @@ class PageMover:
         while not self._flushed.empty():
             ended.append(self._flushed.get())
         for fetch in self._fetches.copy():
+            # Asked before the lock is: that thread may be writing pages, and no step waits for it.
+            if not fetch.is_over and now - fetch.begun_s < self._give_up_s:
+                continue
             with fetch.lock:
-                if not fetch.is_over and now - fetch.begun_s < self._give_up_s:
-                    continue
                 fetch.note(0, now)
                 elapsed_s = (fetch.ended_s if fetch.is_over else now) - fetch.begun_s
                 fetch.is_over = True
@@ -263,11 +273,12 @@ class PageMover:
             if isinstance(order, LevelFlush):
                 self._flush(order)
                 continue
-            pages, takers = order
-            for setting in takers:
-                self._guarded(partial(setting.level.store, pages, STORE_DEADLINE_S))
+            if order.coming is not None:
+                order.coming.wait()
+            for setting in order.takers:
+                self._guarded(partial(setting.level.store, order.pages, STORE_DEADLINE_S))
             with self._queued_lock:
-                self.num_queued_bytes -= self._page_bytes * len(pages)
+                self.num_queued_bytes -= self._page_bytes * len(order.pages)
 
     def _flush(self, order: LevelFlush) -> None:
         pages: dict[str, int | None] = {}
@@ -300,12 +311,12 @@ class PageMover:
                 return  # given up while it waited, or while the last batch was on its way
             wanted = links[first : first + BATCH_PAGES]
             pages = self._find(wanted, fetch)
-            for page_id, page in zip(fetch.load.page_ids[first:], pages, strict=False):
-                with fetch.lock:
-                    if fetch.is_over:
-                        return
-                    self._pool.write_page(page_id, page.payload)
-                    fetch.num_done += 1
+            page_ids = fetch.load.page_ids[first : first + len(pages)]
+            with fetch.lock:
+                if fetch.is_over:
+                    return
+                self._swaps.put_in(page_ids, [page.payload for page in pages])
+                fetch.num_done += len(pages)
             if len(pages) < len(wanted):
                 return
 
@@ -357,7 +368,7 @@ class PageMover:
         kept = [page for page in pages if takers and self._has_room()]
         with self._flush_lock:
             if kept and fetch.num_flushes == self._num_flushes:
-                self._stores.put((kept, takers))
+                self._stores.put(_StoreOrder(kept, takers))
                 kept = []
         with self._queued_lock:
             self.num_queued_bytes -= self._page_bytes * len(kept)

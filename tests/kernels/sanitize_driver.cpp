@@ -38,12 +38,17 @@ int kv_paged_attention(Context*, int, const void*, int64_t, const void*, int64_t
                        int64_t, const float*, const float*, int64_t, const int32_t*, int64_t,
                        const int32_t*, const int32_t*, int64_t,
                        int64_t, int64_t, int64_t, int64_t, float, int64_t, float, const float*,
-                       void*);
+                       void*, float*);
+int kv_store_kv(Context*, int, const void*, int64_t, const void*, int64_t, int64_t, void*, int64_t,
+                void*, int64_t, float*, float*, int64_t, int64_t, const int64_t*, int64_t, int64_t);
+int kv_merge_states(Context*, int, const void*, const float*, const void*, const float*, int64_t,
+                    int64_t, void*, float*);
 int kv_log_softmax(Context*, const float*, int64_t, int64_t, int64_t, float*);
 int kv_sample(Context*, const float*, int64_t, int64_t, int64_t, const float*, const int32_t*,
               const float*, const float*, const int64_t*, const int32_t*, const int32_t*,
               int64_t*);
-int kv_copy_pages(Context*, char*, int64_t, int64_t, const int64_t*, const int64_t*, int64_t);
+int kv_copy_pages(Context*, const char*, int64_t, char*, int64_t, int64_t, const int64_t*,
+                  const int64_t*, int64_t);
 }
 
 namespace {
@@ -254,7 +259,20 @@ void attention(Pair& pair, int dtype) {
         return kv_paged_attention(c, dtype, qkv.data(), heads * d, pool.data(), 2 * span,
                                   values(pool), 2 * span, nullptr, nullptr, 0, tables.data(), most, seq_lens.data(),
                                   starts.data(), num_seqs, heads, kv_heads, d, page_size, 0.1f,
-                                  window, cap, sink ? sinks.data() : nullptr, out.data());
+                                  window, cap, sink ? sinks.data() : nullptr, out.data(),
+                                  nullptr);
+    });
+    pair.same("store_kv", pool, [&](Context* c, Buffer& to) {
+        return kv_store_kv(c, dtype, qkv.data(), (heads + 2 * kv_heads) * d, qkv.data(),
+                           (heads + 2 * kv_heads) * d, tokens, to.data(), 2 * span, values(to),
+                           2 * span, nullptr, nullptr, 0, page_size, slots.data(), kv_heads, d);
+    });
+    const std::vector<float> weight = floats(tokens * heads, -3, 3);
+    Buffer part(dtype, tokens * heads * d);
+    pair.same("merge_states", Buffer(dtype, tokens * heads * d), [&](Context* c, Buffer& out) {
+        std::vector<float> merged(weight.size());
+        return kv_merge_states(c, dtype, part.data(), weight.data(), part.data(), weight.data(),
+                               tokens * heads, d, out.data(), merged.data());
     });
 
     // The same with pages of int8: entries of keys and values, then their scales.
@@ -275,19 +293,20 @@ void attention(Pair& pair, int dtype) {
         return store(c, to, turned.data());
     });
     pair.same("attention int8", Buffer(dtype, tokens * heads * d), [&](Context* c, Buffer& out) {
+        std::vector<float> lse(static_cast<size_t>(tokens * heads));
         return kv_paged_attention(c, dtype, qkv.data(), heads * d, small.data(), 4 * page_floats,
                                   entries(small) + span, 4 * page_floats, scales_of(small),
                                   scales_of(small) + scales, page_floats, tables.data(), most,
                                   seq_lens.data(), starts.data(), num_seqs, heads, kv_heads, d,
                                   page_size, 0.1f, window, cap, sink ? sinks.data() : nullptr,
-                                  out.data());
+                                  out.data(), lse.data());
     });
     const int64_t pairs = pages / 2, bytes = 2 * span * (dtype == 0 ? 4 : 2);
     std::vector<int64_t> sources(order.begin(), order.begin() + pairs);
     std::vector<int64_t> targets(order.begin() + pairs, order.begin() + 2 * pairs);
     pair.same("copy_pages", pool, [&](Context* c, Buffer& out) {
-        return kv_copy_pages(c, out.bytes.data(), bytes, bytes, sources.data(), targets.data(),
-                             pairs);
+        return kv_copy_pages(c, pool.bytes.data(), bytes, out.bytes.data(), bytes, bytes,
+                             sources.data(), targets.data(), pairs);
     });
 }
 

@@ -13,6 +13,8 @@ from kernel_cases import (
     PagedBatch,
     assert_close,
     attention_oracle,
+    check_merge_state,
+    check_states,
     random_sequence,
     relative_error,
 )
@@ -107,6 +109,23 @@ def test_far_scores_take_all_or_nothing(ops):
     out = PagedBatch(heads, [chunk], torch.float32).attend(ops)
     # A score of 5,000 is known to 5e-4 in float32, and so is its weight.
     assert relative_error(out, attention_oracle(heads, chunk)) < 1e-2
+
+
+@pytest.mark.parametrize(
+    "heads",
+    [
+        Heads(4, 2, 64, soft_cap=20.0),
+        Heads(8, 1, 40, page_size=4),
+        Heads(2, 2, 128, window=30, sinks=torch.tensor([3.0, -3.0])),
+    ],
+    ids=shape_id,
+)
+def test_weights_of_the_means(ops, dtype, page_dtype, heads):
+    check_states(ops, heads, dtype, "cpu", page_dtype)
+
+
+def test_merging_parts(ops, dtype):
+    check_merge_state(ops, dtype, "cpu")
 
 
 EXACT_SHAPES = [

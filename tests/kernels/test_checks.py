@@ -91,6 +91,46 @@ def copy_pages(ops, **changed):
     return ops.copy_pages(**given)
 
 
+def swap_out(ops, **changed):
+    given = {
+        "pool": torch.zeros(4, 6),
+        "host": torch.zeros(3, 6),
+        "pages": torch.tensor([0]),
+        "places": torch.tensor([1]),
+    } | changed
+    return ops.swap_out(**given)
+
+
+def swap_in(ops, **changed):
+    return swap_out(_Turned(ops), **changed)
+
+
+class _Turned:
+    def __init__(self, ops):
+        self.swap_out = ops.swap_in
+
+
+def store_kv(ops, **changed):
+    keys, values = torch.zeros(4, 2, 2, 16, 8).unbind(1)
+    given = {
+        "key": torch.zeros(1, 2, 8),
+        "value": torch.zeros(1, 2, 8),
+        "pages": KVPages(keys, values),
+        "slot_mapping": torch.zeros(1, dtype=torch.int64),
+    } | changed
+    return ops.store_kv(**given)
+
+
+def merge_state(ops, **changed):
+    given = {
+        "out_a": torch.zeros(2, 3, 8),
+        "lse_a": torch.zeros(2, 3),
+        "out_b": torch.zeros(2, 3, 8),
+        "lse_b": torch.zeros(2, 3),
+    } | changed
+    return ops.merge_state(**given)
+
+
 WRONG = [
     (linear, "x", torch.zeros(2, 9)),
     (linear, "x", torch.zeros(8)),
@@ -135,6 +175,21 @@ WRONG = [
     (sample, "seeds", torch.zeros(2, dtype=torch.int64)),
     (copy_pages, "pool", torch.zeros(4, 6, 2)[:, :, :1]),
     (copy_pages, "targets", torch.tensor([1, 2])),
+    (swap_out, "pool", torch.zeros(4, 12)[:, ::2]),
+    (swap_out, "host", torch.zeros(3, 7)),
+    (swap_out, "host", torch.zeros(3, 6, dtype=torch.int32)),
+    (swap_in, "host", torch.zeros(3, 12)[:, ::2]),
+    (swap_in, "host", torch.zeros(3, 6, device="meta")),
+    (swap_in, "places", torch.tensor([1, 2])),
+    (swap_out, "pages", torch.tensor([1], dtype=torch.int32)),
+    (store_kv, "key", torch.zeros(1, 2, 16)),
+    (store_kv, "value", torch.zeros(1, 3, 8)),
+    (store_kv, "value", torch.zeros(1, 2, 8, dtype=torch.bfloat16)),
+    (store_kv, "slot_mapping", torch.zeros(2, dtype=torch.int64)),
+    (merge_state, "out_a", torch.zeros(2, 8, 3).transpose(1, 2)),
+    (merge_state, "out_b", torch.zeros(2, 3, 16)),
+    (merge_state, "lse_a", torch.zeros(2, 3, dtype=torch.float64)),
+    (merge_state, "lse_b", torch.zeros(3, 2)),
 ]
 
 
@@ -160,8 +215,6 @@ def test_refused_with_the_name(ops, call, name, value):
     ],
 )
 def test_quantised_pages_come_with_their_scales(ops, name, value):
-    if torch.int8 not in ops.page_dtypes:
-        pytest.skip(f"{ops.name} keeps no int8 pages")
     fitting = {
         "keys": torch.zeros(4, 2, 16, 8, dtype=torch.int8),
         "values": torch.zeros(4, 2, 16, 8, dtype=torch.int8),

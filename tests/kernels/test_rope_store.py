@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from kernel_cases import assert_close
-from kv_pages import poisoned_pool, read_pages
+from kernel_cases import assert_close, check_store_kv
+from kv_pages import poisoned_pool
 
 from kernels.ops import QUANTISED, KVPages
+from kernels.reference import TorchOps
+from kernels.reference.torch_ops import quantise
 
 
 def oracle(x, positions, cos_sin, weight, eps, offset):
@@ -95,6 +97,10 @@ def test_a_token_is_turned_the_same_among_any_others(on_threads, dtype):
         assert torch.equal(whole[i][41:48], part[i])
 
 
+def test_keys_and_values_are_stored_as_they_are(ops, dtype, page_dtype):
+    check_store_kv(ops, dtype, "cpu", page_dtype)
+
+
 def stored(ops, kv, page_dtype, dtype=torch.float32):
     """Pages whose slot 5 alone was given `kv [2, HKV, D]`: keys and values, without rotation."""
     _, num_kv_heads, head_dim = kv.shape
@@ -114,28 +120,22 @@ def stored(ops, kv, page_dtype, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("page_dtype", QUANTISED, ids=str)
-def test_quantised_entries_are_within_half_a_step(ops, dtype, page_dtype):
-    if page_dtype not in ops.page_dtypes:
-        pytest.skip(f"{ops.name} keeps no pages of {page_dtype}")
-    kv = torch.randn(2, 3, 72) * torch.logspace(-6, 4, 3)[:, None]
-    kv = kv.to(dtype).float()
-    pages = stored(ops, kv, page_dtype, dtype)
-    amax = kv.abs().amax(dim=-1)
-    got = torch.stack(read_pages(pages))[:, 1, :, 1]
-    scales = torch.stack((pages.key_scales, pages.value_scales))[:, 1, :, 1]
-    assert torch.allclose(scales, amax / QUANTISED[page_dtype], rtol=1e-6, atol=0)
-    step = scales if page_dtype == torch.int8 else kv.abs() / 8 + scales[..., None] * 2**-9
-    bound = 0.5001 * (step[..., None] if page_dtype == torch.int8 else step)
-    assert ((got - kv).abs() <= bound).all()
+def test_quantised_entries_are_within_half_a_step(dtype, page_dtype):
+    """Of plain torch, whose bits the others have (`check_store_kv`)."""
+    x = (torch.randn(6, 3, 72) * torch.logspace(-6, 4, 3)[:, None]).to(dtype)
+    entries, scales = quantise(x, page_dtype)
+    x = x.float()
+    assert torch.allclose(scales, x.abs().amax(-1) / QUANTISED[page_dtype], rtol=1e-6, atol=0)
+    steps = scales.unsqueeze(-1)
+    if page_dtype != torch.int8:
+        steps = x.abs() / 8 + steps * 2**-9
+    assert ((entries.float() * scales.unsqueeze(-1) - x).abs() <= 0.5001 * steps).all()
     # The largest is as large as the dtype allows, and nothing is shared between heads.
-    entries = torch.stack((pages.keys, pages.values))[:, 1, :, 1].float()
-    assert torch.equal(entries.abs().amax(dim=-1), torch.full((2, 3), QUANTISED[page_dtype]))
+    assert (entries.float().abs().amax(dim=-1) == QUANTISED[page_dtype]).all()
 
 
-@pytest.mark.parametrize("page_dtype", QUANTISED, ids=str)
+@pytest.mark.parametrize("page_dtype", TorchOps.page_dtypes, ids=str)
 def test_vectors_without_a_scale(ops, page_dtype):
-    if page_dtype not in ops.page_dtypes:
-        pytest.skip(f"{ops.name} keeps no pages of {page_dtype}")
     kv = torch.ones(2, 5, 40)
     kv[:, 0] = 0.0
     kv[:, 1] = 1e-39

@@ -1,9 +1,9 @@
-"""Norms, gated activations, softmax and page copies."""
+"""Norms, gated activations, softmax, page copies and swaps."""
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from kernel_cases import assert_close
+from kernel_cases import assert_close, check_swaps
 
 WIDTHS = [1, 7, 16, 31, 100, 1024, 1031]
 
@@ -127,3 +127,7 @@ def test_rows_without_width(ops, dtype):
     assert ops.rms_norm(empty, torch.empty(0, dtype=dtype), 1e-6).shape == (3, 0)
     assert ops.add_rms_norm(empty, empty, torch.empty(0, dtype=dtype), 1e-6).shape == (3, 0)
     ops.copy_pages(torch.empty(4, 0, dtype=dtype), torch.tensor([0]), torch.tensor([1]))
+
+
+def test_swaps(ops):
+    check_swaps(ops, "cpu")

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from digest_model import GARBAGE, DigestExecutor
 
+from kernels.reference import TorchOps
 from kvpaging.base.evictions import Evicted
 from kvpaging.base.ids import PageKey
 from kvpaging.base.kv_spec import KVSpec
@@ -302,7 +303,7 @@ class MovingExecutor(DigestExecutor):
         spec = KVSpec(1, 1, HEAD, page_size, "float32")
         self.pool = KVPool(spec, num_pages, torch.device("cpu"))
         self.slots = PoolSlots(self.pool)  # type: ignore[assignment]
-        self.mover = PageMover(self.pool, below.settings, give_up_s=5.0, clock=clock)
+        self.mover = PageMover(self.pool, TorchOps(), below.settings, give_up_s=5.0, clock=clock)
 
     @property
     def lower_levels(self) -> PageMover:  # type: ignore[override]

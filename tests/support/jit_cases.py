@@ -1,8 +1,6 @@
 """Cases for the Triton path that run on a card and, smaller, in Triton's interpreter.
 
-Every tensor a kernel may not read holds NaN: free pages, tails of pages, tails of page tables (they
-name a page full of NaN), results before the call. The oracle computes in float64 from the same
-rounded inputs.
+The batches, oracles and bounds are those of `kernel_cases`.
 """
 
 from __future__ import annotations
@@ -13,15 +11,22 @@ import os
 import weakref
 
 import torch
-from kv_pages import as_stored, fill_page, poisoned_pool, read_pages
+from kernel_cases import (
+    BOUNDS,
+    Chunk,
+    Heads,
+    PagedBatch,
+    Sequence,
+    attention_oracle,
+    random_sequence,
+    relative_error,
+)
+from kv_pages import poisoned_pool, read_pages
 
 from kernels.checks import CheckedOps
 from kernels.ops import Ops
 from kernels.quantization import int8_rows
 from kernels.reference import TorchOps
-
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}
-"""Norm of the error over the norm of the result."""
 
 
 def make_ops(device: str, *, exact: bool = True) -> Ops:
@@ -33,14 +38,6 @@ def make_ops(device: str, *, exact: bool = True) -> Ops:
 
         interpreter_shim.install()
     return CheckedOps(TritonOps(device, exact=exact), device)
-
-
-def relative_error(result: torch.Tensor, expected: torch.Tensor) -> float:
-    """Infinite where the result isn't finite."""
-    wide, wanted = result.double().cpu(), expected.double().cpu()
-    if not torch.isfinite(wide).all():
-        return math.inf
-    return float((wide - wanted).norm() / wanted.norm())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,129 +63,45 @@ class AttentionCase:
     def tolerance(self) -> float:
         """Weights of quantised values are bfloat16 where queries have 16 bits."""
         if self.dtype == torch.float16 and self.page_dtype is not None:
-            return TOLERANCE[torch.bfloat16]
-        return TOLERANCE[self.dtype]
+            return BOUNDS[torch.bfloat16]
+        return BOUNDS[self.dtype]
 
 
-@dataclasses.dataclass(frozen=True)
-class Sequences:
-    """Dense inputs, from which batches are cut: rows of several tokens."""
-
-    case: AttentionCase
-    queries: list[torch.Tensor]
-    """For each sequence `[length, HQ, D]`: a query for every position."""
-    keys: list[torch.Tensor]
-    """`[length, HKV, D]`"""
-    values: list[torch.Tensor]
-    sinks: torch.Tensor | None
-
-    @property
-    def options(self) -> dict[str, object]:
-        return {
-            "scale": self.case.head_dim**-0.5,
-            "window": self.case.window,
-            "soft_cap": self.case.soft_cap,
-            "sinks": self.sinks,
-        }
-
-
-def make_sequences(case: AttentionCase, device: str, seed: int) -> Sequences:
-    generator = torch.Generator().manual_seed(seed)
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).to(case.dtype).to(device)
-
-    def stored(*shape: int) -> torch.Tensor:
-        return as_stored(random(*shape), case.page_dtype or case.dtype)
-
-    heads, kv_heads, dim = case.num_heads, case.num_kv_heads, case.head_dim
-    return Sequences(
-        case,
-        [random(length, heads, dim) * 2 for length in case.lengths],
-        [stored(length, kv_heads, dim) for length in case.lengths],
-        [stored(length, kv_heads, dim) for length in case.lengths],
-        random(heads).float() * 2 if case.has_sinks else None,
-    )
-
-
-def attend(
-    ops: Ops,
-    sequences: Sequences,
-    spans: list[tuple[int, int, int]],
-    *,
-    page_seed: int = 0,
-    width: int = 0,
-) -> list[torch.Tensor]:
-    """One call over `spans`: (sequence, first, end) are its new positions; `[end - first, HQ, D]`.
-
-    The pool holds exactly the first `end` tokens of each sequence, in pages in random places.
-    `width`: least width of the page tables.
-    """
-    case = sequences.case
-    size, device = case.page_size, sequences.keys[0].device
-    counts = [-(-end // size) for _, _, end in spans]
-    places = torch.randperm(
-        sum(counts) + 5, generator=torch.Generator().manual_seed(page_seed)
-    ).tolist()
-    poison = places.pop()
-    pool, kv = poisoned_pool(
-        len(places) + 1,
+def make_sequences(case: AttentionCase, device: str, seed: int) -> tuple[Heads, list[Sequence]]:
+    """What attention looks like in a case, and its sequences, with a query for every position."""
+    torch.manual_seed(seed)
+    sinks = torch.randn(case.num_heads).to(device) * 2 if case.has_sinks else None
+    heads = Heads(
+        case.num_heads,
         case.num_kv_heads,
-        size,
         case.head_dim,
-        case.page_dtype or case.dtype,
-        device,
+        case.page_size,
+        case.window,
+        case.soft_cap,
+        sinks,
     )
-    tables = torch.full((len(spans), max(*counts, width)), poison, dtype=torch.int32, device=device)
-    for row, ((sequence, _, end), count) in enumerate(zip(spans, counts, strict=True)):
-        pages = [places.pop() for _ in range(count)]
-        tables[row, :count] = torch.tensor(pages)
-        for index, page in enumerate(pages):
-            own = slice(index * size, min(end, (index + 1) * size))
-            fill_page(kv, page, sequences.keys[sequence][own], sequences.values[sequence][own])
-    query = torch.cat([sequences.queries[s][first:end] for s, first, end in spans])
-    ends = torch.tensor([end - first for _, first, end in spans]).cumsum(0)
-    starts = torch.cat((torch.zeros(1, dtype=torch.int64), ends)).to(torch.int32).to(device)
-    seq_lens = torch.tensor([end for _, _, end in spans], dtype=torch.int32, device=device)
-    before = pool.clone()
-    result = ops.paged_attention(query, kv, tables, seq_lens, starts, **sequences.options)
-    assert torch.equal(pool, before), "attention wrote to the pool"
-    return list(result.split([end - first for _, first, end in spans]))
-
-
-def oracle(sequences: Sequences, sequence: int, first: int, end: int) -> torch.Tensor:
-    """What `attend` should give for one span, in float64 on the CPU."""
-    case = sequences.case
-    group = case.num_heads // case.num_kv_heads
-    query = sequences.queries[sequence][first:end].double().cpu()
-    key = sequences.keys[sequence][:end].double().cpu().repeat_interleave(group, 1)
-    value = sequences.values[sequence][:end].double().cpu().repeat_interleave(group, 1)
-    scores = torch.einsum("qhd,khd->hqk", query, key) * case.head_dim**-0.5
-    if case.soft_cap is not None:
-        scores = case.soft_cap * torch.tanh(scores / case.soft_cap)
-    apart = torch.arange(first, end)[:, None] - torch.arange(end)
-    visible = (apart >= 0) & (apart < (case.window or end + 1))
-    scores = scores.masked_fill(~visible, -math.inf)
-    if sequences.sinks is not None:
-        sink = sequences.sinks.double().cpu()[:, None, None].expand(-1, end - first, 1)
-        weights = torch.cat((scores, sink), 2).softmax(2)[..., :-1]
-    else:
-        weights = scores.softmax(2)
-    return torch.einsum("hqk,khd->qhd", weights, value)
+    sequences = [
+        random_sequence(heads, length, case.dtype, case.page_dtype, device)
+        for length in case.lengths
+    ]
+    for sequence in sequences:
+        sequence.query *= 2
+    return heads, sequences
 
 
 def check_attention(ops: Ops, case: AttentionCase, device: str, seed: int = 0) -> None:
     """The whole batch in one call, against the oracle, sequence by sequence."""
-    sequences = make_sequences(case, device, seed)
-    spans = [
-        (index, length - queries, length)
-        for index, (length, queries) in enumerate(zip(case.lengths, case.queries, strict=True))
+    heads, sequences = make_sequences(case, device, seed)
+    chunks = [
+        Chunk(sequence, length - queries, length)
+        for sequence, length, queries in zip(sequences, case.lengths, case.queries, strict=True)
     ]
-    for span, result in zip(spans, attend(ops, sequences, spans, page_seed=seed), strict=True):
+    results = PagedBatch(heads, chunks, case.dtype, case.page_dtype).attend_apart(ops)
+    for chunk, result in zip(chunks, results, strict=True):
         if not len(result):
             continue
-        error = relative_error(result, oracle(sequences, *span))
-        assert error < case.tolerance, (case, span, error)
+        error = relative_error(result, attention_oracle(heads, chunk))
+        assert error < case.tolerance, (case, chunk.begin, chunk.end, error)
 
 
 def check_bits(ops: Ops, case: AttentionCase, chunks: tuple[int, ...], device: str) -> None:
@@ -196,22 +109,27 @@ def check_bits(ops: Ops, case: AttentionCase, chunks: tuple[int, ...], device: s
 
     The other sequences of the case are batch mates with one query each.
     """
-    sequences = make_sequences(case, device, seed=1)
-    length = case.lengths[0]
-    mates = [(index, other - 1, other) for index, other in enumerate(case.lengths) if index]
-    whole = attend(ops, sequences, [(0, 0, length)])[0]
+    heads, sequences = make_sequences(case, device, seed=1)
+    first, length = sequences[0], case.lengths[0]
+    mates = [Chunk(other, other.length - 1, other.length) for other in sequences[1:]]
+
+    def attend(batch: list[Chunk], width: int = 0) -> torch.Tensor:
+        """Of the last chunk."""
+        pages = PagedBatch(heads, batch, case.dtype, case.page_dtype, width=width)
+        return pages.attend_apart(ops)[-1]
+
+    whole = attend([Chunk(first, 0, length)])
     for chunk in chunks:
-        for first in range(0, length, chunk):
-            end = min(first + chunk, length)
-            alone = attend(ops, sequences, [(0, first, end)], page_seed=first + 2)[0]
-            assert torch.equal(alone, whole[first:end]), f"chunk {first}..{end}"
+        for begin in range(0, length, chunk):
+            end = min(begin + chunk, length)
+            alone = attend([Chunk(first, begin, end)])
+            assert torch.equal(alone, whole[begin:end]), f"chunk {begin}..{end}"
             # A wide table makes the host expect more splits than there are.
-            spans = [*mates, (0, first, end)]
-            batched = attend(ops, sequences, spans, page_seed=first + 3, width=100)[-1]
-            assert torch.equal(batched, whole[first:end]), f"chunk {first}..{end} with others"
+            batched = attend([*mates, Chunk(first, begin, end)], width=100)
+            assert torch.equal(batched, whole[begin:end]), f"chunk {begin}..{end} with others"
     for position in sorted({0, 15, 16, 255, 256, 257, length // 2, length - 1}):
         if position < length:
-            token = attend(ops, sequences, [*mates, (0, position, position + 1)])[-1]
+            token = attend([*mates, Chunk(first, position, position + 1)])
             assert torch.equal(token, whole[position : position + 1]), f"token {position}"
 
 
@@ -228,7 +146,7 @@ def check_linear(
     for own_bias in (None, bias):
         wanted = expected if own_bias is None else expected + bias.double()
         linear = ops.prepare_linear(weight, own_bias)
-        assert relative_error(ops.linear(x, linear), wanted) < TOLERANCE[dtype]
+        assert relative_error(ops.linear(x, linear), wanted) < BOUNDS[dtype]
         assert relative_error(ops.linear_float32(x, linear), wanted) < 1e-5
 
 
@@ -243,7 +161,7 @@ def check_int8_linear(
     whole, scales = int8_rows(weight)
     expected = x.double() @ (whole.double() * scales.double()[:, None]).T + bias.double()
     linear = ops.prepare_int8_linear(weight, bias)
-    assert relative_error(ops.linear(x, linear), expected) < TOLERANCE[dtype]
+    assert relative_error(ops.linear(x, linear), expected) < BOUNDS[dtype]
     assert relative_error(ops.linear_float32(x, linear), expected) < 1e-5
     alone = ops.linear(x[-1:], linear)
     assert torch.equal(ops.linear(x, linear)[-1:], alone)
@@ -289,7 +207,7 @@ def check_rows(ops: Ops, rows: int, width: int, dtype: torch.dtype, device: str)
         lambda path, r: path.log_softmax(wide[r].float() * 5),
     ):
         whole = run(ops, slice(0, rows))
-        assert relative_error(whole, run(reference, slice(0, rows))) < TOLERANCE[dtype]
+        assert relative_error(whole, run(reference, slice(0, rows))) < BOUNDS[dtype]
         assert torch.equal(run(ops, slice(rows - 1, rows)), whole[rows - 1 :])
     changed, expected = residual.clone(), (residual.float() + x.float()).to(dtype)
     ops.add_rms_norm(x, changed, weight, 1e-6)
@@ -330,11 +248,11 @@ def check_rope_store(
                 )
             )
             pages.append(torch.stack(read_pages(kv)))
-        assert relative_error(queries[0], queries[1]) < TOLERANCE[dtype]
+        assert relative_error(queries[0], queries[1]) < BOUNDS[dtype]
         assert torch.equal(pages[0].isnan(), pages[1].isnan())
         written = ~pages[1].isnan()
         # A quantised entry may fall on the other side of a tie.
-        tolerance = TOLERANCE[dtype] if page_dtype is None else max(TOLERANCE[dtype], 1e-3)
+        tolerance = BOUNDS[dtype] if page_dtype is None else max(BOUNDS[dtype], 1e-3)
         assert relative_error(pages[0][written], pages[1][written]) < tolerance
 
 
@@ -389,7 +307,7 @@ def check_grouped_linear(ops: Ops, rows: int, experts: int, device: str) -> None
     for row, expert in enumerate(chosen.tolist()):
         weight, bias = pairs[expert]
         wanted = weight.double() @ x[row].double() + bias.double()
-        assert relative_error(result[row], wanted) < TOLERANCE[torch.bfloat16]
+        assert relative_error(result[row], wanted) < BOUNDS[torch.bfloat16]
         alone = ops.linear(x[row : row + 1], linears[expert])
         assert torch.equal(result[row : row + 1], alone), (row, expert)
     held = weakref.ref(pairs[0][0])

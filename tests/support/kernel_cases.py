@@ -1,25 +1,32 @@
-"""Paged batches full of poison, float64 oracles, and error bounds for the kernels' tests.
+"""Paged batches full of poison, float64 oracles, error bounds, and checks for every path's tests.
 
 The oracles see the dense keys and values that a batch was made from, never the pool: a kernel that
-reads a wrong slot can't find the same mistake here.
+reads a wrong slot can't find the same mistake here. Everything lies on the device of what it is
+made from. Knows no path by name.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 
 import torch
 from kv_pages import as_stored, fill_page, poisoned_pool
+
+from kernels.ops import Ops
+from kernels.reference import TorchOps
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 LENGTHS = (1, 15, 16, 17, 255, 256, 257, 513)
 
 
 def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
-    """||out - expected|| / ||expected||, infinite where anything is NaN."""
-    difference = (out.double() - expected.double()).norm() / expected.double().norm()
-    return float("inf") if difference.isnan() else difference.item()
+    """||out - expected|| / ||expected||, infinite where anything isn't finite."""
+    wide, wanted = out.double().cpu(), expected.double().cpu()
+    if not wide.isfinite().all():
+        return math.inf
+    return float((wide - wanted).norm() / wanted.norm())
 
 
 def assert_close(out: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
@@ -60,14 +67,18 @@ class Sequence:
 
 
 def random_sequence(
-    heads: Heads, length: int, dtype: torch.dtype, page_dtype: torch.dtype | None = None
+    heads: Heads,
+    length: int,
+    dtype: torch.dtype,
+    page_dtype: torch.dtype | None = None,
+    device: str = "cpu",
 ) -> Sequence:
     """Keys and values that pages of `page_dtype` (`dtype`, if not given) hold as they are."""
     kept = page_dtype or dtype
     return Sequence(
-        torch.randn(length, heads.num_heads, heads.head_dim).to(dtype),
-        as_stored(torch.randn(length, heads.num_kv_heads, heads.head_dim), kept),
-        as_stored(torch.randn(length, heads.num_kv_heads, heads.head_dim), kept),
+        torch.randn(length, heads.num_heads, heads.head_dim).to(dtype).to(device),
+        as_stored(torch.randn(length, heads.num_kv_heads, heads.head_dim), kept).to(device),
+        as_stored(torch.randn(length, heads.num_kv_heads, heads.head_dim), kept).to(device),
     )
 
 
@@ -89,63 +100,197 @@ class PagedBatch:
         chunks: list[Chunk],
         dtype: torch.dtype,
         page_dtype: torch.dtype | None = None,
+        *,
+        width: int = 0,
     ) -> None:
-        size = heads.page_size
+        """`width`: least width of the page tables."""
+        size, device = heads.page_size, chunks[0].sequence.key.device
         counts = [-(-chunk.end // size) for chunk in chunks]
         num_pages = sum(counts) + 3
         self.pool, self.pages = poisoned_pool(
-            num_pages, heads.num_kv_heads, size, heads.head_dim, page_dtype or dtype
+            num_pages, heads.num_kv_heads, size, heads.head_dim, page_dtype or dtype, str(device)
         )
         free = iter(torch.randperm(num_pages).tolist())
         poison = next(free)
-        self.page_tables = torch.full((len(chunks), max(counts) + 2), poison, dtype=torch.int32)
+        tables = torch.full((len(chunks), max(max(counts) + 2, width)), poison, dtype=torch.int32)
         for b, (chunk, count) in enumerate(zip(chunks, counts, strict=True)):
             pages = list(itertools.islice(free, count))
-            self.page_tables[b, :count] = torch.tensor(pages, dtype=torch.int32)
+            tables[b, :count] = torch.tensor(pages, dtype=torch.int32)
             for position in range(0, chunk.end, size):
                 end = min(position + size, chunk.end)
                 page = pages[position // size]
                 own = slice(position, end)
                 fill_page(self.pages, page, chunk.sequence.key[own], chunk.sequence.value[own])
         self.heads = heads
+        self.num_queries = [chunk.end - chunk.begin for chunk in chunks]
+        starts = list(itertools.accumulate(self.num_queries, initial=0))
         self.query = torch.cat([c.sequence.query[c.begin : c.end] for c in chunks])
-        self.seq_lens = torch.tensor([c.end for c in chunks], dtype=torch.int32)
-        starts = itertools.accumulate((c.end - c.begin for c in chunks), initial=0)
-        self.query_starts = torch.tensor(list(starts), dtype=torch.int32)
+        self.page_tables = tables.to(device)
+        self.seq_lens = torch.tensor([c.end for c in chunks], dtype=torch.int32, device=device)
+        self.query_starts = torch.tensor(starts, dtype=torch.int32, device=device)
 
-    def attend(self, ops) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    def attend(self, ops: Ops) -> torch.Tensor:
         """`[T, HQ, D]` by `ops`; nothing in the pool may change."""
-        heads = self.heads
         before = self.pool.clone()
-        out = ops.paged_attention(
-            self.query,
-            self.pages,
-            self.page_tables,
-            self.seq_lens,
-            self.query_starts,
-            scale=heads.scale,
-            window=heads.window,
-            soft_cap=heads.soft_cap,
-            sinks=heads.sinks,
-        )
-        assert torch.equal(before, self.pool)
+        out = ops.paged_attention(*self._arguments(), **self._options())
+        assert torch.equal(before, self.pool), "attention wrote to the pool"
         return out
+
+    def attend_apart(self, ops: Ops) -> list[torch.Tensor]:
+        """The same, chunk by chunk."""
+        return list(self.attend(ops).split(self.num_queries))
+
+    def state(self, ops: Ops) -> tuple[torch.Tensor, torch.Tensor]:
+        """Means and the logarithms of their weights; the means are those of `attend`."""
+        out, lse = ops.paged_attention_state(*self._arguments(), **self._options())
+        assert torch.equal(out, self.attend(ops))
+        return out, lse
+
+    def _arguments(self) -> tuple:  # type: ignore[type-arg]
+        return self.query, self.pages, self.page_tables, self.seq_lens, self.query_starts
+
+    def _options(self) -> dict:  # type: ignore[type-arg]
+        heads = self.heads
+        return {
+            "scale": heads.scale,
+            "window": heads.window,
+            "soft_cap": heads.soft_cap,
+            "sinks": heads.sinks,
+        }
 
 
 def attention_oracle(heads: Heads, chunk: Chunk) -> torch.Tensor:
-    """One chunk in float64, query by query: `[end - begin, HQ, D]`."""
+    """One chunk in float64 on the CPU: `[end - begin, HQ, D]`."""
+    return state_oracle(heads, chunk)[0]
+
+
+def state_oracle(heads: Heads, chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor]:
+    """The means of a chunk's queries, and the logarithms of their weights' sums `[Q, HQ]`."""
     group = heads.num_heads // heads.num_kv_heads
-    rows = []
-    for position in range(chunk.begin, chunk.end):
-        first = 0 if heads.window is None else max(0, position - heads.window + 1)
-        query = chunk.sequence.query[position].double()
-        key = chunk.sequence.key[first : position + 1].double().repeat_interleave(group, dim=1)
-        value = chunk.sequence.value[first : position + 1].double().repeat_interleave(group, dim=1)
-        scores = torch.einsum("hd,nhd->hn", query, key) * heads.scale
-        if heads.soft_cap is not None:
-            scores = heads.soft_cap * (scores / heads.soft_cap).tanh()
-        if heads.sinks is not None:
-            scores = torch.cat((scores, heads.sinks.double()[:, None]), dim=1)
-        weights = scores.softmax(dim=1)[:, : value.shape[0]]
-        rows.append(torch.einsum("hn,nhd->hd", weights, value))
-    return torch.stack(rows)
+    begin, end = chunk.begin, chunk.end
+    query = chunk.sequence.query[begin:end].double().cpu()
+    key = chunk.sequence.key[:end].double().cpu().repeat_interleave(group, dim=1)
+    value = chunk.sequence.value[:end].double().cpu().repeat_interleave(group, dim=1)
+    scores = torch.einsum("qhd,khd->hqk", query, key) * heads.scale
+    if heads.soft_cap is not None:
+        scores = heads.soft_cap * (scores / heads.soft_cap).tanh()
+    apart = torch.arange(begin, end)[:, None] - torch.arange(end)
+    visible = (apart >= 0) & (apart < (heads.window or end + 1))
+    scores = scores.masked_fill(~visible, -math.inf)
+    if heads.sinks is not None:
+        sink = heads.sinks.double().cpu()[:, None, None].expand(-1, end - begin, 1)
+        scores = torch.cat((scores, sink), dim=2)
+    weights = scores.softmax(dim=2)[..., :end]
+    return torch.einsum("hqk,khd->qhd", weights, value), scores.logsumexp(dim=2).T
+
+
+def check_states(
+    ops: Ops, heads: Heads, dtype: torch.dtype, device: str, page_dtype: torch.dtype | None = None
+) -> None:
+    """The weights of a mixed batch against float64."""
+    chunks = [
+        Chunk(random_sequence(heads, length, dtype, page_dtype, device), begin, length)
+        for length, begin in ((1, 0), (257, 256), (300, 260), (40, 0))
+    ]
+    out, lse = PagedBatch(heads, chunks, dtype, page_dtype).state(ops)
+    expected = [state_oracle(heads, chunk) for chunk in chunks]
+    assert lse.dtype == torch.float32
+    # Weights of values may be rounded to 16 bits before they are summed.
+    bound = 1e-5 if dtype == torch.float32 else 5e-3
+    assert (lse.double().cpu() - torch.cat([each[1] for each in expected])).abs().max() < bound
+    # Some paths round the weights of quantised values to bfloat16.
+    rounded = torch.bfloat16 if dtype == torch.float16 and page_dtype else dtype
+    assert_close(out, torch.cat([each[0] for each in expected]), rounded)
+
+
+def check_merge_state(ops: Ops, dtype: torch.dtype, device: str) -> None:
+    """A prefix that queries share and what follows it, merged: attention over both.
+
+    And that a part of no weight changes no bit, whatever it holds.
+    """
+    heads = Heads(4, 2, 40, page_size=8, sinks=torch.randn(4).to(device))
+    no_sinks = dataclasses.replace(heads, sinks=None)
+    prefix, length = 270, 300
+    whole = random_sequence(heads, length, dtype, device=device)
+    chunk = Chunk(whole, prefix, length)
+    own = Sequence(*(part[prefix:] for part in (whole.query, whole.key, whole.value)))
+    after = PagedBatch(heads, [Chunk(own, 0, length - prefix)], dtype).state(ops)
+    # Each query is a sequence of its own over the prefix: all of them see all of it.
+    common = PagedBatch(no_sinks, [Chunk(whole, prefix - 1, prefix)], dtype)
+    num_queries = length - prefix
+    common.query = own.query
+    common.page_tables = common.page_tables.expand(num_queries, -1).contiguous()
+    common.seq_lens = common.seq_lens.expand(num_queries).contiguous()
+    common.query_starts = torch.arange(num_queries + 1, dtype=torch.int32, device=device)
+    before = common.state(ops)
+
+    out, lse = ops.merge_state(*before, *after)
+    expected, expected_lse = state_oracle(heads, chunk)
+    assert relative_error(out, expected) <= 2 * BOUNDS[dtype]  # rounded twice
+    assert (lse.double().cpu() - expected_lse).abs().max() < (1e-5 if dtype.itemsize == 4 else 5e-3)
+    one = ops.merge_state(*(part[7:8].contiguous() for part in (*before, *after)))
+    assert torch.equal(one[0], out[7:8])
+    assert torch.equal(one[1], lse[7:8])
+
+    nothing = torch.full_like(before[0], torch.nan), torch.full_like(lse, -torch.inf)
+    for parts in ((*before, *nothing), (*nothing, *before)):
+        alone = ops.merge_state(*parts)
+        assert torch.equal(alone[0], before[0])
+        assert torch.equal(alone[1], before[1])
+    empty = ops.merge_state(*nothing, *nothing)
+    assert not empty[0].any()
+    assert (empty[1] == -torch.inf).all()
+
+
+def check_store_kv(
+    ops: Ops, dtype: torch.dtype, device: str, page_dtype: torch.dtype | None = None
+) -> None:
+    """Plain pages hold what was given; quantised ones what plain torch makes of it, bit by bit."""
+    tokens, num_kv_heads, head_dim, size, num_pages = 21, 10, 40, 16, 4
+    wide = torch.randn(2, tokens, num_kv_heads + 3, head_dim).to(dtype).to(device)
+    key, value = wide[0, :, :num_kv_heads], wide[1, :, 3:]
+    slots = torch.randperm(num_pages * size)[:tokens].to(device)
+    slots[5] = -1
+    pools = []
+    for path in (ops, TorchOps(device)):
+        pool, pages = poisoned_pool(
+            num_pages, num_kv_heads, size, head_dim, page_dtype or dtype, device
+        )
+        path.store_kv(key, value, pages, slots)
+        pools.append(pool)
+    assert torch.equal(pools[0], pools[1])
+    if page_dtype is None:
+        place = int(slots[3])
+        at = (place // size, slice(None), place % size)
+        assert torch.equal(pages.keys[at], key[3])
+        assert torch.equal(pages.values[at], value[3])
+
+
+def check_swaps(ops: Ops, device: str) -> None:
+    """Pages go to the host and come back to other places, bit by bit; nothing else changes."""
+    pool = torch.randint(0, 256, (9, 3, 1000), dtype=torch.uint8).to(device)[:, 1]
+    host = torch.full((7, 1000), 255, dtype=torch.uint8)
+    if pool.is_cuda:
+        host = host.pin_memory()
+    pages = torch.tensor([8, 0, 3], device=device)
+    places = torch.tensor([2, 6, 0], device=device)
+    before = pool.clone()
+    expected = host.clone()
+    expected[places.cpu()] = pool[pages].cpu()
+    ops.swap_out(pool, host, pages, places)
+    if pool.is_cuda:
+        torch.cuda.synchronize()
+    assert torch.equal(host, expected)
+    assert torch.equal(pool, before)
+
+    targets = torch.tensor([1, 5, 2], device=device)
+    ops.swap_in(pool, host, targets, places)
+    before[targets] = before[pages]
+    assert torch.equal(pool, before)
+    assert torch.equal(host, expected)
+    nothing = torch.empty(0, dtype=torch.int64, device=device)
+    for some in (host, host[:0]):
+        ops.swap_out(pool, some, nothing, nothing)
+        ops.swap_in(pool, some, nothing, nothing)
+    ops.swap_out(pool[:, :0], host[:, :0], pages, places)
+    assert torch.equal(pool, before)

@@ -53,11 +53,13 @@ def attention(
     heads: int = 32,
     kv_heads: int = 8,
     page_dtype: torch.dtype = torch.bfloat16,
+    state: bool = False,
 ) -> Callable[[TritonOps], object]:
     """A mixed batch: all three kernels. Heads as in Llama 3 8B, if not given."""
 
-    def call(ops: TritonOps) -> torch.Tensor:
-        return ops.paged_attention(
+    def call(ops: TritonOps) -> object:
+        attend = ops.paged_attention_state if state else ops.paged_attention
+        return attend(
             empty(2000, heads, head_dim),
             pages_of(kv_heads, head_dim, page_dtype),
             empty(4, 256, dtype=torch.int32),
@@ -119,6 +121,11 @@ def rope_store(ops: TritonOps, page_dtype: torch.dtype = torch.bfloat16) -> torc
     )
 
 
+def store_kv(ops: TritonOps, page_dtype: torch.dtype = torch.bfloat16) -> None:
+    rows, slots = empty(64, 8, 128), empty(64, dtype=torch.int64)
+    ops.store_kv(rows, rows, pages_of(8, 128, page_dtype), slots)
+
+
 def row_operations(ops: TritonOps) -> None:
     ops.add_rms_norm(empty(64, 4096), empty(64, 4096), empty(4096), 1e-6)
     ops.rms_norm(empty(64, 16384), empty(16384), 1e-6)
@@ -127,6 +134,8 @@ def row_operations(ops: TritonOps) -> None:
     ops.log_softmax(empty(64, 128256, dtype=torch.float32))
     places = empty(64, dtype=torch.int64)
     ops.copy_pages(empty(512, 2, 2, 8, 16, 128), places, places)
+    lse = empty(64, 32, dtype=torch.float32)
+    ops.merge_state(empty(64, 32, 128), lse, empty(64, 32, 128), lse)
 
 
 def sample(ops: TritonOps) -> torch.Tensor:
@@ -139,6 +148,7 @@ MATRIX_CALLS = {
     "attention 64": attention(64),
     "attention 128": attention(128),
     "attention 128 window cap sinks": attention(128, featured=True),
+    "attention 128 state": attention(128, state=True),
     "attention 256 window cap sinks": attention(256, featured=True),
     "attention 128 of 64 heads on one": attention(128, heads=64, kv_heads=1),
     "attention 64 int8": attention(64, page_dtype=I8),
@@ -156,6 +166,8 @@ MATRIX_CALLS = {
 OTHER_CALLS = {
     "rope_store": rope_store,
     "rope_store int8": partial(rope_store, page_dtype=I8),
+    "store_kv": store_kv,
+    "store_kv int8": partial(store_kv, page_dtype=I8),
     "rows": row_operations,
     "sample": sample,
 }

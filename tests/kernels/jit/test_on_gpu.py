@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import jit_cases
+import kernel_cases
 import pytest
 import torch
 from jit_cases import AttentionCase
+from kernel_cases import Heads
 
 from kernels.ops import KVPages, Ops
 
@@ -117,6 +119,24 @@ def test_quantised_pages(ops: Ops, page_dtype: torch.dtype) -> None:
 def _skip_unless(ops: Ops, page_dtype: torch.dtype | None) -> None:
     if page_dtype is not None and page_dtype not in ops.page_dtypes:
         pytest.skip(f"{ops.name} keeps no pages of {page_dtype}")
+
+
+@pytest.mark.parametrize("page_dtype", [None, torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [BF16, F16, F32])
+def test_store_kv(ops: Ops, dtype: torch.dtype, page_dtype: torch.dtype | None) -> None:
+    _skip_unless(ops, page_dtype)
+    kernel_cases.check_store_kv(ops, dtype, "cuda", page_dtype)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16, F32])
+def test_weights_of_means_and_merging(ops: Ops, dtype: torch.dtype) -> None:
+    for heads in (Heads(8, 2, 128), Heads(4, 2, 64, window=50), Heads(2, 1, 40, soft_cap=5.0)):
+        kernel_cases.check_states(ops, heads, dtype, "cuda")
+    kernel_cases.check_merge_state(ops, dtype, "cuda")
+
+
+def test_swaps(ops: Ops) -> None:
+    kernel_cases.check_swaps(ops, "cuda")
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from jit_cases import AttentionCase, check_attention, check_bits, make_ops
+from kernel_cases import Heads, check_merge_state, check_states
 
 from kernels.ops import KVPages
 
@@ -63,6 +64,25 @@ def test_bits_do_not_depend_on_chunks_mates_and_pages(
     case: AttentionCase, chunks: tuple[int, ...]
 ) -> None:
     check_bits(make_ops("cpu"), case, chunks, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("heads", "dtype", "page_dtype"),
+    [
+        (Heads(4, 2, 64), BF16, None),
+        (Heads(2, 1, 32, window=20, sinks=torch.tensor([3.0, -3.0])), F32, None),
+        (Heads(3, 1, 40, soft_cap=5.0), F16, I8),
+    ],
+)
+def test_weights_of_the_means(
+    heads: Heads, dtype: torch.dtype, page_dtype: torch.dtype | None
+) -> None:
+    check_states(make_ops("cpu"), heads, dtype, "cpu", page_dtype)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+def test_merging_parts(dtype: torch.dtype) -> None:
+    check_merge_state(make_ops("cpu"), dtype, "cpu")
 
 
 def test_no_queries() -> None:

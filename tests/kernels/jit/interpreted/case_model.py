@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import jit_cases
+import kernel_cases
 import pytest
 import torch
 from checkpoints import CASES, ORIGINAL_LENGTH, make, reference_logits
@@ -49,5 +50,5 @@ def test_logits_are_those_of_transformers_whatever_the_chunks_and_pages(
         results.append([torch.stack(track.logits) for track in tracks])
         for track, logits in zip(tracks, results[-1], strict=True):
             expected = reference_logits(reference, track.tokens)[len(track.prompt) - 1 : -1]
-            assert jit_cases.relative_error(logits, expected) < 1e-5
+            assert kernel_cases.relative_error(logits, expected) < 1e-5
     assert all(map(torch.equal, *results))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jit_cases
+import kernel_cases
 import pytest
 import torch
 import triton
@@ -62,6 +63,16 @@ def test_quantised_pages_at_the_edges(ops: Ops, page_dtype: torch.dtype) -> None
     jit_cases.check_quantised_edges(ops, page_dtype, "cpu")
 
 
+@pytest.mark.parametrize("page_dtype", [None, torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [BF16, F32])
+def test_store_kv(ops: Ops, dtype: torch.dtype, page_dtype: torch.dtype | None) -> None:
+    kernel_cases.check_store_kv(ops, dtype, "cpu", page_dtype)
+
+
+def test_swaps(ops: Ops) -> None:
+    kernel_cases.check_swaps(ops, "cpu")
+
+
 @pytest.mark.parametrize("dtype", [BF16, F32])
 def test_copy_pages(ops: Ops, dtype: torch.dtype) -> None:
     jit_cases.check_copy_pages(ops, dtype, "cpu")
@@ -109,7 +120,7 @@ def test_the_shim_sums_a_dot_in_an_order_that_no_place_changes() -> None:
         _product[(1,)](out, x.roll(shift, 0), y, BLOCK=32)
         results.append(out.roll(-shift, 0))
     assert torch.equal(results[0], results[1])
-    assert jit_cases.relative_error(results[0], x.double() @ y.double()) < 1e-6
+    assert kernel_cases.relative_error(results[0], x.double() @ y.double()) < 1e-6
 
 
 def test_the_shim_is_still_needed() -> None:
