@@ -75,8 +75,8 @@ class EngineClient(Protocol):
     async def cache_stats(self) -> CacheStats:
         """What the cache did so far. Raises `EngineDied`."""
 
-    async def pins(self) -> PinList:
-        """Every tenant's pins. Raises `EngineDied`."""
+    async def pins(self, tenant: str | None = None, name: str | None = None) -> PinList:
+        """Pins of this tenant, or of all; of this name, or of any. Raises `EngineDied`."""
 
     def unpin(self, request_id: RequestId) -> None:
         """End the pin that this request made."""

@@ -172,9 +172,10 @@ class EngineSupervisor:
         """What the cache did so far. Raises `EngineDied`, also when it gives no answer."""
         return cast(CacheStats, await self._ask(GetCacheStats, self._limits.query_s))
 
-    async def pins(self) -> PinList:
-        """Every tenant's pins. Raises `EngineDied`, also when it gives no answer."""
-        return cast(PinList, await self._ask(GetPins, self._limits.query_s))
+    async def pins(self, tenant: str | None = None, name: str | None = None) -> PinList:
+        """See `EngineClient.pins`. Raises `EngineDied` also when it gives no answer."""
+        query = partial(GetPins, tenant=tenant, name=name)
+        return cast(PinList, await self._ask(query, self._limits.query_s))
 
     def unpin(self, request_id: RequestId) -> None:
         """See `EngineClient.unpin`. With an engine that is gone its pins are gone too."""

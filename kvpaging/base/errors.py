@@ -111,7 +111,7 @@ class NoPins(BadRequest):
             else "--max-pinned-ratio leaves them no page"
         )
         super().__init__(
-            f"cache.pin: pins may hold 0 KV pages on this server, because {why}",
+            f"pins may hold 0 KV pages on this server, because {why}",
             param="cache",
             code="pin_limit_exceeded",
         )

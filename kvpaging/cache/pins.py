@@ -14,6 +14,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Final
 
 import msgspec
@@ -21,6 +22,8 @@ import msgspec
 from kvpaging.base.ids import PageId, PageKey
 from kvpaging.cache.prefix_key import PrefixChain
 
+MAX_LISTED: Final = 100_000
+"""So many fit in one message between the processes."""
 MIN_SWEPT: Final = 64
 """Entries of pins that have ended which may always stay in the queue of ends."""
 
@@ -108,17 +111,25 @@ class Pins:
         """A pin is one of the page's owners."""
         return page_id in self._owned
 
-    def states(self, now_s: float) -> tuple[PinState, ...]:
-        """Every pin, the oldest first."""
+    def states(
+        self, now_s: float, *, tenant: str | None = None, name: str | None = None
+    ) -> tuple[PinState, ...]:
+        """The pins of this tenant, or of all, with this name, or with any: the oldest first.
+
+        At most `MAX_LISTED`.
+        """
+        names = self._pins if name is None else {name} & self._pins.keys()
+        wanted = ((name, self._pins[name]) for name in names)
+        found = ((name, pin) for name, pin in wanted if tenant in (None, pin.tenant))
         return tuple(
             PinState(
                 name,
                 pin.tenant,
                 pin.num_pages,
                 pin.is_kept,
-                None if pin.end_s == math.inf else pin.end_s - now_s,
+                None if pin.end_s == math.inf else max(0.0, pin.end_s - now_s),
             )
-            for name, pin in self._pins.items()
+            for name, pin in islice(found, MAX_LISTED)
         )
 
     def is_promised(self, name: str) -> bool:

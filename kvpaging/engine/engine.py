@@ -245,9 +245,9 @@ class Engine:
             for page_id in map(PageId, range(1, pages.num_pages + 1))
         )
 
-    def pins(self) -> tuple[PinState, ...]:
-        """Every pin, the oldest first. O(pins)."""
-        return self._cache.pins.states(self._clock())
+    def pins(self, tenant: str | None = None, name: str | None = None) -> tuple[PinState, ...]:
+        """Pins, the oldest first: see `Pins.states`. O(pins)."""
+        return self._cache.pins.states(self._clock(), tenant=tenant, name=name)
 
     def generate(
         self, prompts: Iterable[Sequence[int]], sampling: SamplingParams, *, n: int = 1

@@ -48,9 +48,11 @@ class GetCacheStats(msgspec.Struct, frozen=True, tag=True):
 
 
 class GetPins(msgspec.Struct, frozen=True, tag=True):
-    """Ask for a `PinList`."""
+    """Ask for a `PinList`: of one tenant or all, of one name or any."""
 
     query_id: int
+    tenant: str | None = None
+    name: str | None = None
 
 
 class Loading(msgspec.Struct, frozen=True, tag=True):

@@ -89,8 +89,8 @@ class SteppedEngine(Protocol):
     def cache_stats(self, query_id: int) -> CacheStats:
         """What the cache did so far."""
 
-    def pins(self) -> tuple[PinState, ...]:
-        """Every pin."""
+    def pins(self, tenant: str | None, name: str | None) -> tuple[PinState, ...]:
+        """Those of a tenant, or of a name."""
 
     def audit_idle(self) -> bool:
         """Check a slice of the laws; say whether more is left to check."""
@@ -188,9 +188,9 @@ def _serve(connection: Connection[ToEngine], engine: SteppedEngine) -> None:
                     _send_pages(connection, engine, query_id)
                 case GetCacheStats(query_id):
                     connection.send(engine.cache_stats(query_id))
-                case GetPins(query_id):
+                case GetPins(query_id, tenant, name):
                     limits = engine.config.scheduler
-                    pins = engine.pins()
+                    pins = engine.pins(tenant, name)
                     connection.send(
                         PinList(query_id, limits.page_size, limits.max_pinned_pages, pins)
                     )

@@ -57,10 +57,16 @@ def _check_retention(request: Request, config: SchedulerConfig) -> None:
             param="cache",
         )
     if retention.pin and not config.prefix_cache:
-        raise BadRequest("cache.pin needs the prefix cache, which is off here", param="cache")
+        raise BadRequest("a pin needs the prefix cache, which is off here", param="cache")
     if retention.pin and not config.max_pinned_pages:
         longest = -(-config.max_model_len // config.page_size)
         raise NoPins(config.max_model_len, longest, config.num_pages)
+    num_tokens = len(request.prompt_token_ids)
+    if retention.pin and num_tokens < config.page_size:
+        raise BadRequest(
+            f"a pin keeps full pages, and {num_tokens} tokens fill none of {config.page_size}",
+            param="cache",
+        )
 
 
 def _check_prompt(request: Request, vocab_size: int) -> None:

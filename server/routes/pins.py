@@ -1,6 +1,7 @@
 """A tenant's own pins: compute and pin a prefix, list pins, give one up.
 
-A pin of another tenant is not there, whatever is asked.
+A pin of another tenant is not there, whatever is asked. The operator sees and ends all of them
+under `/cache/pins`, see `server.operator_door`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from starlette.responses import Response
 
 from kvpaging.base.errors import BadRequest
 from kvpaging.base.ids import RequestId
+from kvpaging.cache.pins import PinState
 from kvpaging.scheduling.request import SamplingParams
 from server.envelope import identity_of
 from server.errors import ApiError
@@ -21,7 +23,14 @@ from server.observe.record import record_of
 from server.routes.answers import GENERATION_ERRORS, json_response, read_body
 from server.schemas.body import json_body, parse
 from server.schemas.errors import ErrorResponse
-from server.schemas.pins import NewPin, Pin, PinRequest, PinsAnswer, Unpinned
+from server.schemas.pins import (
+    AllPinsAnswer,
+    NewPin,
+    Pin,
+    PinRequest,
+    PinsAnswer,
+    Unpinned,
+)
 from server.service import Service, ServiceDep
 from server.sse import until_gone
 
@@ -40,12 +49,6 @@ async def pin(request: Request, service: ServiceDep) -> Response:
     asked = parse(PinRequest, await read_body(request, service))
     page_size = service.open_door(record).scheduler.page_size
     token_ids, num_shared_tokens = await service.prefix_ids(asked)
-    num_pages = len(token_ids) // page_size
-    if not num_pages:
-        raise BadRequest(
-            f"a pin keeps full pages, and {len(token_ids)} tokens fill none of {page_size}",
-            param="prompt",
-        )
     order = Order(
         request_id=RequestId(f"pin-{secrets.token_hex(12)}"),
         prompt_token_ids=token_ids,
@@ -55,7 +58,22 @@ async def pin(request: Request, service: ServiceDep) -> Response:
         is_score=True,
     )
     record.generation_id = order.request_id
-    _, done = await until_gone(request.receive, collect(service.generate([order], record)))
+    try:
+        _, done = await until_gone(request.receive, collect(service.generate([order], record)))
+    except BadRequest as error:
+        if error.param != "cache":
+            raise
+        param = "prompt" if asked.messages is None else "messages"  # here that is all there is
+        raise BadRequest(error.message, param=param, code=error.code) from error
+    if not (await until_gone(request.receive, service.client.pins(name=order.request_id))).pins:
+        raise ApiError(
+            503,
+            "the pin has ended already: the cache was emptied meanwhile, a later pin of the same "
+            "prefix took its place, or its ttl_s is over",
+            code="pin_ended",
+            retry_after_s=1.0,
+        )
+    num_pages = len(token_ids) // page_size
     answer: NewPin = {
         "id": order.request_id,
         "pages": num_pages,
@@ -72,9 +90,11 @@ async def pin(request: Request, service: ServiceDep) -> Response:
 )
 async def pins(request: Request, service: ServiceDep) -> Response:
     """Give the pins, the oldest first."""
-    size = service.engine_config().scheduler.page_size
-    own = await _own(request, service)
-    answer: PinsAnswer = {"page_size": size, "pins": own}
+    service.engine_config()
+    tenant = identity_of(request.scope).tenant
+    known = await until_gone(request.receive, service.client.pins(tenant))
+    own = [_pin(pin, known.page_size) for pin in known.pins]
+    answer: PinsAnswer = {"page_size": known.page_size, "pins": own}
     return json_response(answer)
 
 
@@ -89,25 +109,57 @@ async def pins(request: Request, service: ServiceDep) -> Response:
 )
 async def unpin(request: Request, pin_id: str, service: ServiceDep) -> Response:
     """End the pin: its pages are cached like any others from now on."""
+    return await _end(request, service, pin_id, identity_of(request.scope).tenant)
+
+
+@router.get(
+    "/cache/pins",
+    tags=["operations"],
+    summary="All tenants' pins",
+    responses={200: {"model": AllPinsAnswer}, 503: {"model": ErrorResponse}},
+)
+async def all_pins(request: Request, service: ServiceDep) -> Response:
+    """Give the pins, the oldest first."""
     service.engine_config()
-    if not any(pin["id"] == pin_id for pin in await _own(request, service)):
+    known = await until_gone(request.receive, service.client.pins())
+    answer: AllPinsAnswer = {
+        "page_size": known.page_size,
+        "max_pages": known.max_pages,
+        "pins": [{"tenant": pin.tenant, **_pin(pin, known.page_size)} for pin in known.pins],
+    }
+    return json_response(answer)
+
+
+@router.delete(
+    "/cache/pins/{pin_id}",
+    tags=["operations"],
+    summary="End a pin, whosever it is",
+    responses={
+        200: {"model": Unpinned},
+        404: {"model": ErrorResponse},
+        503: {"model": ErrorResponse},
+    },
+)
+async def end_pin(request: Request, pin_id: str, service: ServiceDep) -> Response:
+    """End the pin: its pages are cached like any others from now on."""
+    return await _end(request, service, pin_id, None)
+
+
+async def _end(request: Request, service: Service, pin_id: str, tenant: str | None) -> Response:
+    service.engine_config()
+    found = await until_gone(request.receive, service.client.pins(tenant, pin_id))
+    if not found.pins:
         raise ApiError(404, f"there is no pin {pin_id[:64]!r}", code="pin_not_found")
     service.client.unpin(RequestId(pin_id))
     answer: Unpinned = {"id": pin_id}
     return json_response(answer)
 
 
-async def _own(request: Request, service: Service) -> list[Pin]:
-    tenant = identity_of(request.scope).tenant
-    known = await until_gone(request.receive, service.client.pins())
-    return [
-        {
-            "id": pin.name,
-            "pages": pin.num_pages,
-            "tokens": pin.num_pages * known.page_size,
-            "computed": pin.is_kept,
-            "ends_in_s": None if pin.ends_in_s is None else round(pin.ends_in_s, 3),
-        }
-        for pin in known.pins
-        if pin.tenant == tenant
-    ]
+def _pin(pin: PinState, page_size: int) -> Pin:
+    return {
+        "id": pin.name,
+        "pages": pin.num_pages,
+        "tokens": pin.num_pages * page_size,
+        "computed": pin.is_kept,
+        "ends_in_s": None if pin.ends_in_s is None else round(pin.ends_in_s, 3),
+    }

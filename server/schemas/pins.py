@@ -80,6 +80,21 @@ class PinsAnswer(TypedDict):
     pins: list[Pin]
 
 
+class TenantsPin(Pin):
+    """One pin, for the operator."""
+
+    tenant: str
+
+
+class AllPinsAnswer(TypedDict):
+    """All tenants' pins, the oldest first."""
+
+    page_size: int
+    max_pages: int
+    """That all of them may hold."""
+    pins: list[TenantsPin]
+
+
 class Unpinned(TypedDict):
     """The pin has ended; its pages are cached like any others."""
 

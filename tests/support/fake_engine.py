@@ -111,6 +111,8 @@ class FakeEngineClient:
     num_cached_tokens: int = 0
     levels_that_fail: tuple[str, ...] = ()
     """To be emptied."""
+    forgets_pins: bool = False
+    """As if the cache had been emptied."""
     late_steps: int = 0
     """Steps that an output still makes after it was told to finish."""
 
@@ -165,12 +167,13 @@ class FakeEngineClient:
             raise EngineDied("there is no engine")
         return self.cache
 
-    async def pins(self) -> PinList:
+    async def pins(self, tenant: str | None = None, name: str | None = None) -> PinList:
         pins = tuple(
             PinState(request.request_id, request.tenant, num_pages, True, request.retention.ttl_s)
             for request in self.seen
             if request.retention.pin and request.request_id not in self.unpinned
-            if (num_pages := len(request.prompt_token_ids) // 16)
+            if tenant in (None, request.tenant) and name in (None, request.request_id)
+            if (num_pages := len(request.prompt_token_ids) // 16) and not self.forgets_pins
         )
         return PinList(0, 16, 32, pins)
 

@@ -98,7 +98,7 @@ class ScriptedEngine:
     def pages(self) -> tuple[PageState, ...]:
         return (PageState(1, "free", 0, 0),)
 
-    def pins(self) -> tuple[PinState, ...]:
+    def pins(self, tenant: str | None, name: str | None) -> tuple[PinState, ...]:
         return (PinState("p", "t", 3, True, None),)
 
     def audit_idle(self) -> bool:

@@ -93,7 +93,7 @@ class FakeEngine:
     def pages(self) -> tuple[PageState, ...]:
         return tuple(PageState(i, "free", 0, 0) for i in range(1, 4))
 
-    def pins(self) -> tuple[PinState, ...]:
+    def pins(self, tenant: str | None, name: str | None) -> tuple[PinState, ...]:
         return (PinState("p", "t", 3, True, None),)
 
     def audit_idle(self) -> bool:

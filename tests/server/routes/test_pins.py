@@ -69,12 +69,53 @@ def test_what_can_not_be_pinned_is_refused(body: dict[str, Any], says: str) -> N
     assert not client.seen
 
 
+@pytest.mark.parametrize(
+    "body", [{"prompt": [1] * 15}, {"messages": [{"role": "user", "content": "x"}]}]
+)
+def test_a_prompt_below_a_page_can_not_be_pinned_in_any_way(body: dict[str, Any]) -> None:
+    client = FakeEngineClient(config=engine_config(page_size=32, num_pages=32))
+    http = Caller(make_app(client))
+    error = http.post("/pins", body).json()["error"]
+    assert "tokens fill none of 32" in error["message"]
+    assert error["param"] == next(iter(body))
+    if "prompt" in body:
+        asked = {**body, "max_new_tokens": 1, "cache": {"pin": True}}
+        again = http.post("/generate", asked).json()["error"]
+        assert (again["message"], again["param"]) == (error["message"], "cache")
+
+
+def test_a_pin_that_has_ended_is_no_success() -> None:
+    answer = Caller(make_app(FakeEngineClient(forgets_pins=True))).post("/pins", {"prompt": LONG})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "pin_ended")
+
+
+def test_the_operator_sees_and_ends_every_pin() -> None:
+    client = FakeEngineClient()
+    app = make_app(client, api_keys=("one", "two"), operator_key="boss")
+    one, two, boss = (
+        Caller(app, {"Authorization": f"Bearer {key}"}) for key in ("one", "two", "boss")
+    )
+    ids = [http.post("/pins", {"prompt": LONG}).json()["id"] for http in (one, two)]
+    listed = boss.get("/cache/pins").json()
+    assert [pin["id"] for pin in listed["pins"]] == ids
+    assert len({pin["tenant"] for pin in listed["pins"]}) == 2
+    assert one.get("/cache/pins").status_code == 403
+    assert one.request("DELETE", f"/cache/pins/{ids[0]}").status_code == 403
+    assert boss.request("DELETE", f"/cache/pins/{ids[1]}").json() == {"id": ids[1]}
+    assert boss.request("DELETE", f"/cache/pins/{ids[1]}").status_code == 404
+    assert client.unpinned == [ids[1]]
+
+
 def bodies(cache: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    chat = {"model": "org/tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
-    completion = {"model": "org/tiny", "prompt": "x", "max_tokens": 1}
+    chat = {
+        "model": "org/tiny",
+        "messages": [{"role": "user", "content": "x" * 99}],
+        "max_tokens": 1,
+    }
+    completion = {"model": "org/tiny", "prompt": "x" * 99, "max_tokens": 1}
     return [
-        ("/generate", {"prompt": "x", "max_new_tokens": 1, "cache": cache}),
-        ("/generate", {"inputs": "x", "parameters": {"max_new_tokens": 1, "cache": cache}}),
+        ("/generate", {"prompt": "x" * 99, "max_new_tokens": 1, "cache": cache}),
+        ("/generate", {"inputs": "x" * 99, "parameters": {"max_new_tokens": 1, "cache": cache}}),
         ("/v1/completions", {**completion, "cache": cache}),
         ("/v1/chat/completions", {**chat, "cache": cache}),
     ]
