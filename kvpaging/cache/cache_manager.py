@@ -38,6 +38,8 @@ from kvpaging.cache.store_queue import StoreQueue
 
 MAX_OVER: Final = 1024
 """Pages whose time is over that are looked at in one step."""
+MAX_EMPTIED: Final = 1024
+"""Pages that a flush gives up in one step."""
 
 
 class _CachedPages:
@@ -62,6 +64,8 @@ class _CachedPages:
         """How many sequences sampled well from a published key, where it is counted."""
         self.exposed: list[PageId] = []
         """Cached pages whose time is over and that became leaves: to be given up."""
+        self.doomed: list[PageId] = []
+        """What a flush has still to give up: nobody finds it, and no level gets it."""
         self._retained = retained
         self._budgets = budgets
         self._stores = stores
@@ -111,7 +115,7 @@ class _CachedPages:
     def lose(self, page_id: PageId, cause: EvictionCause) -> None:
         """What this page holds leaves the device, to another level where one wants it."""
         parent, link = self._index.entry(page_id)
-        if not self._retained.has_end(link.key):
+        if not self.doomed and not self._retained.has_end(link.key):
             self._stores.evicted(PageStore(page_id, parent, link, num_uses=0))
         self.withdraw(page_id)
         self._evictions.add(link.key, cause)
@@ -174,11 +178,12 @@ class CacheManager:
         self._prefix_cache = prefix_cache
 
     def advance(self, now_s: float) -> None:
-        """The time is so now: pins and pages whose time is over go, leaves first.
+        """The time is so now: pins and pages whose time is over go, leaves first, and flushed ones.
 
-        Never more than `MAX_OVER` pages a call; the others go with the next ones.
+        Never more than `MAX_OVER` and `MAX_EMPTIED` pages a call; others go with the next ones.
         """
         self.retained.now_s = self.evictions.now_s = now_s
+        self._empty_some()
         while (name := self.pins.next_over(now_s)) is not None:
             self.drop_pin(name)
         for _ in range(MAX_OVER if self.retained else 0):
@@ -236,7 +241,7 @@ class CacheManager:
 
         At least the last token is left to compute: its logits are needed.
         """
-        if not self._prefix_cache:
+        if not self._prefix_cache or self.is_emptying:
             return []
         return self.index.match(chain, (num_tokens - 1) // self.page_size)
 
@@ -250,7 +255,7 @@ class CacheManager:
 
     def held_below(self, chain: PrefixChain, num_matched: int, num_tokens: int) -> tuple[Held, ...]:
         """The pages after the matched ones that are believed to be in lower levels. A question."""
-        if self._levels is None or not self.has_levels:
+        if self._levels is None or not self.has_levels or self.is_emptying:
             return ()
         return self._levels.probe(chain.links[num_matched : (num_tokens - 1) // self.page_size])
 
@@ -491,21 +496,35 @@ class CacheManager:
         self.allocator.release(self.pins.drop(name))
 
     def flush(self) -> int:
-        """Forget every page that can be found; returns how many. O(pages that hold something).
+        """Forget every page that can be found; returns how many.
 
-        Pages in use stay with those who use them, who write on and are found by nobody. Pins end.
+        From now on nobody finds any. `MAX_EMPTIED` of them are given up at once, the others in the
+        next steps; until then whoever comes shares nothing, as those who run already: pages in use
+        stay with those who use them, who write on and are found by nobody. Pins end.
         """
-        num_found = len(self.index)
+        num_found = 0 if self.is_emptying else len(self.index)
         self.allocator.release(self.pins.disown())
         for lease in self.leases.values():
             lease.is_private = True
-        for page_id in tuple(self.index):
-            self.evictions.add(self.index.entry(page_id).link.key, EvictionCause.FLUSH)
-            if page_id in self._cached:
-                self.discard(page_id)
-            else:
-                self._cached.withdraw(page_id)
+        self._cached.doomed = list(self.index)
+        self._empty_some()
         return num_found
+
+    @property
+    def is_emptying(self) -> bool:
+        """A flush has pages to give up in the next steps."""
+        return bool(self._cached.doomed)
+
+    def _empty_some(self) -> None:
+        doomed = self._cached.doomed
+        for page_id in doomed[-MAX_EMPTIED:]:
+            if page_id in self.index:  # else it was evicted meanwhile
+                self.evictions.add(self.index.entry(page_id).link.key, EvictionCause.FLUSH)
+                if page_id in self._cached:
+                    self.discard(page_id)
+                else:
+                    self._cached.withdraw(page_id)
+        del doomed[-MAX_EMPTIED:]
 
     def hurry_stores(self) -> None:
         """All that waits to be copied down goes with the next step."""
@@ -554,6 +573,7 @@ class CacheManager:
             num_published=num_matched,
             retention=retention,
             budget=budget,
+            is_private=self.is_emptying,
         )
         self.leases[id(lease)] = lease
         return lease

@@ -144,6 +144,7 @@ class Scheduler:
             or self._rejections
             or self._flushing
             or self._flushed
+            or self.cache.is_emptying
             or self.cache.has_stores
         )
 

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from kvpaging.base.config import EngineConfig
 from kvpaging.base.errors import BadRequest
 from kvpaging.base.ids import RequestId
+from kvpaging.cache import cache_manager
 from kvpaging.cache.cache_manager import CacheManager
 from kvpaging.cache.prefix_key import SharedPrefix
 from kvpaging.cache.retention import AS_IT_IS, Retention
@@ -132,7 +133,9 @@ class TwoPlans:
 @pytest.mark.parametrize("has_levels", [False, True], ids=["device", "levels"])
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("seed", range(12))
-def test_random_arrivals_aborts_and_tiny_pools(seed: int, depth: int, has_levels: bool) -> None:
+def test_random_arrivals_aborts_and_tiny_pools(
+    seed: int, depth: int, has_levels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rng = random.Random(f"{seed} {depth} {has_levels}")
     levels = None
     if has_levels:
@@ -148,6 +151,7 @@ def test_random_arrivals_aborts_and_tiny_pools(seed: int, depth: int, has_levels
         eos_token_ids=(0, 1, 2) if rng.random() < 0.5 else (),
         max_pinned_ratio=rng.choice([0.0, 0.3, 1.0]),
     )
+    monkeypatch.setattr(cache_manager, "MAX_EMPTIED", rng.choice([1, 3, 1000]))
     loop, seen = TwoPlans(config, depth, levels), Collector()
     accepted: dict[str, Request] = {}
     aborted: set[str] = set()

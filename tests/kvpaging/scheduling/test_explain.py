@@ -12,6 +12,7 @@ from digest_model import DigestExecutor, DigestLevels, digest, digest_config
 
 from kvpaging.base.evictions import Evicted, EvictionCause
 from kvpaging.base.ids import RequestId
+from kvpaging.cache import cache_manager
 from kvpaging.cache.explanation import CacheExplanation, LevelMatch, MissedRun, MissReason
 from kvpaging.cache.lower_levels import Held, LevelLoad, PagesLoaded
 from kvpaging.cache.prefix_key import ChainLink
@@ -488,3 +489,53 @@ def test_who_runs_through_a_flush_keeps_its_answer_and_shares_nothing() -> None:
     assert tokens == alone[: len(tokens)]
     assert len(tokens) > 8
     assert scene.ask([*PROMPT, *tokens]).all.num_cached_tokens == 0
+
+
+def test_a_large_cache_is_emptied_in_steps_and_nobody_finds_what_is_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cache_manager, "MAX_EMPTIED", 2)
+    below = DigestLevels(random.Random(0), store_at_uses=(1,), wants_evicted=True, forgets=False)
+    scene = Scene(num_pages=14, levels=below)
+    for first in (10, 20, 30):
+        scene.ask(list(range(first, first + 18)))
+    while scene.engine.has_work:
+        scene.engine.step()
+    cache = scene.engine._cache
+    assert len(cache.index) == 12
+    long = scene.order([9] * 6, new=20)
+    asked = [scene.order([*range(first, first + 18), 1], new=6) for first in (10, 20)]
+    events: list[Event] = [Arrival(long), Flush(7, None), *map(Arrival, asked)]
+    ended: dict[str, Finished] = {}
+    tokens: dict[str, list[int]] = {}
+    left = []
+    stored_before = set(below.pages)
+    for k in range(200):
+        if not events and not scene.engine.has_work:
+            break
+        outputs = scene.engine.step(events)
+        events = []
+        if cache.is_emptying:
+            assert cache.evictions.counts[EvictionCause.FLUSH] <= 2 * (k + 1)
+            left.append(len(cache.index))
+            assert not below.pages.keys() & stored_before, "what was flushed goes down after it"
+        for output in outputs.outputs:
+            tokens.setdefault(output.request_id, []).extend(s.token_id for s in output.samples)
+            if output.finished is not None:
+                ended[output.request_id] = output.finished
+    assert len(left) > 2
+    assert cache.evictions.num_evicted > 0, "pages were needed before it was done"
+    for order in asked:
+        told = ended[order.request_id].explanation
+        assert told is not None
+        assert told.num_cached_tokens == 0
+        alone: list[int] = []
+        while len(alone) < 6:
+            alone.append(digest([*order.prompt_token_ids, *alone], 0, 0))
+            if alone[-1] == 0:
+                break
+        assert tokens[order.request_id] == alone
+    assert cache.allocator.num_held == 0
+    assert scene.ask(list(range(30, 48))).all.num_cached_tokens == 0
+    assert scene.ask(list(range(30, 48))).all.num_cached_tokens == 16
+    assert scene.engine.stats().broken_laws == ()
