@@ -17,7 +17,6 @@ from typing import Final
 import msgspec
 
 from kvpaging.base.evictions import Evicted, EvictionCause
-from kvpaging.cache.load_costs import LoadChoices
 from kvpaging.cache.lower_levels import Held, LevelLoad, PagesLoaded
 from kvpaging.cache.prefix_key import ChainLink
 
@@ -82,7 +81,10 @@ class LevelMatch(msgspec.Struct, frozen=True, array_like=True):
 
 
 class LoadNote(msgspec.Struct, frozen=True, array_like=True):
-    """The choice between loading and computing, and what came of it."""
+    """The choice between loading and computing, and what came of it.
+
+    What the choice rests on is measured over all tenants, so it is not told.
+    """
 
     num_below: int
     """Pages that were believed to be in lower levels ..."""
@@ -92,8 +94,6 @@ class LoadNote(msgspec.Struct, frozen=True, array_like=True):
     """... and pages that came."""
     elapsed_s: float
     """That the loads took."""
-    choices: LoadChoices
-    """What was measured when it was chosen."""
 
 
 class CacheExplanation(msgspec.Struct, frozen=True, array_like=True):
@@ -120,7 +120,6 @@ class _Round:
     first: int
     held: tuple[Held, ...]
     num_worth: int
-    choices: LoadChoices
     is_begun: bool = False
     num_loaded: int = 0
     loads: tuple[LevelLoad, ...] = ()
@@ -156,16 +155,14 @@ class Lookup:
 
     rounds: list[_Round] = field(default_factory=list)
 
-    def probed(
-        self, first: int, held: tuple[Held, ...], num_worth: int, choices: LoadChoices
-    ) -> None:
+    def probed(self, first: int, held: tuple[Held, ...], num_worth: int) -> None:
         """The levels were asked for the pages from `first` on.
 
         A question that led to no load is forgotten with the next one.
         """
         if self.rounds and not self.rounds[-1].is_begun:
             self.rounds.pop()
-        self.rounds.append(_Round(first, held, num_worth, choices))
+        self.rounds.append(_Round(first, held, num_worth))
 
     def begun(self) -> None:
         """The load that the last question led to has begun."""
@@ -351,5 +348,4 @@ def _load_note(lookup: Lookup) -> LoadNote | None:
         num_asked=sum(one.num_worth for one in rounds if one.is_begun),
         num_loaded=sum(one.num_loaded for one in rounds),
         elapsed_s=lookup.elapsed_s,
-        choices=rounds[0].choices,
     )

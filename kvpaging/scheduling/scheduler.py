@@ -584,7 +584,7 @@ class Scheduler:
         num_pages = self._load_costs.num_worth_loading(held, self.cache.page_size)
         if held and not sequence.was_admitted:
             sequence.lookup = sequence.lookup or Lookup()
-            sequence.lookup.probed(len(matched), held, num_pages, self._load_costs.choices())
+            sequence.lookup.probed(len(matched), held, num_pages)
         return num_pages
 
     def _load(

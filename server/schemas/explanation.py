@@ -53,7 +53,10 @@ class MissedTokens(TypedDict):
 
 
 class LoadExplanation(TypedDict):
-    """Whether to load pages or to compute them: what was measured, and what came of it."""
+    """Whether to load pages or to compute them, and what came of it.
+
+    What a page takes to load and to compute is measured over all tenants: it is the operator's.
+    """
 
     pages_below: int
     """Pages that levels below the device were believed to have ..."""
@@ -62,9 +65,6 @@ class LoadExplanation(TypedDict):
     pages_loaded: int
     """... and so many came."""
     load_ms: float
-    load_ms_per_page: dict[str, float]
-    """By level, as far as it was measured."""
-    compute_ms_per_page: float | None
 
 
 class RecomputedTokens(TypedDict):
@@ -102,7 +102,7 @@ def explanation_of(
         "levels": [_level(level, size, policy) for level in told.levels],
         "first_mismatch": None if is_whole else _mismatch(told.num_cached_tokens // size, size),
         "missed": [_missed(run, policy) for run in told.missed],
-        "load": None if told.load is None else _load(told.load, size),
+        "load": None if told.load is None else _load(told.load),
         "recomputed": [
             {"output": output, "first_token": one.first_token, "tokens": one.num_tokens}
             for output, one in recomputed
@@ -141,19 +141,12 @@ def _missed(run: MissedRun, policy: str) -> MissedTokens:
     return missed
 
 
-def _load(note: LoadNote, size: int) -> LoadExplanation:
-    compute_s = note.choices.compute_s_per_token
+def _load(note: LoadNote) -> LoadExplanation:
     return {
         "pages_below": note.num_below,
         "pages_asked": note.num_asked,
         "pages_loaded": note.num_loaded,
         "load_ms": _ms(note.elapsed_s),
-        "load_ms_per_page": {
-            cost.level: _ms(cost.load_s_per_page)
-            for cost in note.choices.levels
-            if cost.load_s_per_page is not None
-        },
-        "compute_ms_per_page": None if compute_s is None else _ms(compute_s * size),
     }
 
 

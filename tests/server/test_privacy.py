@@ -57,6 +57,7 @@ class Server:
         self.write_keys(**KEYS)
         flags = ("--model", model, "--api-keys", self.keys, "--shared-scope", "--threads", "1")
         flags += ("--kv-cache-memory", "64MiB", "--record", directory / "recording")
+        flags += ("--disk-cache", directory / "pages")
         environment = {k: v for k, v in os.environ.items() if not k.startswith("KVPAGING_")}
         self.process = subprocess.Popen(
             [*COMMAND, *map(str, flags)],
@@ -264,6 +265,28 @@ def test_an_explanation_is_the_same_whether_another_tenant_sent_the_prompt_or_no
     assert own != first
 
 
+def test_an_explanation_of_pages_on_the_disk_holds_nothing_measured_of_others(
+    server: Server,
+) -> None:
+    alice, bob, ops = (server.client(tenant) for tenant in ("alice", "bob", "ops"))
+    lot = random.Random(9)
+    mine, same = prompt(lot), prompt(lot)
+    bob.send_ahead([mine, same])
+    told = []
+    for tokens in (mine, same):
+        assert ops.request("DELETE", "/cache?level=device")[0] == 200
+        (one,) = bob.generate(tokens, explain=True).end["explanations"]
+        assert one["levels"][1]["level"] == "disk"
+        load = one.pop("load")
+        assert load.keys() == {"pages_below", "pages_asked", "pages_loaded", "load_ms"}
+        told.append(load["pages_below"])
+        theirs = prompt(lot)
+        alice.send_ahead([theirs])  # what the others' pages take changes between the two
+        assert ops.request("DELETE", "/cache?level=device")[0] == 200
+        alice.generate(theirs)
+    assert told == [NUM_TOKENS // 16 - 1] * 2
+
+
 def test_no_route_tells_a_tenant_what_another_does(server: Server) -> None:
     bob = server.client("bob")
     paths = json.loads(bob.request("GET", "/openapi.json")[1])["paths"]
@@ -327,7 +350,11 @@ def test_another_tenants_request_id_is_no_handle_on_it(server: Server) -> None:
     assert all(re.fullmatch("gen-[0-9a-f]{24}", request_id) for request_id in ids)
     paths = json.loads(bob.request("GET", "/openapi.json")[1])["paths"]
     # A pin's id is no handle for another either: test_pins.
-    assert {path for path in paths if "{" in path} == {"/v1/models/{model_id}", "/pins/{pin_id}"}
+    assert {path for path in paths if "{" in path} == {
+        "/v1/models/{model_id}",
+        "/pins/{pin_id}",
+        "/cache/pins/{pin_id}",
+    }
 
 
 def test_no_key_and_no_prompt_is_anywhere_but_in_the_file(server: Server) -> None:

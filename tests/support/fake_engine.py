@@ -235,7 +235,6 @@ def cache_stats() -> CacheStats:
 
 def explanation(num_tokens: int) -> CacheExplanation:
     """Made up: the first token was found, the second was evicted, the others are new."""
-    choices = LoadChoices(0.001, (LevelCost("disk", 0.002, 0.5, 0.1),), 1, 0)
     return CacheExplanation(
         1,
         num_tokens,
@@ -257,7 +256,7 @@ def explanation(num_tokens: int) -> CacheExplanation:
             MissedRun(MissReason.EVICTED, 1, 1, EvictionCause.ROOM, 2.5, "disk"),
             MissedRun(MissReason.NEVER_SEEN, 2, num_tokens - 2),
         ),
-        LoadNote(1, 1, 1, 0.004, choices),
+        LoadNote(1, 1, 1, 0.004),
     )
 
 

@@ -82,8 +82,6 @@ def test_explanations_come_at_the_end(path: str, body: dict[str, Any], stream: b
                 "pages_asked": 1,
                 "pages_loaded": 1,
                 "load_ms": 4.0,
-                "load_ms_per_page": {"disk": 2.0},
-                "compute_ms_per_page": 1.0,
             },
             "recomputed": [],
         }
