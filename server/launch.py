@@ -251,6 +251,7 @@ class _Server:
                 settings.operator_key.get_secret_value() if settings.operator_key else None
             ),
             tenant_budget=settings.tenant_budget,
+            max_cache_priority=settings.max_cache_priority,
             preload=settings.preload,
             max_body_bytes=settings.max_body,
             body_timeout_s=settings.body_timeout_s,

@@ -20,6 +20,7 @@ from fastapi import Depends, Request
 
 from kvpaging.base.config import EngineConfig
 from kvpaging.base.errors import BadRequest, EngineDied, Overloaded, PromptTooLong
+from kvpaging.cache.retention import MAX_RETENTION_PRIORITY
 from kvpaging.engine.messages import PagePicture
 from kvpaging.scheduling import admission
 from server.client import EngineClient, EngineState
@@ -66,6 +67,8 @@ class AppConfig:
     stream: StreamLimits = field(default_factory=StreamLimits)
     tenant_budget: float | None = None
     """KV pages that each tenant may have that has no budget of its own; up to 1: that share."""
+    max_cache_priority: int | None = None
+    """That requests may ask for; `None`: any where there is one tenant, else 0."""
     preload: Path | None = None
     """A file of prefixes to compute ahead: see `server.preload`."""
     drain_retry_s: float = 5.0
@@ -197,6 +200,7 @@ class Service:
     def _check_limits(self, order: Order, field_names: Mapping[str, str]) -> None:
         config = self.engine_config()
         try:
+            self._check_priority(order.retention.priority)
             admission.check(order.request(), config.scheduler, config.vocab_size)
         except BadRequest as error:
             message, param = error.message, error.param
@@ -205,6 +209,19 @@ class Service:
                     message = message.replace(ours, theirs)
                 param = theirs if param == ours else param
             raise BadRequest(message, param=param, code=error.code) from error
+
+    def _check_priority(self, priority: int) -> None:
+        """Refuse a priority that would keep other tenants' pages out for as long as it is used."""
+        most = self.config.max_cache_priority
+        if most is None:
+            keys = self.config.keys
+            most = MAX_RETENTION_PRIORITY if keys is None or len(keys.tenants()) == 1 else 0
+        if priority > most:
+            raise BadRequest(
+                f"cache.priority may be at most {most} on this server (--max-cache-priority), not "
+                f"{priority}",
+                param="cache.priority",
+            )
 
     async def chat_ids(
         self, messages: Sequence[Mapping[str, str]], variables: Mapping[str, Any]

@@ -23,6 +23,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from kvpaging.base.config import EngineOptions
 from kvpaging.base.errors import ConfigError
 from kvpaging.cache.eviction.names import DEFAULT_POLICY, POLICIES
+from kvpaging.cache.retention import MAX_RETENTION_PRIORITY
 
 ENV_PREFIX: Final = "KVPAGING_"
 DEMO_NAME: Final = "kvpaging-demo"
@@ -172,6 +173,13 @@ class Settings(BaseModel):
         le=2**31,
         description="KV pages that each tenant may have, or up to 1: share of them; the file of "
         "keys may say otherwise for one; default: all",
+    )
+    max_cache_priority: int | None = Field(
+        None,
+        ge=0,
+        le=MAX_RETENTION_PRIORITY,
+        description="highest cache.priority that requests may ask for: with one tenant 100, with "
+        "several 0, so that no tenant keeps the others' pages out",
     )
     preload: Path | None = Field(
         None, description="file of prompts or messages (JSON lines) to compute ahead when idle"

@@ -61,9 +61,9 @@ async def pin(request: Request, service: ServiceDep) -> Response:
     try:
         _, done = await until_gone(request.receive, collect(service.generate([order], record)))
     except BadRequest as error:
-        if error.param != "cache":
-            raise
-        param = "prompt" if asked.messages is None else "messages"  # here that is all there is
+        whole = "prompt" if asked.messages is None else "messages"
+        own = {"cache": whole, "cache.priority": "priority"}  # a request's `cache` is all of this
+        param = own.get(error.param or "", error.param)
         raise BadRequest(error.message, param=param, code=error.code) from error
     if not (await until_gone(request.receive, service.client.pins(name=order.request_id))).pins:
         raise ApiError(

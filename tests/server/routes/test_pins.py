@@ -89,6 +89,34 @@ def test_a_pin_that_has_ended_is_no_success() -> None:
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "pin_ended")
 
 
+@pytest.mark.parametrize(
+    ("keys", "most", "refused", "let_in"),
+    [
+        ((), None, (), (100, -100)),
+        (("one",), None, (), (100,)),
+        (("one", "two"), None, (1, 100), (0, -100)),
+        (("one", "two"), 5, (6,), (5,)),
+        ((), 5, (6,), (5,)),
+    ],
+)
+def test_no_tenant_keeps_the_others_pages_out_by_a_priority(
+    keys: tuple[str, ...], most: int | None, refused: tuple[int, ...], let_in: tuple[int, ...]
+) -> None:
+    client = FakeEngineClient()
+    app = make_app(client, api_keys=keys, max_cache_priority=most)
+    http = Caller(app, {"Authorization": "Bearer one"})
+    for priority in (*refused, *let_in):
+        body = {"prompt": LONG, "max_new_tokens": 1, "cache": {"priority": priority}}
+        answers = [http.post("/generate", body)]
+        answers.append(http.post("/pins", {"prompt": LONG, "priority": priority}))
+        assert {answer.status_code for answer in answers} == {400 if priority in refused else 200}
+        if priority in refused:
+            errors = [answer.json()["error"] for answer in answers]
+            assert [error["param"] for error in errors] == ["cache.priority", "priority"]
+            assert "cache.priority may be at most" in errors[0]["message"]
+    assert {request.retention.priority for request in client.seen} == set(let_in)
+
+
 def test_the_operator_sees_and_ends_every_pin() -> None:
     client = FakeEngineClient()
     app = make_app(client, api_keys=("one", "two"), operator_key="boss")
