@@ -27,6 +27,7 @@ from kernels.ops import Ops
 from kvpaging.base.clock import Clock, monotonic
 from kvpaging.base.evictions import Evicted
 from kvpaging.base.ids import PageKey
+from kvpaging.base.threads import give_way
 from kvpaging.cache.lower_levels import (
     Held,
     LevelFlush,
@@ -269,6 +270,7 @@ class PageMover:
     # The threads.
 
     def _run_stores(self) -> None:
+        give_way()
         while (order := self._stores.get()) is not None:
             if isinstance(order, LevelFlush):
                 self._flush(order)

@@ -37,6 +37,7 @@ from kvpaging.base.errors import ConfigError
 from kvpaging.base.evictions import Evicted, EvictionCause, EvictionLog
 from kvpaging.base.ids import PageKey
 from kvpaging.base.secret_file import read_secret
+from kvpaging.base.threads import give_way
 from kvpaging.levels import segment
 from kvpaging.levels.codec import BadValue, PageCodec
 from kvpaging.levels.level import Complaints, Counters, LevelStats, StoredPage
@@ -167,8 +168,13 @@ class DiskLevel:
         self._workers = ThreadPoolExecutor(
             min(_MAX_WORKERS, os.cpu_count() or 1), thread_name_prefix="kvpaging-disk"
         )
-        """Pack pages for writing; read and check them. A thread that the medium holds is given up
-        by who waits for it."""
+        """Read and check pages. A thread that the medium holds is given up by who waits for it."""
+        self._packers = ThreadPoolExecutor(
+            min(_MAX_WORKERS, os.cpu_count() or 1),
+            thread_name_prefix="kvpaging-pack",
+            initializer=give_way,
+        )
+        """Compress pages for writing, which no request waits for."""
         try:
             self._lock_file = _lock_directory(directory)
             try:
@@ -176,6 +182,7 @@ class DiskLevel:
                 self._recover()
             except OSError:
                 self._workers.shutdown()
+                self._packers.shutdown()
                 os.close(self._lock_file)
                 raise
         except OSError as error:
@@ -191,7 +198,7 @@ class DiskLevel:
         found: list[StoredPage | None] = [None] * len(keys)
         runs = list(self._runs(keys))
         num_late = sum(len(run.wanted) for run in runs)
-        for run, pages in self._ahead(self._load_run, runs, started + deadline_s):
+        for run, pages in self._ahead(self._workers, self._load_run, runs, started + deadline_s):
             num_late -= len(run.wanted)
             for (i, _, _), page in zip(run.wanted, pages, strict=True):
                 found[i] = page
@@ -272,10 +279,15 @@ class DiskLevel:
             with self._places_lock:
                 self._places.clear()
             self._workers.shutdown(wait=False, cancel_futures=True)
+            self._packers.shutdown(wait=False, cancel_futures=True)
             os.close(self._lock_file)
 
     def _ahead(
-        self, work: Callable[[_Item], _Done], items: Iterable[_Item], end_s: float
+        self,
+        workers: ThreadPoolExecutor,
+        work: Callable[[_Item], _Done],
+        items: Iterable[_Item],
+        end_s: float,
     ) -> Iterator[tuple[_Item, _Done]]:
         """Each item with what `work` makes of it, in order, some of them worked out ahead.
 
@@ -286,7 +298,7 @@ class DiskLevel:
         try:
             while True:
                 for item in itertools.islice(rest, _MAX_WORKERS + 1 - len(under_way)):
-                    under_way.append((item, self._workers.submit(work, item)))
+                    under_way.append((item, workers.submit(work, item)))
                 if not under_way:
                     return
                 item, future = under_way.popleft()
@@ -306,7 +318,7 @@ class DiskLevel:
         """Batches of pages and their values, until `end_s`."""
         batches = _batches(pages)
         if self._codec.compresses:
-            yield from self._ahead(self._encode, batches, end_s)
+            yield from self._ahead(self._packers, self._encode, batches, end_s)
             return
         for batch in batches:  # nothing that would be worth another thread
             if self._clock() >= end_s:

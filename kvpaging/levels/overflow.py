@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 from kvpaging.base.clock import Clock, monotonic
+from kvpaging.base.threads import give_way
 from kvpaging.levels.level import Complaints, Level, StoredPage
 
 MAX_BYTES: Final = 64 << 20
@@ -114,6 +115,7 @@ class Overflow:
             self._running.is_dropped = True
 
     def _run(self) -> None:
+        give_way()
         while (work := self._next()) is not None:
             try:
                 for batch in work.batches:
