@@ -36,6 +36,8 @@ class PathStatus:
     exact: bool
     detail: str
     """What it would run on; or why it can't, and what would help."""
+    page_dtypes: tuple[torch.dtype, ...] = ()
+    """Of `ops.QUANTISED`: what its pages can hold beside the dtype of activations."""
 
 
 def select(
@@ -80,7 +82,12 @@ def describe() -> tuple[PathStatus, ...]:
         _status("native", "cpu", exact=True),
         _status("triton", "cuda", exact=True),
         PathStatus(
-            "torch", "any", available=True, exact=False, detail=f"torch {torch.__version__}"
+            "torch",
+            "any",
+            available=True,
+            exact=False,
+            detail=f"torch {torch.__version__}",
+            page_dtypes=TorchOps.page_dtypes,
         ),
     )
 
@@ -90,7 +97,10 @@ def _status(name: PathName, device: str, *, exact: bool) -> PathStatus:
         detail = library.describe() if name == "native" else _triton_detail()
     except KernelUnavailableError as error:
         return PathStatus(name, device, available=False, exact=exact, detail=str(error))
-    return PathStatus(name, device, available=True, exact=exact, detail=detail)
+    page_dtypes = NativeOps.page_dtypes
+    if name == "triton":
+        page_dtypes = importlib.import_module("kernels.jit").TritonOps("cuda").page_dtypes
+    return PathStatus(name, device, True, exact, detail, page_dtypes)
 
 
 def _native(threads: int | None) -> Ops:

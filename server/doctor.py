@@ -16,6 +16,7 @@ from typing import Final
 import torch
 
 from kernels import registry
+from kvpaging.execution.kv_pool import TORCH_DTYPES
 from kvpaging.execution.memory import available_bytes
 
 CPU_FEATURES: Final = (
@@ -57,6 +58,9 @@ def _findings() -> Iterator[tuple[str, str]]:
         can = "can compute" if path.available else "can't compute"
         exact = "exact" if path.exact else "not exact"
         yield "kernels", f"{path.name} {can} on {path.device}, {exact}: {path.detail}"
+        if path.available:
+            kept = ", ".join(_name_of(dtype) for dtype in path.page_dtypes)
+            yield "", f"{path.name}: weights as they are or int8; KV pages as activations or {kept}"
 
 
 def _missing() -> Iterator[str]:
@@ -79,6 +83,11 @@ def _missing() -> Iterator[str]:
             "Missing: a torch that sees the NVIDIA GPU of this machine; this one is "
             f"{torch.__version__}."
         )
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    """As `--kv-cache-dtype` has it."""
+    return next(name for name, each in TORCH_DTYPES.items() if each == dtype)
 
 
 def _version_of(package: str) -> str | None:

@@ -7,12 +7,13 @@ import random
 import pytest
 import torch
 from kernel_cases import (
-    LENGTHS,
     Chunk,
     Heads,
     PagedBatch,
     assert_close,
     attention_oracle,
+    check_attention,
+    check_attention_bits,
     check_merge_state,
     check_states,
     random_sequence,
@@ -41,16 +42,6 @@ def shape_id(heads):
     )
 
 
-def mixed_chunks(heads, dtype, lengths=LENGTHS, page_dtype=None):
-    """Of each length: a decode step or a chunk of random size."""
-    chunks = []
-    for length in lengths:
-        begin = random.choice([length - 1, random.randint(max(0, length - 40), length - 1)])
-        chunks.append(Chunk(random_sequence(heads, length, dtype, page_dtype), begin, length))
-    random.shuffle(chunks)
-    return chunks
-
-
 @pytest.fixture(autouse=True)
 def _random(seed):
     random.seed(seed)
@@ -61,10 +52,7 @@ def _random(seed):
 def test_attention_over_poisoned_pages(ops, dtype, page_dtype, heads, sinks):
     if sinks:
         heads = dataclasses.replace(heads, sinks=torch.randn(heads.num_heads) * 2)
-    chunks = mixed_chunks(heads, dtype, page_dtype=page_dtype)
-    out = PagedBatch(heads, chunks, dtype, page_dtype).attend(ops)
-    expected = torch.cat([attention_oracle(heads, chunk) for chunk in chunks])
-    assert_close(out, expected, dtype)
+    check_attention(ops, heads, dtype, page_dtype)
 
 
 def test_prefill_from_the_first_token(ops, dtype, page_dtype):
@@ -139,30 +127,7 @@ EXACT_SHAPES = [
 @pytest.mark.parametrize("heads", EXACT_SHAPES, ids=shape_id)
 @pytest.mark.parametrize("kept", [None, torch.int8], ids=["unquantised", "int8"])
 def test_chunks_mates_pages_and_threads_change_no_bit(on_threads, dtype, kept, heads):
-    length = 540
-    heads = dataclasses.replace(heads, sinks=torch.randn(heads.num_heads))
-    sequence = random_sequence(heads, length, dtype, kept)
-    one, three = on_threads(1), on_threads(3)
-    whole = PagedBatch(heads, [Chunk(sequence, 0, length)], dtype, kept).attend(one)
-    again = PagedBatch(heads, [Chunk(sequence, 0, length)], dtype, kept).attend(three)
-    assert torch.equal(again, whole)
-
-    # Chunks, each beside a batch mate and in new pages; page sizes too.
-    begin = 0
-    while begin < length:
-        end = min(length, begin + random.choice([1, 5, 16, 37, 64, 200]))
-        other = dataclasses.replace(heads, page_size=random.choice([1, 4, 16, 64]))
-        chunks = [Chunk(sequence, begin, end), *mixed_chunks(other, dtype, (3, 290), kept)]
-        out = PagedBatch(other, chunks, dtype, kept).attend(random.choice([one, three]))
-        assert torch.equal(out[: end - begin], whole[begin:end]), f"{begin}..{end}"
-        begin = end
-
-    # Decode steps.
-    for position in (0, 15, 16, 255, 256, 257, 511, 539, *random.sample(range(length), 8)):
-        chunk = Chunk(sequence, position, position + 1)
-        for ops in (one, three):
-            out = PagedBatch(heads, [chunk], dtype, kept).attend(ops)
-            assert torch.equal(out, whole[position : position + 1]), f"position {position}"
+    check_attention_bits(on_threads(1), on_threads(3), heads, dtype, kept)
 
 
 @pytest.mark.parametrize("kept", [None, torch.int8], ids=["unquantised", "int8"])

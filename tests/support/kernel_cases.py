@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import random
 
 import torch
 from kv_pages import as_stored, fill_page, poisoned_pool
@@ -182,6 +183,62 @@ def state_oracle(heads: Heads, chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor
         scores = torch.cat((scores, sink), dim=2)
     weights = scores.softmax(dim=2)[..., :end]
     return torch.einsum("hqk,khd->qhd", weights, value), scores.logsumexp(dim=2).T
+
+
+def mixed_chunks(
+    heads: Heads,
+    dtype: torch.dtype,
+    lengths: tuple[int, ...] = LENGTHS,
+    page_dtype: torch.dtype | None = None,
+) -> list[Chunk]:
+    """Of each length: a decode step or a chunk of random size."""
+    chunks = []
+    for length in lengths:
+        begin = random.choice([length - 1, random.randint(max(0, length - 40), length - 1)])
+        chunks.append(Chunk(random_sequence(heads, length, dtype, page_dtype), begin, length))
+    random.shuffle(chunks)
+    return chunks
+
+
+def check_attention(
+    ops: Ops, heads: Heads, dtype: torch.dtype, page_dtype: torch.dtype | None = None
+) -> None:
+    """A mixed batch over poisoned pages, against float64."""
+    chunks = mixed_chunks(heads, dtype, page_dtype=page_dtype)
+    out = PagedBatch(heads, chunks, dtype, page_dtype).attend(ops)
+    assert_close(out, torch.cat([attention_oracle(heads, chunk) for chunk in chunks]), dtype)
+
+
+def check_attention_bits(
+    one: Ops, three: Ops, heads: Heads, dtype: torch.dtype, kept: torch.dtype | None
+) -> None:
+    """Chunks, mates, pages and threads (`one` and `three` of them) change no bit."""
+    length = 540
+    heads = dataclasses.replace(heads, sinks=torch.randn(heads.num_heads))
+    sequence = random_sequence(heads, length, dtype, kept)
+    # Neighbours cancel, so that the order of the sums shows behind the rounding of the results.
+    far = 64.0 - 128.0 * (torch.arange(length) % 2)
+    sequence.value = as_stored(sequence.value.float() + far[:, None, None], kept or dtype)
+    whole = PagedBatch(heads, [Chunk(sequence, 0, length)], dtype, kept).attend(one)
+    again = PagedBatch(heads, [Chunk(sequence, 0, length)], dtype, kept).attend(three)
+    assert torch.equal(again, whole)
+
+    # Chunks, each beside a batch mate and in new pages; page sizes too.
+    begin = 0
+    while begin < length:
+        end = min(length, begin + random.choice([1, 5, 16, 37, 64, 200]))
+        other = dataclasses.replace(heads, page_size=random.choice([1, 4, 16, 64]))
+        chunks = [Chunk(sequence, begin, end), *mixed_chunks(other, dtype, (3, 290), kept)]
+        out = PagedBatch(other, chunks, dtype, kept).attend(random.choice([one, three]))
+        assert torch.equal(out[: end - begin], whole[begin:end]), f"{begin}..{end}"
+        begin = end
+
+    # Decode steps.
+    for position in (0, 15, 16, 255, 256, 257, 511, 539, *random.sample(range(length), 8)):
+        chunk = Chunk(sequence, position, position + 1)
+        for ops in (one, three):
+            out = PagedBatch(heads, [chunk], dtype, kept).attend(ops)
+            assert torch.equal(out, whole[position : position + 1]), f"position {position}"
 
 
 def check_states(

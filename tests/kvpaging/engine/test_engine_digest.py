@@ -17,6 +17,7 @@ from digest_model import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from retentions import RETENTIONS
 
 from kvpaging.base.config import EngineConfig
 from kvpaging.base.errors import BadRequest
@@ -24,23 +25,12 @@ from kvpaging.base.ids import RequestId
 from kvpaging.cache import cache_manager
 from kvpaging.cache.cache_manager import CacheManager
 from kvpaging.cache.prefix_key import SharedPrefix
-from kvpaging.cache.retention import AS_IT_IS, Retention
 from kvpaging.engine.engine import Engine
 from kvpaging.scheduling.events import Abort, Arrival, Event, Finish, Flush, Unpin
 from kvpaging.scheduling.outputs import FinishReason, StepOutputs
 from kvpaging.scheduling.plan import Sample, StepPlan, StepResult
 from kvpaging.scheduling.request import Request, SamplingParams
 from kvpaging.scheduling.scheduler import Scheduler
-
-RETENTIONS = [
-    AS_IT_IS,
-    AS_IT_IS,
-    Retention(store=False),
-    Retention(pin=True),
-    Retention(pin=True, ttl_s=30.0, priority=5),
-    Retention(ttl_s=10.0),
-    Retention(priority=-2),
-]
 
 
 def make_engine(config: EngineConfig) -> tuple[Engine, DigestExecutor]:

@@ -45,14 +45,16 @@ def redis_url(tmp_path: Path) -> Iterator[str]:
         yield url
 
 
-def test_what_one_computed_the_other_reuses(redis_url: str, secret: Path) -> None:
+@pytest.mark.parametrize("kept", [None, "int8"])
+def test_what_one_computed_the_other_reuses(redis_url: str, secret: Path, kept: str | None) -> None:
     rng = random.Random()
     tokens = [rng.randrange(10, 6000) for _ in range(200)]
     sampling = SamplingParams(max_new_tokens=8, seed=1, ignore_eos=True, logprobs=2)
-    one = make(redis_url, secret)
+    one = make(redis_url, secret, kv_cache_dtype=kept)
     [[cold]] = one.generate([tokens], sampling)
     one.close()
-    two = make(redis_url, secret)
+    two = make(redis_url, secret, kv_cache_dtype=kept)
+    assert (two.config.kv_cache_dtype == "int8") == (kept == "int8")
     [[warm]] = two.generate([tokens], sampling)
     two.close()
     assert cold.num_cached_tokens == 0
@@ -61,7 +63,7 @@ def test_what_one_computed_the_other_reuses(redis_url: str, secret: Path) -> Non
         assert warm.samples == cold.samples
     stranger = secret.with_name("other")
     stranger.write_bytes(b"t" * 32)
-    three = make(redis_url, stranger)
+    three = make(redis_url, stranger, kv_cache_dtype=kept)
     [[apart]] = three.generate([tokens], sampling)
     three.close()
     assert apart.num_cached_tokens == 0

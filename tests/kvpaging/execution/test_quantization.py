@@ -30,8 +30,14 @@ LOGIT_BOUND = 0.02
 """Root mean square of the error over that of the logits about their mean (docs/kernels.md)."""
 
 
-def logits(directory: Path, path: registry.PathName, quantization: str | None) -> torch.Tensor:
-    """Of each position of one prompt, in float32 apart from the weights."""
+PAGES_BOUND = 0.02
+"""The same for pages of int8 beside pages of float32."""
+
+
+def logits(
+    directory: Path, path: registry.PathName, quantization: str | None, pages: str = "float32"
+) -> torch.Tensor:
+    """Of each position of one prompt, in float32 apart from the weights and the pages."""
     config = read_model_config(directory)
     ops = registry.select(CPU, prefer=path, threads=1)
     parameters = Parameters(
@@ -39,7 +45,7 @@ def logits(directory: Path, path: registry.PathName, quantization: str | None) -
     )
     model = model_class(config)(config, parameters, 64)
     parameters.finish(model.ignored_tensors())
-    spec = KVSpec(config.num_layers, config.num_kv_heads, config.head_dim, 16, "float32")
+    spec = KVSpec(config.num_layers, config.num_kv_heads, config.head_dim, 16, pages)
     tokens = torch.tensor([(7 * i + 3) % config.vocab_size for i in range(NUM_TOKENS)])
     every = torch.arange(NUM_TOKENS)
     batch = DeviceBatch(
@@ -52,6 +58,21 @@ def logits(directory: Path, path: registry.PathName, quantization: str | None) -
         logit_rows=every,
     )
     return model.logits(model.forward(batch, KVPool(spec, 4, CPU)))
+
+
+@pytest.mark.parametrize("path", cpu_paths())
+@pytest.mark.parametrize("name", ["demo", "llama-mqa-biases", "qwen3-moe-window-old"])
+def test_logits_over_int8_pages_are_near_those_over_float32(
+    path: registry.PathName, name: str, tmp_path: Path
+) -> None:
+    if name == "demo":
+        with resources.as_file(resources.files("kvpaging") / "demo_model") as directory:
+            whole, kept = (logits(directory, path, None, pages) for pages in ("float32", "int8"))
+    else:
+        make(case(name), tmp_path)
+        whole, kept = (logits(tmp_path, path, None, pages) for pages in ("float32", "int8"))
+    error = relative(kept - whole, whole)
+    assert 0 < error < PAGES_BOUND, error
 
 
 def relative(error: torch.Tensor, of: torch.Tensor) -> float:

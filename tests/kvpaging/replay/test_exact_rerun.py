@@ -13,13 +13,14 @@ from pathlib import Path
 import msgspec
 import pytest
 from digest_model import DigestExecutor, DigestLevels, digest_config
+from retentions import RETENTIONS
 
 from kvpaging.base.config import EngineConfig
 from kvpaging.base.errors import ConfigError
 from kvpaging.base.ids import RequestId
 from kvpaging.cache.eviction.names import POLICIES
 from kvpaging.cache.prefix_key import SharedPrefix
-from kvpaging.cache.retention import AS_IT_IS, Retention
+from kvpaging.cache.retention import Retention
 from kvpaging.engine.engine import Engine
 from kvpaging.replay.recording import RecordedStep, Recorder, create_file, read_steps
 from kvpaging.replay.rerun import rerun
@@ -27,16 +28,6 @@ from kvpaging.replay.trace import open_trace
 from kvpaging.scheduling.events import Abort, Arrival, Event, Finish, Flush, Unpin
 from kvpaging.scheduling.plan import StepPlan, StepResult
 from kvpaging.scheduling.request import Request, SamplingParams
-
-RETENTIONS = [
-    AS_IT_IS,
-    AS_IT_IS,
-    Retention(store=False),
-    Retention(pin=True),
-    Retention(pin=True, ttl_s=5.0, priority=5),
-    Retention(ttl_s=3.0),
-    Retention(priority=-2),
-]
 
 
 class TimedExecutor(DigestExecutor):
