@@ -29,6 +29,7 @@ from limits import read_bandwidth, timed
 from kernels import registry
 from kvpaging.base.config import EngineConfig, EngineOptions
 from kvpaging.base.ids import PageId, SeqId, StepId
+from kvpaging.base.kv_spec import KVSpec
 from kvpaging.execution.loading import load_executor
 from kvpaging.execution.local_executor import LocalExecutor
 from kvpaging.execution.model_config import ModelConfig, read_model_config
@@ -58,6 +59,8 @@ class Shape:
     layers: int
     linears: tuple[tuple[int, int], ...]
     head: tuple[int, int]
+    is_head_tied: bool
+    """To the embedding, which is never quantized."""
 
     @staticmethod
     def of(config: ModelConfig) -> Shape:
@@ -72,12 +75,22 @@ class Shape:
                 (config.hidden_size, config.intermediate_size),
             ),
             (config.vocab_size, config.hidden_size),
+            config.tie_word_embeddings,
         )
 
-    def weight_bytes(self, itemsize: int) -> int:
-        """All that a decode step reads of weights."""
-        each = sum(n * k for n, k in self.linears)
-        return (self.layers * each + self.head[0] * self.head[1]) * itemsize
+    @property
+    def num_weights(self) -> int:
+        """Of all linears."""
+        return self.layers * sum(n * k for n, k in self.linears) + self.head[0] * self.head[1]
+
+    def weight_bytes(self, itemsize: int, quantization: str | None) -> int:
+        """All that a decode step reads of weights; the dtype has `itemsize` bytes."""
+        if quantization is None:
+            return self.num_weights * itemsize
+        head = self.head[0] * self.head[1] * (itemsize if self.is_head_tied else 1)
+        scales = 4 * (self.layers * sum(n for n, _ in self.linears))
+        scales += 0 if self.is_head_tied else 4 * self.head[0]
+        return self.layers * sum(n * k for n, k in self.linears) + head + scales
 
 
 def product_rate(shape: Shape, rows: int, dtype: torch.dtype, threads: int, s: float) -> float:
@@ -165,6 +178,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     config, executor = load_executor(options)
     model = read_model_config(Path(args.model))
     shape, dtype = Shape.of(model), getattr(torch, config.dtype)
+    token_bytes = KVSpec(
+        model.num_layers, model.num_kv_heads, model.head_dim, 1, config.kv_cache_dtype
+    ).page_bytes
     steps = Steps(config, executor)
     chunk = args.chunk or config.scheduler.max_num_batched_tokens
 
@@ -179,9 +195,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         seq_ids = [steps.add(args.context, args.context + 1) for _ in range(batch)]
         for seq_id in seq_ids:
             steps.prefill(seq_id, args.context, chunk)
-        kv = 2 * model.num_kv_heads * model.head_dim * dtype.itemsize * model.num_layers
-        least = (shape.weight_bytes(dtype.itemsize) + batch * args.context * kv) / bandwidth
-        least = max(least, batch * shape.weight_bytes(1) * 2 / rate)
+        weight_bytes = shape.weight_bytes(dtype.itemsize, config.quantization)
+        least = (weight_bytes + batch * args.context * token_bytes) / bandwidth
+        least = max(least, batch * shape.num_weights * 2 / rate)
         position = args.context
         times = timed(partial(steps.decode, seq_ids, position), args.seconds)
         rows.append(row(f"decode, batch {batch}, context {args.context}", times, least))

@@ -324,7 +324,8 @@ KV_INLINE void add_values(Range keys, const T* const* place, int64_t offset, int
 #pragma GCC unroll 8
         for (int c = 0; c < 2 * UNITS; ++c) sums[r][c] = load(acc[r] + 16 * c);
     }
-    for (int64_t i = keys.begin / V::kKeys * V::kKeys; i < keys.end; i += V::kKeys) {
+    const int64_t begin = keys.begin / V::kKeys * V::kKeys;
+    for (int64_t i = begin; i < keys.end; i += V::kKeys) {
         V values[UNITS];
 #pragma GCC unroll 8
         for (int u = 0; u < UNITS; ++u) {
@@ -339,7 +340,7 @@ KV_INLINE void add_values(Range keys, const T* const* place, int64_t offset, int
         if (ahead) {
 #pragma GCC unroll 2
             for (int k = 0; k < V::kKeys; ++k) {
-                const T* next = ahead->at(i + k - keys.begin);
+                const T* next = ahead->at(i + k - begin);
 #pragma GCC unroll 8
                 for (size_t at = 0; at < 32 * UNITS; at += 64 / sizeof(T)) {
                     __builtin_prefetch(next + at, 0, 2);
@@ -378,7 +379,7 @@ KV_INLINE void add_head(int rows, Range keys, const T* const* place, int64_t off
     constexpr int kUnits = value_units(ROWS);
     int64_t d = 0;
     float* at[ROWS];
-    Tile<T> tile;
+    Tile<T> tile{};
     if (ahead) tile = *ahead;
     for (; d + 32 * kUnits <= head_dim; d += 32 * kUnits) {
         for (int r = 0; r < ROWS; ++r) at[r] = acc[r] + d;

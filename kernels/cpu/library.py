@@ -83,6 +83,7 @@ def open_library(path: pathlib.Path) -> ctypes.CDLL:
     library.kv_isa.restype = c_char_p
     library.kv_create.argtypes = [c_int, c_char_p]
     library.kv_create.restype = c_void_p
+    library.kv_threads.argtypes = [c_void_p]
     library.kv_destroy.argtypes = [c_void_p]
     library.kv_destroy.restype = None
     library.kv_record.argtypes = [c_void_p]

@@ -422,6 +422,8 @@ KV_API Context* kv_create(int threads, const char* isa) {
     }
     return nullptr;
 }
+// How many it really has: fewer than asked for where the system gives no more.
+KV_API int kv_threads(const Context* context) { return context->pool.threads(); }
 KV_API void kv_destroy(Context* context) { delete context; }
 
 // From here on this thread's work of `context` goes to a tape, until `kv_recorded`. Null: no memory.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import logging
 import os
 import weakref
 from collections.abc import Callable, Sequence
@@ -21,6 +22,8 @@ from kernels.cpu.tape import Arena, CannotRecordError, Tape, ViewsOnly
 from kernels.errors import KernelUnavailableError, ShapeError
 from kernels.ops import Experts, KVPages, Linear, Work
 from kernels.quantization import int8_rows
+
+_logger = logging.getLogger(__name__)
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SILU, _GELU = 0, 1
@@ -97,11 +100,14 @@ class NativeOps:
         self.isa = isa or usable[0]
         if self.isa not in usable:
             raise KernelUnavailableError(f"no {self.isa} kernels here; there are: {usable}")
-        self.threads = threads or _usable_cpus()
+        wanted = threads or _usable_cpus()
         self.name = f"native {self.isa}"
-        context = self._library.kv_create(self.threads, self.isa.encode())
+        context = self._library.kv_create(wanted, self.isa.encode())
         if context is None:
             raise MemoryError("the native kernels can't start")
+        self.threads: int = self._library.kv_threads(context)
+        if self.threads < wanted:
+            _logger.warning("the system gave %d threads of %d", self.threads, wanted)
         self._context: int = context
         self._arena = Arena()
         self._empty: _Empty = _new

@@ -117,3 +117,20 @@ def test_idle_threads_sleep(isa):
     start = time.process_time()
     time.sleep(0.3)
     assert time.process_time() - start < 0.03
+
+
+def test_fewer_threads_than_asked_for_are_told(isa, caplog):
+    assert NativeOps(isa=isa, threads=3).threads == 3
+    assert not caplog.records
+
+    class Short:
+        """The library, where the system gives one thread less."""
+
+        def __getattr__(self, name):
+            return getattr(library.load(), name)
+
+        def kv_create(self, threads, isa):
+            return library.load().kv_create(threads - 1, isa)
+
+    assert NativeOps(isa=isa, threads=3, library=Short()).threads == 2
+    assert "gave 2 threads of 3" in caplog.text

@@ -6,6 +6,7 @@ with CUDA graphs.
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from importlib.resources import files
 from pathlib import Path
@@ -21,12 +22,14 @@ from kernels.ops import Work
 from kvpaging.base.config import EngineOptions
 from kvpaging.base.kv_spec import KVSpec
 from kvpaging.engine.engine import Engine
+from kvpaging.execution.batch import DeviceBatch
 from kvpaging.execution.decode_graphs import (
     EXACT,
     PADDED,
     Capture,
     DecodeGraphs,
     Sizes,
+    StaticBatch,
     padded_width,
 )
 from kvpaging.execution.kv_pool import KVPool
@@ -148,6 +151,30 @@ def test_a_mixture_is_computed_where_it_cannot_be_captured(
     plain, _ = run(model, ops, 3, None)
     again, _ = run(model, ops, 3, ops.capture, EXACT)
     assert again == plain
+
+
+def test_all_that_a_row_had_becomes_padding_again() -> None:
+    def random(count: int) -> tuple[torch.Tensor, DeviceBatch]:
+        numbers = torch.arange(1, count + 1)
+        batch = DeviceBatch(
+            token_ids=numbers,
+            positions=numbers.int() + 4,
+            slot_mapping=numbers + 30,
+            page_tables=torch.arange(1, 3 * count + 1, dtype=torch.int32).view(count, 3),
+            seq_lens=numbers.int() + 5,
+            query_starts=torch.arange(count + 1, dtype=torch.int32),
+            logit_rows=numbers - 1,
+        )
+        return torch.randn(count, 4), batch
+
+    static, fresh = (StaticBatch(8, 64, torch.zeros(1, 4)) for _ in range(2))
+    static.fill(*random(7))
+    five = random(5)
+    static.fill(*five)
+    fresh.fill(*five)
+    assert torch.equal(static.hidden, fresh.hidden)
+    for field in dataclasses.fields(DeviceBatch):
+        assert torch.equal(getattr(static.batch, field.name), getattr(fresh.batch, field.name))
 
 
 def test_rows_that_shrank_become_padding_again(tmp_path: Path, ops: registry.Ops) -> None:
