@@ -1,0 +1,237 @@
+"""Kernels that are wrong in one place must fail the checks of the ordinary tests.
+
+Each mutation replaces one piece of source text; one whose text is gone fails, and says so. The C++
+is built for one instruction set; the Triton kernels run in the interpreter.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import pathlib
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import kernel_cases
+import pytest
+import torch
+from kernel_cases import Heads
+
+import kernels
+from kernels.checks import CheckedOps
+from kernels.cpu import library
+from kernels.cpu.native_ops import NativeOps
+from kernels.errors import KernelUnavailableError
+from kernels.ops import Ops
+
+PACKAGE = pathlib.Path(kernels.__file__).parent
+INTERPRETED = pathlib.Path(__file__).parent / "jit" / "interpreted"
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
+NAMES = {"avx512": "avx512f"}
+POINTERS = ("kPortable", "kAvx2", "kAvx512", "kAvx512Bf16")
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`old` becomes `new` in a file of the package; None leaves everything right."""
+
+    name: str
+    path: str = ""
+    old: str | None = None
+    new: str = ""
+
+    def apply(self, root: pathlib.Path) -> None:
+        """Change the copy of the package in `root`."""
+        if self.old is None:
+            return
+        file = root / self.path
+        text = file.read_text()
+        if text.count(self.old) != 1:
+            pytest.fail(
+                f"mutant {self.name!r}: its text is {text.count(self.old)} times in {self.path}, "
+                "not once; write it anew"
+            )
+        file.write_text(text.replace(self.old, self.new))
+
+
+RIGHT = Mutant("right")
+ATTENTION = "cpu/attention.h"
+NATIVE = [
+    Mutant(
+        "dropped tail mask",
+        ATTENTION,
+        "s = where_less(lanes, set1(static_cast<float>(keys.end - i)), s, set1(-kInfinity));",
+        "",
+    ),
+    Mutant(
+        "swapped pages of keys",
+        ATTENTION,
+        "table[page] * task.key_page_stride + head;",
+        "table[page ^ 1] * task.key_page_stride + head;",
+    ),
+    Mutant(
+        "swapped pages of values",
+        ATTENTION,
+        "table[page] * task.value_page_stride + head;",
+        "table[page ^ 1] * task.value_page_stride + head;",
+    ),
+    Mutant("causal: not itself", ATTENTION, "{first, position + 1}", "{first, position}"),
+    Mutant("causal: the next one too", ATTENTION, "{first, position + 1}", "{first, position + 2}"),
+    Mutant("window one too wide", ATTENTION, "task.window + 1) : 0", "task.window) : 0"),
+    Mutant("missing scale", ATTENTION, "load(scores + i) * scale;", "load(scores + i);"),
+    Mutant(
+        "splits merged unweighted",
+        ATTENTION,
+        "load(into_values + i) * set1(a);",
+        "load(into_values + i);",
+    ),
+]
+TRITON_FILE = "jit/attention.py"
+TRITON = [
+    Mutant(
+        "dropped tail mask",
+        TRITON_FILE,
+        "seen = inside[None, :] & (position[None, :] <= query_position[:, None])",
+        "seen = position[None, :] >= 0",
+    ),
+    Mutant(
+        "swapped pages",
+        TRITON_FILE,
+        "value_at = value_head + (page * value_page_stride",
+        "value_at = value_head + ((page ^ 1) * value_page_stride",
+    ),
+    Mutant(
+        "causal off by one",
+        TRITON_FILE,
+        "(position[None, :] <= query_position[:, None])",
+        "(position[None, :] < query_position[:, None])",
+    ),
+    Mutant(
+        "missing scale",
+        TRITON_FILE,
+        'input_precision="ieee") * scale_log2',
+        'input_precision="ieee")',
+    ),
+    Mutant(
+        "splits merged unweighted",
+        TRITON_FILE,
+        "acc = acc * shrink[:, None] + other_acc * other_shrink[:, None]",
+        "acc = acc + other_acc * other_shrink[:, None]",
+    ),
+]
+
+
+def in_parallel(work: Callable[[Mutant], object], mutants: list[Mutant]) -> list[object]:
+    with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        return list(pool.map(work, mutants))
+
+
+class Builder:
+    """Builds variants of the library with one instruction set; what no mutant touches once."""
+
+    OPTIONS = ("-std=c++17", "-O1", "-w", "-fPIC", "-pthread", "-ffp-contract=off")
+
+    def __init__(self, compiler: str, isa: str, directory: pathlib.Path) -> None:
+        self.compiler = compiler
+        self.isa = isa
+        self.directory = directory
+        others = [name for name, each in zip(POINTERS, ISAS, strict=True) if each != isa]
+        lines = [f"const Kernels* const {name} = nullptr;" for name in others]
+        stub = directory / "others.cpp"
+        text = "\n".join(["namespace kv {", *lines, "}"])
+        stub.write_text(f'#include "{PACKAGE}/cpu/isa.h"\n{text}\n')
+        sources = [PACKAGE / "cpu" / f"{name}.cpp" for name in ("native", "pool", "sample")]
+        self.objects = [self.compiled(source, directory) for source in (*sources, stub)]
+
+    def compiled(self, source: pathlib.Path, directory: pathlib.Path) -> pathlib.Path:
+        target = directory / f"{source.stem}.o"
+        self.run("-c", str(source), "-o", str(target))
+        return target
+
+    def run(self, *arguments: str) -> None:
+        done = subprocess.run(
+            [self.compiler, *self.OPTIONS, *arguments], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+
+    def build(self, mutant: Mutant) -> pathlib.Path:
+        root = self.directory / mutant.name.replace(" ", "-").replace(":", "")
+        shutil.copytree(PACKAGE / "cpu", root / "cpu", ignore=shutil.ignore_patterns("*.so", "__*"))
+        mutant.apply(root)
+        own = self.compiled(root / "cpu" / f"isa_{self.isa}.cpp", root)
+        built = root / "mutant.so"
+        self.run("-shared", *map(str, (*self.objects, own)), "-o", str(built))
+        return built
+
+
+def check(one: Ops, three: Ops) -> None:
+    """What test_attention.py checks, on a few shapes."""
+    for heads, dtype in (
+        (Heads(4, 2, 32, page_size=4), torch.float32),
+        (Heads(4, 1, 64, window=30), torch.bfloat16),
+    ):
+        kernel_cases.check_attention(one, heads, dtype)
+    kernel_cases.check_attention_bits(one, three, Heads(4, 2, 64), torch.bfloat16, None)
+
+
+def test_every_native_mutant_is_killed(seed: int, tmp_path: pathlib.Path) -> None:
+    try:
+        isa = library.instruction_sets(library.load())[0]
+    except KernelUnavailableError as error:
+        pytest.skip(str(error))
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    short = next(name for name in ISAS if NAMES.get(name, name) == isa)
+    builder = Builder(compiler, short, tmp_path)
+    mutants = [RIGHT, *NATIVE]
+    survivors = []
+    for mutant, built in zip(mutants, in_parallel(builder.build, mutants), strict=True):
+        variant = library.open_library(built)
+        one, three = (
+            CheckedOps(NativeOps(isa=isa, threads=threads, library=variant), "cpu")
+            for threads in (1, 3)
+        )
+        random.seed(seed)
+        try:
+            check(one, three)
+        except AssertionError:
+            continue
+        survivors.append(mutant.name)
+    assert survivors == [RIGHT.name]
+
+
+def test_every_triton_mutant_is_killed(tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("triton")
+
+    def result(mutant: Mutant) -> subprocess.CompletedProcess[str]:
+        root = tmp_path / mutant.name.replace(" ", "-")
+        shutil.copytree(PACKAGE, root / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+        mutant.apply(root / "kernels")
+        where = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+        return subprocess.run(
+            [
+                *(sys.executable, "-P", "-m", "pytest", "-n", "0", "-q", "-x"),
+                *("-p", "no:cacheprovider", str(INTERPRETED / "case_attention.py")),
+                *("-k", "test_against_float64 and (case1 or case7 or case11)"),
+            ],
+            env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": where},
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+
+    mutants = [RIGHT, *TRITON]
+    for mutant, done in zip(mutants, in_parallel(result, mutants), strict=True):
+        assert isinstance(done, subprocess.CompletedProcess)
+        if mutant is RIGHT:
+            assert done.returncode == 0, done.stdout
+        else:
+            assert done.returncode == 1, f"{mutant.name} survives: {done.stdout}"
+            assert "AssertionError: (AttentionCase(" in done.stdout, done.stdout
