@@ -49,6 +49,8 @@ ROUND = 20
 class Server:
     def __init__(self, directory: Path):
         self.directory = directory
+        self.lot = random.Random(7)
+        """Draws prompts that nobody has sent yet; the disk keeps all that were."""
         self.log = ""
         model = directory / "model"
         checkpoints.make(MODEL, model)
@@ -169,13 +171,12 @@ class Seen:
         return roc.area([number(a) for a in self.known], [number(a) for a in self.fresh])
 
 
-def probe(sender: Client, asker: Client, num_each: int, **fields: Any) -> Seen:
+def probe(lot: random.Random, sender: Client, asker: Client, num_each: int, **fields: Any) -> Seen:
     """Measure `num_each` prompts of each class.
 
     In each round the sender sends a number of prompts, and the asker then asks for half of those
     and for as many others, shuffled: the load is the same before both, and what drifts cancels.
     """
-    lot = random.Random(7)
     seen = Seen([], [])
     while len(seen.known) < num_each:
         sent = [prompt(lot) for _ in range(ROUND)]
@@ -204,7 +205,7 @@ def test_the_time_to_first_token_tells_nothing_of_another_tenants_prompts(server
     So 0.05 is 3.7 of them: about one false alarm in 5,000 runs for each number, without any second
     try that could hide a leak.
     """
-    seen = probe(server.client("alice"), server.client("bob"), 900)
+    seen = probe(server.lot, server.client("alice"), server.client("bob"), 900)
     assert len(seen.fresh) == len(seen.known) == 900
     assert {answer.num_cached for answer in (*seen.fresh, *seen.known)} == {0}
     for number in (ttft, prefill):
@@ -223,7 +224,7 @@ def test_the_same_measurement_sees_what_is_meant_to_be_found(
     """What else runs on the machine can only blur it, so trying again hides nothing."""
     areas: list[float] = []
     while len(areas) < 4 and max(areas, default=0.0) < 0.95:  # 1.0 where nothing else runs
-        seen = probe(server.client(sender), server.client(asker), 60, **fields)
+        seen = probe(server.lot, server.client(sender), server.client(asker), 60, **fields)
         assert {answer.num_cached for answer in seen.fresh} == {0}
         assert {answer.num_cached for answer in seen.known} == {NUM_TOKENS - 16}
         areas.append(seen.area(ttft))
@@ -271,7 +272,12 @@ def test_an_explanation_of_pages_on_the_disk_holds_nothing_measured_of_others(
     alice, bob, ops = (server.client(tenant) for tenant in ("alice", "bob", "ops"))
     lot = random.Random(9)
     mine, same = prompt(lot), prompt(lot)
+    before = pages_on_disk(ops)
     bob.send_ahead([mine, same])
+    until = time.monotonic() + 60
+    while pages_on_disk(ops) < before + 2 * NUM_TOKENS // 16:
+        assert time.monotonic() < until, "the disk never got them"
+        time.sleep(0.02)
     told = []
     for tokens in (mine, same):
         assert ops.request("DELETE", "/cache?level=device")[0] == 200
@@ -285,6 +291,13 @@ def test_an_explanation_of_pages_on_the_disk_holds_nothing_measured_of_others(
         assert ops.request("DELETE", "/cache?level=device")[0] == 200
         alice.generate(theirs)
     assert told == [NUM_TOKENS // 16 - 1] * 2
+
+
+def pages_on_disk(operator: Client) -> int:
+    status, content = operator.request("GET", "/cache/stats")
+    assert status == 200, content
+    (pages,) = (one["pages"] for one in json.loads(content)["levels"] if one["level"] == "disk")
+    return int(pages)
 
 
 def test_no_route_tells_a_tenant_what_another_does(server: Server) -> None:
