@@ -120,8 +120,10 @@ class Ops(Protocol):
     def prepare_int8_linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
         """The same, kept as int8 with a float32 scale for each row (`kernels.quantization`).
 
-        Products take x as it is, or in 16 bits with a scale for each of its rows, which is finer
-        than bfloat16; sums and scales are float32 or exact. Raises `ShapeError` where K is above
+        Products take x as it is, or its rows as whole numbers of a step each, `max(|x|) / 32767`
+        of the row: an output is then off by at most half a step times the sum of its weights'
+        magnitudes. Coarser than bfloat16 where one element is some 200 times the others or more.
+        Sums and scales are float32 or exact. Raises `ShapeError` where K is above
         `quantization.MAX_INT8_FEATURES`, `ValueError` where the weight isn't finite.
         """
 

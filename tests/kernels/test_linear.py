@@ -199,6 +199,21 @@ def test_an_int8_linear_is_the_product_of_what_its_numbers_stand_for(ops, dtype,
     assert torch.equal(prepared.rows(ids), stands_for(weight).float().to(dtype))
 
 
+@pytest.mark.parametrize("outlier", [1, 100, 1000])
+def test_the_largest_element_sets_the_step_of_its_own_row_alone(ops, dtype, outlier):
+    """The first outputs are an element of x each: nothing averages what their rounding costs."""
+    k = 96
+    x = torch.randn(3, k).to(dtype)
+    x[1, 5] = outlier
+    weight = torch.cat((torch.eye(k), torch.randn(33, k) / k**0.5)).to(dtype)
+    out = ops.linear_float32(x, ops.prepare_int8_linear(weight)).double()
+    x, weight = x.double(), stands_for(weight)
+    half_steps = x.abs().amax(1, keepdim=True) / 32767 / 2
+    allowed = half_steps * weight.abs().sum(1)
+    summed = 1e-6 * (x.abs() @ weight.abs().T)  # what float32 rounds
+    assert ((out - x @ weight.T).abs() <= allowed + summed).all()
+
+
 @pytest.mark.parametrize("k", [40, 515])
 def test_a_row_of_an_int8_linear_is_the_same_among_any_others(on_threads, dtype, k):
     weight, bias = weight_and_bias(75, k, dtype)
