@@ -73,7 +73,7 @@ class Linear(Protocol):
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """Rows of the weight, `[len(ids), in_features]`: the embedding of a tied LM head.
 
-        Of an int8 weight: what its numbers stand for, in the dtype that it had.
+        Raises `ShapeError` where `is_int8`: embeddings are not quantised.
         """
 
 

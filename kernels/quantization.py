@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from kernels.errors import ShapeError
+
 INT8_LARGEST = 127
 """Symmetric: -128 is not used."""
 MAX_INT8_FEATURES = 65536
@@ -34,3 +36,8 @@ def int8_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         inverse = torch.where(scale < torch.finfo(torch.float32).tiny, 0.0, 1 / scale)
         whole[start : start + len(rows)] = (rows * inverse[:, None]).round_()
     return whole, scales
+
+
+def no_int8_rows() -> ShapeError:
+    """What `Linear.rows` of an int8 weight raises."""
+    return ShapeError("an int8 weight gives no rows: an embedding is kept in the model's dtype")

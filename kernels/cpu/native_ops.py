@@ -21,7 +21,7 @@ from kernels.cpu import library as native
 from kernels.cpu.tape import Arena, CannotRecordError, Tape, ViewsOnly
 from kernels.errors import KernelUnavailableError, ShapeError
 from kernels.ops import Experts, KVPages, Linear, Work
-from kernels.quantization import int8_rows
+from kernels.quantization import int8_rows, no_int8_rows
 
 _logger = logging.getLogger(__name__)
 
@@ -56,6 +56,8 @@ class NativeLinear:
         return self.scales is not None
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        if self.scales is not None:
+            raise no_int8_rows()
         return self.ops.rows_of(self, ids)
 
 
@@ -196,25 +198,22 @@ class NativeOps:
         )
 
     def rows_of(self, weight: NativeLinear, ids: torch.Tensor) -> torch.Tensor:
-        """Rows `ids` (int64) of a weight, as `Linear.rows`. Raises `IndexError`."""
+        """Rows `ids` (int64) of a weight that isn't int8. Raises `IndexError`."""
         ids = ids.to(torch.int64).contiguous()
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < weight.out_features:
             raise IndexError(f"a row outside 0 to {weight.out_features - 1}")
-        stored = weight.dtype if weight.scales is None else torch.int8
-        out = torch.empty(len(ids), weight.in_features, dtype=stored)
+        out = torch.empty(len(ids), weight.in_features, dtype=weight.dtype)
         _check(
             self._library.kv_unpack_rows(
                 self._context,
                 weight.pointer,
-                weight.in_features * stored.itemsize,
+                weight.in_features * weight.dtype.itemsize,
                 ids.data_ptr(),
                 len(ids),
                 out.data_ptr(),
             )
         )
-        if weight.scales is None:
-            return out
-        return (out.float() * weight.scales[ids, None]).to(weight.dtype)
+        return out
 
     def linear(self, x: torch.Tensor, weight: Linear) -> torch.Tensor:
         return self._run_linear(x, weight, x.dtype)

@@ -17,7 +17,7 @@ from kernels.jit import attention, linear, page_copies, rope, rows, sampling
 from kernels.jit.graphs import Graphs
 from kernels.jit.launch import Runner, Target, current_target, runner_for
 from kernels.ops import Experts, KVPages, Linear, Work
-from kernels.quantization import int8_rows
+from kernels.quantization import int8_rows, no_int8_rows
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -43,10 +43,9 @@ class TritonLinear:
         return self.weight.shape[0]
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
-        rows = self.weight.index_select(0, ids)
-        if self.scales is None:
-            return rows
-        return (rows.float() * self.scales.index_select(0, ids)[:, None]).to(self.dtype)
+        if self.scales is not None:
+            raise no_int8_rows()
+        return self.weight.index_select(0, ids)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

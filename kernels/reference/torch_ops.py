@@ -16,7 +16,7 @@ import torch.nn.functional as F  # noqa: N812  (its usual name)
 
 from kernels.errors import ShapeError
 from kernels.ops import QUANTISED, Experts, KVPages, Linear, Work
-from kernels.quantization import int8_rows
+from kernels.quantization import int8_rows, no_int8_rows
 from kernels.reference.philox import uniform
 
 _FLOAT32_ROWS_AT_ONCE = 8192
@@ -66,7 +66,7 @@ class TorchInt8Linear:
         return self.whole.shape[0]
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
-        return (self.whole[ids].float() * self.scales[ids, None]).to(self.dtype)
+        raise no_int8_rows()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

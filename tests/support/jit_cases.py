@@ -170,8 +170,6 @@ def check_int8_linear(
     grouped = ops.grouped_linear(x, ops.prepare_experts([linear, other]), chosen)
     assert torch.equal(grouped[::2], ops.linear(x, linear)[::2])
     assert torch.equal(grouped[1::2], ops.linear(x, other)[1::2])
-    ids = torch.tensor([0, out_features - 1], device=device)
-    assert torch.equal(linear.rows(ids), (whole.float() * scales[:, None])[ids].to(dtype))
 
 
 def check_linear_bits(

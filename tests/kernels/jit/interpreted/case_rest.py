@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.errors import ShapeError
 from kernels.jit import interpreter_shim
 from kernels.ops import Ops
 
@@ -37,6 +38,8 @@ def test_linear_without_exact() -> None:
 def test_int8_linear(ops: Ops) -> None:
     jit_cases.check_int8_linear(ops, 9, 72, 40, BF16, "cpu")
     jit_cases.check_int8_linear(ops, 9, 128, 40, torch.float32, "cpu")
+    with pytest.raises(ShapeError, match="int8 weight gives no rows"):
+        ops.prepare_int8_linear(torch.ones(4, 8)).rows(torch.tensor([0]))
 
 
 def test_rows_of_a_linear_do_not_depend_on_each_other(ops: Ops) -> None:
