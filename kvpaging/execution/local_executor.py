@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from kernels.ops import Ops
@@ -19,6 +20,7 @@ from kvpaging.execution.kv_pool import KVPool
 from kvpaging.execution.model_runner import ModelRunner, RunningSamples
 from kvpaging.execution.models.layers import CausalLM
 from kvpaging.execution.page_mover import PageMover
+from kvpaging.execution.transfer import to_device
 from kvpaging.levels.level import BelowStats
 from kvpaging.scheduling.plan import PageCopy, StepPlan, StepResult
 
@@ -150,6 +152,6 @@ class LocalExecutor:
 
     def _copy(self, pool: KVPool, copies: Sequence[PageCopy]) -> None:
         device = pool.pages.device
-        sources = torch.tensor([copy.source for copy in copies], device=device)
-        targets = torch.tensor([copy.target for copy in copies], device=device)
-        self._ops.copy_pages(pool.pages, sources, targets)
+        sources = np.array([copy.source for copy in copies], dtype=np.int64)
+        targets = np.array([copy.target for copy in copies], dtype=np.int64)
+        self._ops.copy_pages(pool.pages, to_device(sources, device), to_device(targets, device))

@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 
+from kvpaging.execution.transfer import to_device
 from kvpaging.scheduling.request import SamplingParams
 
 
@@ -56,8 +58,8 @@ class LogitBias:
 
     def __init__(self, bias: Sequence[tuple[int, float]], device: torch.device) -> None:
         ids, values = zip(*bias, strict=True)
-        self._ids = torch.tensor(ids, dtype=torch.int64, device=device)
-        self._values = torch.tensor(values, dtype=torch.float32, device=device)
+        self._ids = to_device(np.array(ids, dtype=np.int64), device)
+        self._values = to_device(np.array(values, dtype=np.float32), device)
 
     def apply(self, logits: torch.Tensor) -> None:
         """Add the constants; those of a token that is named twice add up."""
@@ -85,13 +87,12 @@ class Penalties:
         self._repetition = sampling.repetition_penalty
         self._presence = sampling.presence_penalty
         self._frequency = sampling.frequency_penalty
-        output_ids = torch.tensor(output, dtype=torch.int64)
-        counts = torch.bincount(output_ids, minlength=vocab_size).to(torch.int32)
+        counts = np.bincount(np.array(output, dtype=np.int64), minlength=vocab_size)
         seen = counts > 0
-        seen[torch.tensor(prompt, dtype=torch.int64)] = True
-        self._counts = counts.to(device)
+        seen[np.array(prompt, dtype=np.int64)] = True
+        self._counts = to_device(counts.astype(np.int32), device)
         self._one = torch.ones(1, dtype=torch.int32, device=device)
-        self._seen = seen.to(device)
+        self._seen = to_device(seen, device)
 
     def apply(self, logits: torch.Tensor) -> None:
         """Lower what was there already."""
@@ -110,7 +111,7 @@ class MinLength:
     """Forbids every token that would end the output, for its first tokens."""
 
     def __init__(self, end_ids: Collection[int], num_tokens: int, device: torch.device) -> None:
-        self._ids = torch.tensor(sorted(end_ids), dtype=torch.int64, device=device)
+        self._ids = to_device(np.array(sorted(end_ids), dtype=np.int64), device)
         self._num_left = num_tokens
 
     def apply(self, logits: torch.Tensor) -> None:

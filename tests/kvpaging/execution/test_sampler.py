@@ -13,7 +13,9 @@ from ops_paths import cpu_paths
 
 from kernels import registry
 from kvpaging.base.ids import SeqId
+from kvpaging.execution import logits_edits
 from kvpaging.execution.sampler import Draws, Sampler
+from kvpaging.execution.transfer import to_device
 from kvpaging.scheduling.plan import AddedSequence, Sample
 from kvpaging.scheduling.request import SamplingParams
 
@@ -135,6 +137,28 @@ def test_a_repetition_of_what_was_said_since_counts(sampler: Sampler) -> None:
         seen.append(sample.token_id)
         sampler.append(np.array([0]), torch.tensor([sample.token_id]))
     assert seen == [20, 30]
+
+
+def test_what_edits_keep_goes_to_the_device_by_pinned_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sent: list[torch.Tensor] = []
+
+    def send(array: np.ndarray, device: torch.device) -> torch.Tensor:
+        sent.append(to_device(array, device))
+        return sent[-1]
+
+    monkeypatch.setattr(logits_edits, "to_device", send)
+    params = SamplingParams(
+        max_new_tokens=10, seed=0, logit_bias=((3, 1.0),), frequency_penalty=1.0, min_new_tokens=4
+    )
+    edits = logits_edits.edits_for(params, (1, 2, 3), 2, [EOS], VOCAB, CPU)
+    held = [each for edit in edits for each in vars(edit).values() if torch.is_tensor(each)]
+    # All but the 1 that counts are raised by, which is made there.
+    assert [id(each) for each in held if each.numel() > 1 or each.dtype != torch.int32] == [
+        id(each) for each in sent
+    ]
+    assert len(edits) == 3
 
 
 def test_ends_are_forbidden_until_the_output_is_long_enough(sampler: Sampler) -> None:
