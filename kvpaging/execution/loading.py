@@ -38,6 +38,7 @@ from kvpaging.execution.model_config import ModelConfig, read_model_config
 from kvpaging.execution.models.registry import model_class
 from kvpaging.execution.page_mover import LevelSetting, PageMover
 from kvpaging.execution.rope import inverse_frequencies
+from kvpaging.execution.transfer import use_device
 from kvpaging.execution.weights import Checkpoint, OnProgress, Parameters
 from kvpaging.levels.disk import DiskLevel
 from kvpaging.levels.host import HostLevel
@@ -61,7 +62,8 @@ def load_executor(
 ) -> tuple[EngineConfig, LocalExecutor]:
     """Load the checkpoint that `options` name and make what runs it.
 
-    `on_progress` hears the stage, the bytes done and the bytes in all. Sets torch's thread count.
+    `on_progress` hears the stage, the bytes done and the bytes in all. Sets torch's thread count,
+    and the GPU of the calling thread where there is one.
     Raises `ConfigError` when the checkpoint or an option can't be used.
     """
     _check(options)
@@ -70,6 +72,7 @@ def load_executor(
     family = model_class(model_config)
     decisions: list[str] = []
     device = _device(options, decisions)
+    use_device(device)
     threads = _threads(options, decisions)
     ops = _ops(options, device, threads)
     dtype = _dtype(options, model_config, device, ops, decisions)

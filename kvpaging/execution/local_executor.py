@@ -20,7 +20,7 @@ from kvpaging.execution.kv_pool import KVPool
 from kvpaging.execution.model_runner import ModelRunner, RunningSamples
 from kvpaging.execution.models.layers import CausalLM
 from kvpaging.execution.page_mover import PageMover
-from kvpaging.execution.transfer import to_device
+from kvpaging.execution.transfer import to_device, use_device
 from kvpaging.levels.level import BelowStats
 from kvpaging.scheduling.plan import PageCopy, StepPlan, StepResult
 
@@ -115,6 +115,7 @@ class LocalExecutor:
         runner, pool = self._runner, self._pool
         if runner is None or pool is None:
             raise LawBroken("a plan for an executor that is closed")
+        use_device(pool.pages.device)  # the caller may not be the thread that loaded
         started = monotonic()
         with torch.inference_mode():
             for seq_id in plan.removed:

@@ -40,6 +40,7 @@ from kvpaging.cache.lower_levels import (
 from kvpaging.cache.prefix_key import ChainLink
 from kvpaging.execution.kv_pool import KVPool
 from kvpaging.execution.page_swaps import PagesOut, PageSwaps
+from kvpaging.execution.transfer import use_device
 from kvpaging.levels.level import BelowStats, Complaints, Level, StoredPage
 from kvpaging.levels.overflow import Overflow
 
@@ -127,6 +128,7 @@ class PageMover:
         clock: Clock = monotonic,
     ) -> None:
         self._swaps = PageSwaps(pool, ops)
+        self._device = pool.pages.device
         self._page_bytes = pool.spec.page_bytes
         self._settings = tuple(settings)
         self._overflows = [s.overflow for s in settings if s.overflow is not None]
@@ -271,6 +273,7 @@ class PageMover:
 
     def _run_stores(self) -> None:
         give_way()
+        use_device(self._device)
         while (order := self._stores.get()) is not None:
             if isinstance(order, LevelFlush):
                 self._flush(order)
@@ -298,6 +301,7 @@ class PageMover:
         self._news.set()
 
     def _run_loads(self) -> None:
+        use_device(self._device)
         while (fetch := self._loads.get()) is not None:
             self._guarded(partial(self._fetch, fetch))
             with fetch.lock:

@@ -1,4 +1,4 @@
-"""Small arrays between host and device, without a wait where there can be none.
+"""A thread's device, and small arrays between host and it, without a wait where there can be none.
 
 On a CPU nothing is copied. On a GPU a copy from ordinary memory would wait for the stream, so
 everything goes through pinned memory.
@@ -11,6 +11,15 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
+
+
+def use_device(device: torch.device) -> None:
+    """Make it the calling thread's: where it records events, pins memory and compiles kernels.
+
+    Each thread has a current GPU of its own, and begins with the first one.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def to_device(array: npt.NDArray[np.generic], device: torch.device) -> torch.Tensor:

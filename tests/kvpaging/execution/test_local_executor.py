@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import msgspec
@@ -15,6 +16,7 @@ from kernels import registry
 from kvpaging.base.errors import LawBroken
 from kvpaging.base.ids import SeqId, StepId
 from kvpaging.base.kv_spec import KVSpec
+from kvpaging.execution import local_executor, transfer
 from kvpaging.execution.kv_pool import KVPool
 from kvpaging.execution.local_executor import LocalExecutor
 from kvpaging.execution.model_config import read_model_config
@@ -241,6 +243,32 @@ def test_copy_moves_whole_pages_and_nothing_else(loaded: tuple[CausalLM, registr
     before[5], before[1] = before[2].clone(), before[3].clone()
     assert torch.equal(pool.pages, before)
     assert pool.num_bytes == 7 * spec.page_bytes
+
+
+def test_the_thread_that_runs_a_step_uses_the_device_of_the_pool(
+    loaded: tuple[CausalLM, registry.Ops], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ops = loaded
+    used: list[tuple[int, torch.device]] = []
+
+    def use(device: torch.device) -> None:
+        used.append((threading.get_ident(), device))
+
+    monkeypatch.setattr(local_executor, "use_device", use)
+    pool = KVPool(KVSpec(model.config.num_layers, 2, 16, PAGE, "float32"), 6, CPU)
+    executor = LocalExecutor(model, pool, ops, async_scheduling=True)
+    executor.submit(StepPlan(StepId(1), (), (), (), ())).result()
+    executor.close()
+    ((thread, device),) = used
+    assert (thread != threading.get_ident(), device) == (True, CPU)
+
+
+def test_a_gpu_is_set_for_the_thread_and_a_cpu_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    transfer.use_device(CPU)
+    transfer.use_device(torch.device("cuda", 1))
+    assert chosen == [torch.device("cuda", 1)]
 
 
 def test_untouched_pages_cost_no_memory() -> None:

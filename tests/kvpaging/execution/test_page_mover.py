@@ -103,6 +103,19 @@ def test_a_page_comes_back_as_it_went(make: Callable[..., PageMover], pool: KVPo
         assert read_page(pool, PageId(32 + i)) == read_page(pool, PageId(number))
 
 
+def test_its_threads_use_the_device_of_the_pool(
+    make: Callable[..., PageMover], pool: KVPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: set[tuple[str, torch.device]] = set()
+
+    def use(device: torch.device) -> None:
+        used.add((threading.current_thread().name, device))
+
+    monkeypatch.setattr(page_mover, "use_device", use)
+    make(HostLevel(1 << 20)).close()
+    assert used == {("page stores", pool.pages.device), ("page loads", pool.pages.device)}
+
+
 def test_a_page_is_copied_when_it_is_ordered(make: Callable[..., PageMover], pool: KVPool) -> None:
     level = HostLevel(1 << 20)
     mover, before = make(level), read_page(pool, PageId(1))
