@@ -23,12 +23,7 @@ import triton.language as tl
 
 from kernels.jit.launch import Launch, Schedule, Target
 from kernels.ops import KVPages
-
-SPLIT = 256
-"""Keys after which a row's sums start anew, at absolute positions. A part of the numerics."""
-
-_FEW_QUERIES = 16
-"""So many queries may go to the decode kernel, one program each, whoever they belong to."""
+from kernels.splits import FEW_QUERIES, SPLIT
 
 _LOG2_E = math.log2(math.e)
 
@@ -769,7 +764,7 @@ class Attention:
     @property
     def is_decode(self) -> bool:
         """Few queries: the decode kernel takes all of them, however they are shared out."""
-        return self.query.shape[0] <= max(self.page_tables.shape[0], _FEW_QUERIES)
+        return self.query.shape[0] <= max(self.page_tables.shape[0], FEW_QUERIES)
 
     @property
     def part_rows(self) -> int:

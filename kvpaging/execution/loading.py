@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ import kernels
 from kernels import registry
 from kernels.errors import KernelUnavailableError
 from kernels.ops import Ops
+from kernels.splits import part_bytes
 from kvpaging import execution
 from kvpaging.base.config import EngineConfig, EngineOptions, SchedulerConfig
 from kvpaging.base.errors import ConfigError
@@ -30,7 +32,7 @@ from kvpaging.base.secret_file import read_secret
 from kvpaging.cache.eviction.names import POLICIES
 from kvpaging.cache.prefix_key import root_key
 from kvpaging.execution.checkpoint import resolve_checkpoint
-from kvpaging.execution.decode_graphs import EXACT, PADDED
+from kvpaging.execution.decode_graphs import EXACT, PADDED, padded_size, padded_width
 from kvpaging.execution.kv_pool import TORCH_DTYPES, KVPool
 from kvpaging.execution.local_executor import LocalExecutor
 from kvpaging.execution.memory import available_bytes
@@ -88,7 +90,7 @@ def load_executor(
     max_num_batched_tokens = _max_num_batched_tokens(options, device, decisions)
     async_scheduling = _async_scheduling(options, device, decisions)
     memory_bytes = _kv_memory_bytes(
-        options, model_config, device, dtype, weight_bytes, max_num_batched_tokens, decisions
+        options, model_config, spec, device, dtype, weight_bytes, max_num_batched_tokens, decisions
     )
     num_pages, max_model_len = _lengths(options, model_config, spec, memory_bytes, decisions)
 
@@ -316,6 +318,7 @@ def _async_scheduling(options: EngineOptions, device: torch.device, decisions: l
 def _kv_memory_bytes(
     options: EngineOptions,
     model: ModelConfig,
+    spec: KVSpec,
     device: torch.device,
     dtype: str,
     weight_bytes: int,
@@ -336,13 +339,14 @@ def _kv_memory_bytes(
     free, total = torch.cuda.mem_get_info(device)
     activations = _activation_bytes(model, dtype, options.max_num_seqs, max_num_batched_tokens)
     usable = int(total * options.gpu_memory_utilization)
-    memory_bytes = usable - (total - free) - weight_bytes - activations
+    left = max(0, usable - (total - free) - weight_bytes - activations)
+    memory_bytes = _pages_beside_parts(left, options, model, spec) * spec.page_bytes
     decisions.append(
         f"KV memory {_gib(memory_bytes)}: {options.gpu_memory_utilization:.0%} of {_gib(total)}, "
-        f"less {_gib(total - free)} in use, {_gib(weight_bytes)} of weights and "
-        f"{_gib(activations)} to compute in"
+        f"less {_gib(total - free)} in use, {_gib(weight_bytes)} of weights, {_gib(activations)} "
+        f"to compute in and {_gib(left - memory_bytes)} for parts of attention"
     )
-    return max(0, memory_bytes)
+    return memory_bytes
 
 
 def _activation_bytes(
@@ -359,6 +363,31 @@ def _activation_bytes(
     logits = 4 * max_num_seqs * model.vocab_size * 4
     captured = PADDED.most  # graphs have memory of their own
     return (max_num_batched_tokens + captured) * per_token * DTYPE_BYTES[dtype] + logits
+
+
+def _pages_beside_parts(
+    left: int, options: EngineOptions, model: ModelConfig, spec: KVSpec
+) -> int:
+    """The most pages that fit into `left` bytes with attention's parts.
+
+    Those grow with the longest sequence: one of the model's length, or of all pages.
+    """
+    longest = spec.pages_for(options.max_model_len or model.max_model_len)
+
+    def num_bytes(num_pages: int) -> int:
+        parts = _part_bytes(model, spec, options.max_num_seqs, min(num_pages, longest))
+        return num_pages * spec.page_bytes + parts
+
+    return bisect_right(range(left // spec.page_bytes + 1), left, lo=1, key=num_bytes) - 1
+
+
+def _part_bytes(model: ModelConfig, spec: KVSpec, max_num_seqs: int, num_pages: int) -> int:
+    """For page tables of so many pages: a step's parts, and those of the largest captured one."""
+    heads = (model.num_heads, model.head_dim)
+    captured = min(padded_size(max_num_seqs), PADDED.most)
+    return part_bytes(max_num_seqs, num_pages * spec.page_size, *heads) + part_bytes(
+        captured, padded_width(num_pages) * spec.page_size, *heads
+    )
 
 
 def _lengths(

@@ -20,6 +20,7 @@ from kernels.jit import TritonOps  # noqa: E402
 from kernels.jit.launch import Launch, Target  # noqa: E402
 from kernels.jit.triton_ops import TritonLinear  # noqa: E402
 from kernels.ops import QUANTISED, KVPages, Linear  # noqa: E402
+from kernels.splits import part_bytes  # noqa: E402
 
 TARGETS = {
     "sm_80": Target("cuda", "sm_80"),
@@ -281,6 +282,28 @@ def test_exact_attention_takes_one_step_and_one_kind_of_instruction(
     # Rows of a warp: then a row's weights lie in the same threads, and add up in the same order.
     rows = [launch.arguments["BLOCK_M"] // launch.schedule.num_warps for launch in (extend, decode)]
     assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("num_pages", [1, 16, 17, 200])
+def test_attention_keeps_no_more_of_splits_than_the_estimate_says(num_pages: int) -> None:
+    num_seqs, heads, head_dim = 20, 32, 128
+    most = part_bytes(num_seqs, num_pages * 16, heads, head_dim)
+    seen = set()
+    for seqs, queries in ((20, 20), (3, 16), (1, 500), (20, 500), (20, 21)):
+        call = partial(
+            TritonOps.paged_attention,
+            query=empty(queries, heads, head_dim),
+            pages=pages_of(8, head_dim, torch.bfloat16),
+            page_tables=empty(seqs, num_pages, dtype=torch.int32),
+            seq_lens=empty(seqs, dtype=torch.int32),
+            query_starts=empty(seqs + 1, dtype=torch.int32),
+            scale=0.1,
+        )
+        for launch in record(TARGETS["sm_90"], call, exact=True):
+            if "part_acc" in launch.arguments:
+                seen.add(sum(launch.arguments[name].nbytes for name in ("part_acc", "part_state")))
+    assert max(seen) == most
+    assert (most > 0) == (num_pages > 16)
 
 
 @pytest.mark.parametrize("arch", TARGETS)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from checkpoints import case, make
@@ -13,8 +15,10 @@ from ops_paths import cpu_paths
 
 from kvpaging.base.config import EngineConfig, EngineOptions
 from kvpaging.base.errors import ConfigError
-from kvpaging.execution.loading import load_executor
+from kvpaging.base.kv_spec import KVSpec
+from kvpaging.execution.loading import _activation_bytes, _kv_memory_bytes, load_executor
 from kvpaging.execution.memory import _cgroup_bytes, available_bytes
+from kvpaging.execution.model_config import read_model_config
 
 KV_BYTES = 4 * 2**20
 
@@ -140,6 +144,53 @@ def test_what_can_not_be_is_refused(
 def test_a_gpu_that_is_not_there_is_refused(checkpoint: Path) -> None:
     with pytest.raises(ConfigError, match="no GPU"):
         resolved(checkpoint, device="cuda")
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_gpus_pages_leave_room_for_the_parts_of_attention(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """As many pages as fit with what the longest sequence that they hold takes, and no more."""
+    rng = random.Random(seed)
+    length = rng.choice([100, 3000, 10**6])
+    model = msgspec.structs.replace(read_model_config(checkpoint), max_model_len=length)
+    max_num_seqs = rng.choice([1, 40, 600])
+    options = EngineOptions(
+        model=str(checkpoint),
+        max_num_seqs=max_num_seqs,
+        max_model_len=rng.choice([None, 90]),
+        gpu_memory_utilization=1.0,
+    )
+    spec = KVSpec(model.num_layers, model.num_kv_heads, model.head_dim, 16, "bfloat16")
+    left = rng.randrange(64 * 2**20, 2**30)
+    free = left + 1000 + _activation_bytes(model, "bfloat16", max_num_seqs, 2048)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
+
+    def parts(rows: int, num_pages: int) -> int:
+        splits = -(-num_pages * 16 // 256)
+        return rows * model.num_heads * splits * (model.head_dim + 2) * 4 * (splits > 1)
+
+    def needed(num_pages: int) -> int:
+        table = min(num_pages, -(-(options.max_model_len or length) // 16))
+        padded = 64
+        while padded < table:
+            padded *= 2
+        eager = parts(max(16, max_num_seqs), table)
+        captured = parts({1: 16, 40: 48, 600: 512}[max_num_seqs], padded)
+        return num_pages * spec.page_bytes + eager + captured
+
+    decisions: list[str] = []
+    device = torch.device("cuda", 0)
+    memory_bytes = _kv_memory_bytes(
+        options, model, spec, device, "bfloat16", 1000, 2048, decisions
+    )
+    num_pages = memory_bytes // spec.page_bytes
+    assert memory_bytes == num_pages * spec.page_bytes
+    assert needed(num_pages) <= left < needed(num_pages + 1)
+    assert "for parts of attention" in decisions[0]
+    # Too little for one page is no memory, and not less.
+    free = 5
+    assert _kv_memory_bytes(options, model, spec, device, "bfloat16", 1000, 2048, decisions) == 0
 
 
 def test_an_unsupported_architecture_lists_the_supported(checkpoint: Path, tmp_path: Path) -> None:
