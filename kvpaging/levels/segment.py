@@ -78,6 +78,15 @@ def read(path: Path, offset: int, num_bytes: int) -> memoryview:
         os.close(file)
 
 
+def sync(path: Path) -> None:
+    """Have the medium hold a segment, or the names in a directory. Raises OSError."""
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
 class SegmentWriter:
     """The segment that is being appended to. One thread at a time."""
 
@@ -105,10 +114,6 @@ class SegmentWriter:
             while written < len(rest):
                 written += os.pwrite(self._file, rest[written:], at + written)
         return at + written
-
-    def sync(self) -> None:
-        """Have the medium hold what was written. Raises OSError."""
-        os.fdatasync(self._file)
 
     def close(self) -> None:
         """Let go of the file. Idempotent."""

@@ -277,6 +277,42 @@ def test_clear_forgets_all(tmp_path: Path) -> None:
     level.close()
 
 
+def test_a_flush_has_the_medium_hold_every_segment_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    sync = os.fsync
+
+    def spied(file: int) -> None:
+        sync(file)
+        synced.append(Path(os.readlink(f"/proc/self/fd/{file}")).name)
+
+    monkeypatch.setattr(os, "fsync", spied)
+
+    def flushed(level: DiskLevel) -> list[str]:
+        synced.clear()
+        level.flush()
+        return synced
+
+    directory = tmp_path / "cache"
+    level = opened(directory, segment_bytes=3 * VALUE_BYTES)
+    fill(level, range(8))  # two segments are sealed
+    names = [path.name for path in segments_of(directory)]
+    assert len(names) == 3
+    assert flushed(level) == [*names, "cache"]
+    assert flushed(level) == ["cache"]
+    fill(level, range(8, 11))  # the newest is filled, and one more begun
+    newest = [path.name for path in segments_of(directory)[2:]]
+    assert flushed(level) == [*newest, "cache"]
+    fill(level, range(11, 12))
+    level.close()
+    level = opened(directory)  # nobody knows what the process before had flushed
+    assert flushed(level) == [*names[:2], *newest, "cache"]
+    level.clear()
+    assert flushed(level) == ["cache"]
+    level.close()
+
+
 # Crashes, cuts and flips.
 
 
