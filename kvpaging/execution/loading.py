@@ -365,9 +365,7 @@ def _activation_bytes(
     return (max_num_batched_tokens + captured) * per_token * DTYPE_BYTES[dtype] + logits
 
 
-def _pages_beside_parts(
-    left: int, options: EngineOptions, model: ModelConfig, spec: KVSpec
-) -> int:
+def _pages_beside_parts(left: int, options: EngineOptions, model: ModelConfig, spec: KVSpec) -> int:
     """The most pages that fit into `left` bytes with attention's parts.
 
     Those grow with the longest sequence: one of the model's length, or of all pages.

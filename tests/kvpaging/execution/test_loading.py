@@ -181,9 +181,7 @@ def test_a_gpus_pages_leave_room_for_the_parts_of_attention(
 
     decisions: list[str] = []
     device = torch.device("cuda", 0)
-    memory_bytes = _kv_memory_bytes(
-        options, model, spec, device, "bfloat16", 1000, 2048, decisions
-    )
+    memory_bytes = _kv_memory_bytes(options, model, spec, device, "bfloat16", 1000, 2048, decisions)
     num_pages = memory_bytes // spec.page_bytes
     assert memory_bytes == num_pages * spec.page_bytes
     assert needed(num_pages) <= left < needed(num_pages + 1)
