@@ -56,6 +56,11 @@ def add_flags(parser: FlagParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object a run")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="also write a CSV file")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw an .svg or .png")
+    parser.add_argument(
+        "--async-scheduling",
+        action="store_true",
+        help="full: plan the next step before the result of the one before it is known",
+    )
     for name, value, what in (
         ("--max-num-seqs", limits.max_num_seqs, "full: sequences that run at once"),
         ("--max-num-batched-tokens", limits.max_num_batched_tokens, "full: tokens a step"),
@@ -108,6 +113,8 @@ def _check(options: Namespace) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
     if options.plot is not None:
         check_plot(options.plot)
+    if options.async_scheduling and options.mode != "full":
+        raise ConfigError("--async-scheduling goes with --mode full: the others make no plans")
     if _levels(options) and options.mode == "blocks":
         raise ConfigError("--levels goes with --mode cache or full: blocks have no levels")
 
@@ -151,7 +158,11 @@ def _run(options: Namespace, trace: Trace, policy: str, capacity: int | None) ->
         policy,
         capacity,
         options.page_size,
-        limits=Limits(options.max_num_seqs, options.max_num_batched_tokens),
+        limits=Limits(
+            options.max_num_seqs,
+            options.max_num_batched_tokens,
+            async_scheduling=options.async_scheduling,
+        ),
         times=StepTimes(
             options.step_fixed_s,
             options.step_token_s,

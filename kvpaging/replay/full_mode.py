@@ -4,11 +4,15 @@ Requests arrive when the trace says; batches, chunks, preemptions and waiting fo
 `Scheduler` and `CacheManager`. Every step is gone through: none is skipped. Token ids are made up
 so that two prompts are alike exactly as far as the trace says: in each page the last token is the
 page's id, and the others are 0. A page that is not full has no identity, here as in the server.
+
+Planning ahead holds two plans as the engine does: the next one is made when a step begins, before
+that step's result is known, and the device takes it up when it is done with the one before.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import count
@@ -89,6 +93,8 @@ class Limits(msgspec.Struct, frozen=True):
     max_num_batched_tokens: int = 8192
     max_model_len: int | None = None
     """Longer requests are rejected; `None`: none is too long."""
+    async_scheduling: bool = False
+    """The next step is planned before the result of the one before it is known."""
 
 
 def page_tokens(pages: Sequence[int], num_tokens: int, page_size: int) -> list[int]:
@@ -96,6 +102,14 @@ def page_tokens(pages: Sequence[int], num_tokens: int, page_size: int) -> list[i
     tokens = [0] * num_tokens
     tokens[page_size - 1 :: page_size] = pages[: num_tokens // page_size]
     return tokens
+
+
+class _Held(NamedTuple):
+    """A plan that was submitted and is not yet applied."""
+
+    plan: StepPlan
+    result: StepResult
+    end_s: float
 
 
 class _TraceExecutor:
@@ -171,6 +185,10 @@ class Simulation:
             vocab_size=VOCAB_SIZE,
         )
         self._is_unlimited = capacity_pages is None
+        self._executor = _TraceExecutor(self._size, count(self._first_free_id))
+        self._held: deque[_Held] = deque()
+        self._max_held = 2 if limits.async_scheduling else 1
+        self._device_free_s = 0.0
         self._arrivals: dict[RequestId, float] = {}
         self._ttfts_s: list[float] = []
         self._cached: dict[RequestId, int] = {}
@@ -179,14 +197,14 @@ class Simulation:
     def run(self) -> Outcome:
         """Go through the whole trace. Raises ConfigError if it can't be read."""
         started = time.perf_counter()
-        executor = _TraceExecutor(self._size, count(self._first_free_id))
+        executor = self._executor
         now_s = 0.0
         requests = enumerate(self._trace)
         upcoming = next(requests, None)
         num_requests = num_tokens = num_pages = num_outputs = 0
         hit_tokens = hit_pages = 0
-        while upcoming is not None or self.scheduler.has_work:
-            if upcoming is not None and not self.scheduler.has_work:
+        while upcoming is not None or self._has_work:
+            if upcoming is not None and not self._has_work:
                 now_s = max(now_s, upcoming[1].arrival_s)
             events: list[Event] = [*self._levels.completions(now_s)] if self._levels else []
             while upcoming is not None and upcoming[1].arrival_s <= now_s:
@@ -196,15 +214,14 @@ class Simulation:
                 num_tokens += request.num_prompt_tokens
                 num_pages += len(prompt_pages(request, self._trace.block_size, self._size))
                 upcoming = next(requests, None)
-            plan = self.scheduler.schedule(events, now_s)
-            next_end_s = self._move(plan, now_s)
-            is_idle = not plan.scheduled and next_end_s is None
-            if is_idle and self.scheduler.num_waiting and not events:
+            self._plan_ahead(events, now_s)
+            next_end_s = None if self._levels is None else self._levels.next_end_s
+            computes = any(held.plan.scheduled for held in self._held)
+            if not computes and next_end_s is None and self.scheduler.num_waiting and not events:
                 raise LawBroken("requests wait, nothing is in flight, and the plan is empty")
-            elapsed_s = self._times.of(plan)
-            result = msgspec.structs.replace(executor.run(plan), elapsed_s=elapsed_s)
-            now_s += elapsed_s
-            if not plan.scheduled and next_end_s is not None:
+            plan, result, end_s = self._held.popleft()
+            now_s = max(now_s, end_s)
+            if not computes and next_end_s is not None:
                 arrival_s = next_end_s if upcoming is None else upcoming[1].arrival_s
                 now_s = max(now_s, min(next_end_s, arrival_s))
             outputs = self.scheduler.apply(plan, result, now_s)
@@ -241,14 +258,30 @@ class Simulation:
             ),
         )
 
-    def _move(self, plan: StepPlan, now_s: float) -> float | None:
-        """Carry out what a plan moves; when the next load ends, if any is under way."""
-        if self._levels is None:
-            return None
-        self._levels.store(plan.stores)
-        for load in plan.loads:
-            self._levels.begin(load, now_s)
-        return self._levels.next_end_s
+    @property
+    def _has_work(self) -> bool:
+        """Another step would do something."""
+        return self.scheduler.has_work or bool(self._held)
+
+    def _plan_ahead(self, events: Sequence[Event], now_s: float) -> None:
+        """Make and submit plans as `Engine` does: as many as may be held."""
+        while len(self._held) < self._max_held and (
+            events or self.scheduler.has_work or not self._held
+        ):
+            plan = self.scheduler.schedule(events, now_s)
+            self._move(plan, now_s)
+            elapsed_s = self._times.of(plan)
+            result = msgspec.structs.replace(self._executor.run(plan), elapsed_s=elapsed_s)
+            self._device_free_s = max(now_s, self._device_free_s) + elapsed_s
+            self._held.append(_Held(plan, result, self._device_free_s))
+            events = ()
+
+    def _move(self, plan: StepPlan, now_s: float) -> None:
+        """Carry out what a plan moves."""
+        if self._levels is not None:
+            self._levels.store(plan.stores)
+            for load in plan.loads:
+                self._levels.begin(load, now_s)
 
     def _arrive(self, index: int, request: TraceRequest, executor: _TraceExecutor) -> Arrival:
         request_id = RequestId(str(index))

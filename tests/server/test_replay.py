@@ -78,6 +78,7 @@ def test_modes(trace: str, mode: str, capsys: pytest.CaptureFixture[str]) -> Non
     ("flags", "complaint"),
     [
         (["--policy", "lur"], "did you mean lru"),
+        (["--async-scheduling"], "--async-scheduling goes with --mode full"),
         (["--capacity", "0"], "at least 1 page, or unlimited, not '0'"),
         (["--capacity", "many"], "not 'many'"),
         (["--mode", "cash"], "did you mean cache"),

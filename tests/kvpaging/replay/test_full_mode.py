@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
-from typing import IO
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, NamedTuple
 
 import msgspec
 import pytest
+from digest_model import DigestExecutor, digest_config
 
+from kvpaging.base.ids import StepId
 from kvpaging.cache.eviction.names import POLICIES
+from kvpaging.engine.engine import Engine
 from kvpaging.replay.cache_mode import replay_cache
-from kvpaging.replay.full_mode import Limits, Simulation, StepTimes, page_tokens
+from kvpaging.replay.full_mode import VOCAB_SIZE, Limits, Simulation, StepTimes, page_tokens
 from kvpaging.replay.outcome import Outcome
 from kvpaging.replay.trace import Trace, TraceRequest, read_mooncake
+from kvpaging.scheduling.events import Event
+from kvpaging.scheduling.outputs import StepOutputs
+from kvpaging.scheduling.plan import StepPlan, StepResult
+from kvpaging.scheduling.scheduler import Scheduler
 
 
 def first(trace: Trace, count: int) -> Trace:
@@ -52,6 +61,105 @@ def test_all_is_answered_and_time_passes(small: Trace, policy: str) -> None:
     assert outcome.latencies is not None
     assert outcome.latencies.simulated_s > requests[-1].arrival_s
     assert 0 < outcome.latencies.ttft_p50_s <= outcome.latencies.ttft_p99_s
+
+
+class Call(NamedTuple):
+    """Of `Scheduler.schedule` (with its events) or of `Scheduler.apply`."""
+
+    name: str
+    events: tuple[Event, ...]
+    plan: StepPlan
+
+
+class Watch:
+    """Notes every call of a scheduler, and the results."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.calls: list[Call] = []
+        self.results: dict[StepId, StepResult] = {}
+        watch, schedule, apply = self, Scheduler.schedule, Scheduler.apply
+
+        def watched_schedule(self: Scheduler, events: Sequence[Event], now: float) -> StepPlan:
+            plan = schedule(self, events, now)
+            watch.calls.append(Call("schedule", tuple(events), plan))
+            return plan
+
+        def watched_apply(
+            self: Scheduler, plan: StepPlan, result: StepResult, now: float
+        ) -> StepOutputs:
+            watch.calls.append(Call("apply", (), plan))
+            watch.results[plan.step_id] = result
+            return apply(self, plan, result, now)
+
+        patch.setattr(Scheduler, "schedule", watched_schedule)
+        patch.setattr(Scheduler, "apply", watched_apply)
+
+    def take(self) -> list[Call]:
+        taken, self.calls = self.calls, []
+        return taken
+
+
+class Repeating(DigestExecutor):
+    """Gives the results that were given before."""
+
+    def __init__(self, results: dict[StepId, StepResult]) -> None:
+        super().__init__(1, 1)
+        self._results = dict(results)
+
+    def run(self, plan: StepPlan) -> StepResult:
+        return self._results[plan.step_id]
+
+
+def events_by_step(calls: list[Call]) -> Iterator[tuple[Event, ...]]:
+    """What `Engine.step` would have been given: it ends with applying one plan."""
+    given: tuple[Event, ...] | None = None
+    for call in calls:
+        if call.name == "apply":
+            yield given or ()
+            given = None
+        elif given is None:
+            given = call.events
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["in turn", "ahead"])
+@pytest.mark.parametrize("max_num_seqs", [2, 8])
+def test_the_scheduler_is_called_as_the_engine_calls_it(
+    monkeypatch: pytest.MonkeyPatch, small: Trace, max_num_seqs: int, ahead: bool
+) -> None:
+    watch = Watch(monkeypatch)
+    trace = first(small, 60)
+    limits = Limits(max_num_seqs, 2048, async_scheduling=ahead)
+    simulation = Simulation(trace, "lru", 600, limits=limits)
+    outcome = simulation.run()
+    assert outcome.num_rejected == 0
+    assert outcome.num_output_tokens == sum(max(1, r.num_output_tokens) for r in trace)
+    simulated = watch.take()
+    assert [call.name for call in simulated[:3]].count("schedule") == 2
+    assert (simulated[1].name == "schedule") is ahead
+    config = msgspec.structs.replace(
+        digest_config(eos_token_ids=()),
+        scheduler=simulation.scheduler.config,
+        vocab_size=VOCAB_SIZE,
+        async_scheduling=ahead,
+    )
+    engine = Engine(config, Repeating(watch.results), clock=lambda: 0.0)
+    for events in events_by_step(simulated):
+        engine.step(events)
+    assert not engine.has_work
+    assert watch.take() == simulated
+
+
+@pytest.mark.parametrize(("ahead", "waits_s"), [(False, [1.0, 1.5]), (True, [1.0, 2.5])])
+def test_who_comes_while_a_step_was_planned_ahead_waits_for_it(
+    ahead: bool, waits_s: list[float]
+) -> None:
+    made = [TraceRequest(0.0, 4, 9, (1,)), TraceRequest(0.5, 4, 2, (2,))]
+    trace = Trace(Path(os.devnull), 8, lambda _: iter(made))
+    limits = Limits(4, 64, async_scheduling=ahead)
+    simulation = Simulation(trace, "lru", 8, limits=limits, times=StepTimes(1.0, 0.0, 0.0, 0.0))
+    outcome = simulation.run()
+    assert simulation._ttfts_s == waits_s
+    assert outcome.num_output_tokens == 11
 
 
 def test_far_apart_requests_hit_as_in_cache_mode(small: Trace) -> None:
