@@ -54,8 +54,12 @@ class Arena:
         return memory[start : start + size]
 
 
-class ViewsOnly(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch annotates little
-    """Within it torch refuses to compute."""
+class _RefusesToCompute:
+    """The rule of `ViewsOnly`, as a base class of its own.
+
+    What a subclass of torch's mode defines itself torch wraps for its compiler, and the first call
+    imports all of that: one and a half seconds within the first decode step.
+    """
 
     def __torch_dispatch__(
         self,
@@ -71,6 +75,10 @@ class ViewsOnly(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch an
         if not is_view or func._schema.is_mutable:
             raise CannotRecordError(str(func))
         return result
+
+
+class ViewsOnly(_RefusesToCompute, TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Within it torch refuses to compute."""
 
 
 class Tape:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -112,6 +115,23 @@ def test_work_that_fails_says_so_and_leaves_nothing_behind(ops: registry.Ops) ->
     with pytest.raises(ValueError, match="no more"):
         ops.capture(fail)
     assert bool((work() != 0).any())
+
+
+def test_the_first_capture_imports_nothing_large() -> None:
+    """torch's compiler takes seconds to import, in the midst of the first decode step."""
+    script = """
+import sys, torch
+from kernels import registry
+ops = registry.select("cpu", threads=1)
+weight = ops.prepare_linear(torch.randn(16, 16))
+x = torch.randn(2, 16)
+with torch.inference_mode():
+    ops.capture(lambda: ops.linear(x.flatten(1), weight))
+    assert ops.capture(lambda: x + 1) is None
+sys.exit("torch._dynamo" in sys.modules)
+"""
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=root, timeout=60)
 
 
 def test_other_threads_work_is_done_meanwhile(ops: registry.Ops) -> None:
