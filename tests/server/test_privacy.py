@@ -271,26 +271,29 @@ def test_an_explanation_of_pages_on_the_disk_holds_nothing_measured_of_others(
 ) -> None:
     alice, bob, ops = (server.client(tenant) for tenant in ("alice", "bob", "ops"))
     lot = random.Random(9)
-    mine, same = prompt(lot), prompt(lot)
+    prompts = [prompt(lot) for _ in range(10)]
     before = pages_on_disk(ops)
-    bob.send_ahead([mine, same])
+    bob.send_ahead(prompts)
     until = time.monotonic() + 60
-    while pages_on_disk(ops) < before + 2 * NUM_TOKENS // 16:
+    while pages_on_disk(ops) < before + len(prompts) * NUM_TOKENS // 16:
         assert time.monotonic() < until, "the disk never got them"
         time.sleep(0.02)
     told = []
-    for tokens in (mine, same):
+    for tokens in prompts:
         assert ops.request("DELETE", "/cache?level=device")[0] == 200
         (one,) = bob.generate(tokens, explain=True).end["explanations"]
         assert one["levels"][1]["level"] == "disk"
         load = one.pop("load")
-        assert load.keys() == {"pages_below", "pages_asked", "pages_loaded", "load_ms"}
-        told.append(load["pages_below"])
+        if load is not None:
+            assert load.keys() == {"pages_below", "pages_asked", "pages_loaded", "load_ms"}
+            told.append(load["pages_below"])
         theirs = prompt(lot)
         alice.send_ahead([theirs])  # what the others' pages take changes between the two
         assert ops.request("DELETE", "/cache?level=device")[0] == 200
         alice.generate(theirs)
-    assert told == [NUM_TOKENS // 16 - 1] * 2
+    if not told:
+        pytest.skip("a machine so busy that computing always measured faster than the disk")
+    assert set(told) == {NUM_TOKENS // 16 - 1}
 
 
 def pages_on_disk(operator: Client) -> int:

@@ -258,7 +258,7 @@ def test_threads_change_nothing(dtype: str, seed: int) -> None:
 def test_planning_ahead_changes_nothing(dtype: str, seed: int) -> None:
     """Batched, preempted, with edits of logits that follow what was sampled, and ends by token."""
     rng = random.Random(seed)
-    prompts = [prompt(rng, 40) for _ in range(4)]
+    prompts = [prompt(rng, 40) for _ in range(7)]
     params = [sampling(rng, 60) for _ in prompts]
     with engine(dtype) as plain:
         free = [alone(plain, *order) for order in zip(prompts, params, strict=True)]
