@@ -52,7 +52,7 @@ from kvpaging.scheduling.outputs import StepOutputs
 
 _logger = logging.getLogger(__name__)
 
-AUDIT_PAUSE_S: Final = 0.05
+AUDIT_PAUSE_S: Final = 0.2
 """Between two slices of an idle audit, so that it costs no noticeable share of a core."""
 LONGEST_SLEEP_S: Final = 3600.0
 """What ends in a year is more than a system call takes."""
