@@ -261,13 +261,15 @@ class TorchOps:
     def merge_state(
         self, out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        lse = torch.logaddexp(lse_a, lse_b)
+        # torch's exp and log differ by an ulp with the place in the tensor; rounded from float64
+        # they don't.
+        lse = torch.logaddexp(lse_a.double(), lse_b.double())
         both = torch.zeros_like(out_a, dtype=torch.float32)
         for out, own in ((out_a, lse_a), (out_b, lse_b)):
-            share = (own - lse).exp().unsqueeze(-1)
+            share = (own - lse).exp().float().unsqueeze(-1)
             # What has no weight may hold anything: 0 * NaN is NaN.
             both += (out.float() * share).where((own != -torch.inf).unsqueeze(-1), 0.0)
-        return both.to(out_a.dtype), lse
+        return both.to(out_a.dtype), lse.float()
 
     def grouped_linear(
         self, x: torch.Tensor, experts: Experts, expert_of_row: torch.Tensor

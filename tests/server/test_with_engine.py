@@ -202,7 +202,8 @@ def test_a_seed_gives_the_same_outputs_streamed_and_with_company(http: httpx.Cli
 
 def test_the_next_turn_finds_the_pages_of_this_one(http: httpx.Client) -> None:
     prompt = list(range(100, 164))
-    first = http.post("/generate", json={"prompt": prompt, "max_new_tokens": 33}).json()
+    body = {"prompt": prompt, "max_new_tokens": 33, "ignore_eos": True}
+    first = http.post("/generate", json=body).json()
     longer = prompt + first["outputs"][0]["token_ids"][:32] + [200]
     again = http.post("/generate", json={"prompt": longer, "max_new_tokens": 1}).json()
     assert again["usage"]["cached_tokens"] == 96

@@ -59,11 +59,13 @@ class World:
         self.turns: list[list[int]] = [[1]]
         self.values: dict[bytes, bytes] = {}
         self.totals: dict[str, int] = {}
+        page_size = rng.choice([2, 4])
         self.config = msgspec.structs.replace(
             digest_config(
-                num_pages=rng.randint(14, 24),
-                page_size=rng.choice([2, 4]),
-                max_num_seqs=rng.randint(2, 6),
+                # Too few for some requests alone, and for most of them together.
+                num_pages=rng.randint(28, 48) // page_size,
+                page_size=page_size,
+                max_num_seqs=rng.randint(3, 6),
                 max_num_batched_tokens=rng.randint(6, 20),
                 max_model_len=40,
                 eos_token_ids=(0, 1, 2) if rng.random() < 0.5 else (),
