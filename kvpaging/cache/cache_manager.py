@@ -227,10 +227,19 @@ class CacheManager:
         """An empty chain for a sequence of this namespace, maybe after a shared beginning."""
         return PrefixChain(self.root, namespace, self.page_size, shared)
 
-    def extend(self, chain: PrefixChain, token_ids: Sequence[int]) -> None:
-        """Add the links of all pages that the sequence's tokens fill, where anybody will ask."""
+    def num_unhashed(self, chain: PrefixChain, num_tokens: int) -> int:
+        """Links that `extend` would add for the sequence's `num_tokens` tokens. A question."""
+        return chain.num_missing(num_tokens) if self._prefix_cache else 0
+
+    def extend(
+        self, chain: PrefixChain, token_ids: Sequence[int], max_pages: int | None = None
+    ) -> None:
+        """Add the links of all pages that the sequence's tokens fill, where anybody will ask.
+
+        With `max_pages` only of so many more.
+        """
         if self._prefix_cache:
-            chain.extend(token_ids)
+            chain.extend(token_ids, max_pages)
 
     def pages_for(self, num_tokens: int) -> int:
         """Pages that hold `num_tokens` tokens."""

@@ -86,10 +86,20 @@ class PrefixChain:
         chain.links = links
         return chain
 
-    def extend(self, token_ids: Sequence[int]) -> None:
-        """Add the links of all pages that `token_ids` (the whole sequence) fills."""
-        size = self.page_size
-        for first in range(len(self.links) * size, len(token_ids) - size + 1, size):
+    def num_missing(self, num_tokens: int) -> int:
+        """Pages that the sequence's first `num_tokens` tokens fill and that have no link yet."""
+        return max(0, num_tokens // self.page_size - len(self.links))
+
+    def extend(self, token_ids: Sequence[int], max_pages: int | None = None) -> None:
+        """Add the links of all pages that `token_ids` (the whole sequence) fills.
+
+        With `max_pages` only of so many more.
+        """
+        size, num_pages = self.page_size, self.num_missing(len(token_ids))
+        if max_pages is not None:
+            num_pages = min(num_pages, max_pages)
+        begin = len(self.links) * size
+        for first in range(begin, begin + num_pages * size, size):
             tokens = self._packer.pack(*token_ids[first : first + size])
             namespace = self._namespace_of(first + size)
             self.links.append(ChainLink(page_key(self.parent_of_next, namespace, tokens), tokens))

@@ -11,6 +11,7 @@ Knows token ids and page ids; no text, no tensor, no clock (the time comes in wi
 from __future__ import annotations
 
 from bisect import insort
+from collections import deque
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from itertools import islice
@@ -54,6 +55,9 @@ MAX_LOADS: Final = 8
 """Where so many sequences load, none is begun before its turn: they are served one by one."""
 LOOK_AHEAD: Final = 16
 """So many from the first in the queue on may load before their turn."""
+MAX_HASHED_PAGES: Final = 1024
+"""Pages of waiting sequences that a step hashes while others run. With pages of 16 tokens that is
+some 6 ms, and twice the prompt tokens that a large step computes."""
 
 
 @dataclass(slots=True)
@@ -69,12 +73,14 @@ class SchedulerCounters:
 class _Draft:
     """A plan in the making: entries may still be taken back when their sequence is preempted."""
 
-    __slots__ = ("budget", "copies", "draws", "entries", "has_preempted", "loads")
+    __slots__ = ("budget", "copies", "draws", "entries", "has_preempted", "hashes", "loads")
 
     def __init__(self, budget: int, draws: int):
         self.budget = budget
         self.draws = draws
         """Tokens that may still be sampled: each takes a row of logits."""
+        self.hashes = MAX_HASHED_PAGES
+        """Pages that may still be hashed."""
         self.entries: dict[SeqId, tuple[Sequence, ScheduledSequence]] = {}
         self.copies: list[PageCopy] = []
         self.loads: list[PageLoad] = []
@@ -107,6 +113,8 @@ class Scheduler:
         self._sequences: dict[SeqId, Sequence] = {}
         """Sequences that have not ended, and ended ones that a plan in flight names."""
         self._waiting = WaitingQueue()
+        self._unhashed: deque[Sequence] = deque()
+        """Arrived ones, in that order, whose prompts may not be hashed to the end yet."""
         self._running: list[Sequence] = []
         self._loading: dict[SeqId, Sequence] = {}
         self._load_costs = LoadCosts()
@@ -202,6 +210,7 @@ class Scheduler:
         if not draft.has_preempted:
             self._plan_waiting(draft, now)
             self._look_ahead(draft)
+        self._hash_ahead(draft)
         removed, self._removed = tuple(self._removed), []
         flushes, self._flushes = tuple(self._flushes), []
         return StepPlan(
@@ -265,7 +274,8 @@ class Scheduler:
             self._rejections.append(rejection)
             return
         chain = self.cache.chain(request.namespace, request.shared)
-        self.cache.extend(chain, request.prompt_token_ids)
+        if request.retention.pin:  # whether it may is said at the door, and depends on its keys
+            self.cache.extend(chain, request.prompt_token_ids)
         try:
             self._promise_pin(request, chain)
         except BadRequest as error:
@@ -283,6 +293,7 @@ class Scheduler:
         self._sequences[sequence.seq_id] = sequence
         self._requests[request.request_id] = [sequence]
         self._num_unplaced += 1
+        self._unhashed.append(sequence)
         self._waiting.push(sequence)
 
     def _refusal(self, request: Request) -> Rejection | None:
@@ -505,8 +516,11 @@ class Scheduler:
                 and self._will_give_back
             ):
                 return  # nothing came back since it was found not to fit
+            if not self._hash(sequence, draft):
+                if self._running:
+                    return  # it is first in the next step too
+                self.cache.extend(sequence.chain, sequence.token_ids)  # that holds up nobody
             num_tokens = sequence.num_tokens
-            self.cache.extend(sequence.chain, sequence.token_ids)
             matched = self.cache.match(sequence.chain, sequence.num_findable_tokens)
             if not sequence.has_loaded:
                 num_pages = self._num_to_load(sequence, matched)
@@ -531,6 +545,23 @@ class Scheduler:
             self._admit(sequence, num_cached, now)
             self._put(sequence, chunk, (), draft)
             promised += self.cache.pages_for(num_tokens) - len(sequence.lease.pages)
+
+    def _hash(self, sequence: Sequence, draft: _Draft) -> bool:
+        """Add to its chain what this step may still hash; returns whether that was all."""
+        missing = self.cache.num_unhashed(sequence.chain, sequence.num_tokens)
+        num_pages = min(missing, draft.hashes)
+        if num_pages:
+            self.cache.extend(sequence.chain, sequence.token_ids, num_pages)
+            draft.hashes -= num_pages
+        return num_pages == missing
+
+    def _hash_ahead(self, draft: _Draft) -> None:
+        """What the step may still hash goes to those that wait behind, as they arrived."""
+        while self._unhashed:
+            first = self._unhashed[0]
+            if first.state is SeqState.WAITING and not self._hash(first, draft):
+                return
+            self._unhashed.popleft()
 
     def _lease(self, sequence: Sequence, matched: list[PageId], num_tokens: int) -> PageLease:
         request = sequence.request
@@ -566,8 +597,9 @@ class Scheduler:
             if len(self._loading) >= MAX_LOADS or spoken_for >= self.cache.num_available:
                 return
             if not sequence.was_looked_ahead and not sequence.has_loaded:
+                if not self._hash(sequence, draft):
+                    return
                 sequence.was_looked_ahead = True
-                self.cache.extend(sequence.chain, sequence.token_ids)
                 matched = self.cache.match(sequence.chain, sequence.num_findable_tokens)
                 num_pages = self._num_to_load(sequence, matched)
                 self._load(sequence, matched, num_pages, draft, spoken_for)

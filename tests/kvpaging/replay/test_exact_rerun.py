@@ -25,6 +25,7 @@ from kvpaging.engine.engine import Engine
 from kvpaging.replay.recording import RecordedStep, Recorder, create_file, read_steps
 from kvpaging.replay.rerun import rerun
 from kvpaging.replay.trace import open_trace
+from kvpaging.scheduling import scheduler as scheduler_module
 from kvpaging.scheduling.events import Abort, Arrival, Event, Finish, Flush, Unpin
 from kvpaging.scheduling.plan import StepPlan, StepResult
 from kvpaging.scheduling.request import Request, SamplingParams
@@ -146,6 +147,22 @@ def test_a_recording_makes_the_same_decisions(
     with path.open("rb") as file:
         file.readline()
         assert any(step.num_held for step in read_steps(file)) is ahead
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["in turn", "ahead"])
+@pytest.mark.parametrize("levels", [False, True], ids=["device", "levels"])
+def test_hashing_in_pieces_makes_the_same_decisions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, levels: bool, ahead: bool
+) -> None:
+    path = tmp_path / "recording"
+    with monkeypatch.context() as patch:
+        patch.setattr(scheduler_module, "MAX_HASHED_PAGES", 1)
+        live, _ = live_run(path, 1, "lru", levels=levels, ahead=ahead)
+        again: list[object] = []
+        outcome = rerun(path, on_plan=lambda plan: again.append(decisions(plan)))
+    assert again == live
+    assert outcome.first_difference is None
+    assert rerun(path).first_difference is not None, "nothing waited to be hashed"
 
 
 def test_the_random_runs_exercise_what_they_claim(tmp_path: Path) -> None:

@@ -10,9 +10,11 @@ import pytest
 from kvpaging.base.config import SchedulerConfig
 from kvpaging.base.errors import ConfigError, LawBroken
 from kvpaging.base.evictions import Evicted
-from kvpaging.base.ids import RequestId, SeqId
+from kvpaging.base.ids import PageKey, RequestId, SeqId
+from kvpaging.cache import prefix_key
 from kvpaging.cache.cache_manager import CacheManager
 from kvpaging.cache.lower_levels import Held, PagesLoaded
+from kvpaging.scheduling import scheduler as scheduler_module
 from kvpaging.scheduling.events import Abort, Arrival, Finish
 from kvpaging.scheduling.outputs import FinishReason, StepOutputs
 from kvpaging.scheduling.plan import Sample, StepPlan, StepResult
@@ -186,6 +188,81 @@ def test_requests_that_left_while_they_waited_hold_no_memory() -> None:
         step(scheduler, Abort(RequestId(f"{i}")))
     assert scheduler.num_waiting == 0
     assert len(scheduler._waiting._heap) < 100
+
+
+class HashCounter:
+    """Counts the page keys that are made, where a step may make `bound` of them."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, bound: int) -> None:
+        self.count = 0
+        self._page_key = prefix_key.page_key
+        patch.setattr(prefix_key, "page_key", self.page_key)
+        patch.setattr(scheduler_module, "MAX_HASHED_PAGES", bound)
+
+    def page_key(self, parent: PageKey, namespace: bytes, tokens: bytes) -> PageKey:
+        self.count += 1
+        return self._page_key(parent, namespace, tokens)
+
+    def step(self, scheduler: Scheduler, *events: Arrival) -> tuple[StepPlan, int]:
+        """A step, and the pages that were hashed to plan it."""
+        before = self.count
+        plan = scheduler.schedule(events, 0.0)
+        hashed = self.count - before
+        scheduler.apply(plan, results(plan), 0.0)
+        return plan, hashed
+
+
+def test_a_long_prompt_is_hashed_in_pieces_while_others_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scheduler = make(num_pages=200)
+    counter = HashCounter(monkeypatch, bound=5)
+    step(scheduler, arrival("runs", 1, max_new=90))
+    long, short = arrival("long", 150), arrival("short", 12)
+    steps = [counter.step(scheduler, long, short)]
+    chain = scheduler._sequences[SeqId(2)].chain
+    while len(steps) < 40:
+        steps.append(counter.step(scheduler))
+    added = [[row.seq_id for row in plan.added] for plan, _ in steps]
+    assert added[:8] == [[]] * 7 + [[2]], "37 pages, 5 a step"
+    assert [row for rows in added for row in rows] == [2, 3], "one overtook the other"
+    assert all(plan.scheduled[0].seq_id == 1 for plan, _ in steps), "the running one was held up"
+    assert max(hashed for _, hashed in steps) == 5
+    assert sum(hashed for _, hashed in steps) == 37 + 3
+    whole = scheduler.cache.chain(b"")
+    whole.extend(long.request.prompt_token_ids)
+    assert chain.links[:37] == whole.links
+
+
+def test_what_comes_first_is_hashed_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = make(num_pages=200)
+    counter = HashCounter(monkeypatch, bound=5)
+    step(scheduler, arrival("runs", 1, max_new=90))
+    counter.step(scheduler, arrival("long", 150))
+    urgent = msgspec.structs.replace(arrival("urgent", 6).request, priority=1)
+    plan, hashed = counter.step(scheduler, Arrival(urgent))
+    assert [row.seq_id for row in plan.added] == [3]
+    assert hashed == 5, "the urgent one's page, and four of the long one's"
+
+
+def test_a_long_prompt_that_holds_up_nobody_is_hashed_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scheduler = make(num_pages=200)
+    counter = HashCounter(monkeypatch, bound=5)
+    plan, hashed = counter.step(scheduler, arrival("long", 150), arrival("other", 150))
+    assert [row.seq_id for row in plan.added] == [1]
+    assert hashed <= 37 + 5
+
+
+def test_of_those_that_left_unhashed_nothing_is_hashed(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = make(num_pages=200)
+    counter = HashCounter(monkeypatch, bound=5)
+    step(scheduler, arrival("runs", 1, max_new=90))
+    counter.step(scheduler, arrival("long", 150), arrival("longer", 160))
+    step(scheduler, Abort(RequestId("long")), Abort(RequestId("longer")))
+    assert counter.step(scheduler)[1] == 0
+    assert not scheduler._unhashed
 
 
 class Everything:
