@@ -291,7 +291,15 @@ def _runs(found: Found, left: Left) -> Iterator[MissedRun]:
     """The missed tokens, one run for each stretch of the same reason, level and cause."""
     size = found.page_size
     num_full = found.num_tokens // size
-    told = [(page, *_why(found, page, left)) for page in range(found.num_matched, num_full)]
+    first = found.num_matched
+    if found.is_enabled and not found.lookup.rounds and not any(map(any, left.values())):
+        # No level ever had any: a new prompt of many pages is not gone through page by page.
+        num_findable = max(first, (found.num_findable_tokens - 1) // size)
+        if num_findable > first:
+            num_tokens = (num_findable - first) * size
+            yield MissedRun(MissReason.NEVER_SEEN, first * size, num_tokens)
+        first = num_findable
+    told = [(page, *_why(found, page, left)) for page in range(first, num_full)]
     for (reason, level, cause), group in groupby(told, lambda one: one[1:4]):
         pages = list(group)
         first, ago_s = pages[0][0], pages[0][4]

@@ -57,7 +57,7 @@ LOOK_AHEAD: Final = 16
 """So many from the first in the queue on may load before their turn."""
 MAX_HASHED_PAGES: Final = 1024
 """Pages of waiting sequences that a step hashes while others run. With pages of 16 tokens that is
-some 6 ms, and twice the prompt tokens that a large step computes."""
+some 2 ms, and twice the prompt tokens that a large step computes."""
 
 
 @dataclass(slots=True)
