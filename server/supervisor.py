@@ -87,8 +87,9 @@ class SupervisorLimits:
     """For emptying levels: half a minute for a remote one, after what is on its way."""
     max_pending_outputs: int = 4096
     """So many outputs behind, a reader loses its request."""
-    close_s: float = 3.0
-    """The time to end by itself; after that the engine process is killed."""
+    close_s: float = 12.0
+    """The time to end by itself, writing to lower levels included (`page_mover.CLOSE_S`); after
+    that the engine process is killed."""
 
 
 class EngineSupervisor:

@@ -21,7 +21,7 @@ from typing import Final, NamedTuple, Self
 from kvpaging.base.clock import Clock, monotonic
 from kvpaging.base.config import EngineConfig, EngineOptions
 from kvpaging.base.errors import BadRequest, KvPagingError, LawBroken
-from kvpaging.base.ids import PageId, RequestId
+from kvpaging.base.ids import PageId, RequestId, StepId
 from kvpaging.cache.audit import Audit
 from kvpaging.cache.cache_manager import CacheManager
 from kvpaging.cache.eviction.names import POLICIES
@@ -278,8 +278,17 @@ class Engine:
             raise
         return list(completions.values())
 
+    def store_rest(self) -> None:
+        """Let all that waits to be copied down go, whatever is unfinished: `close` comes next."""
+        self._cache.hurry_stores()
+        stores = self._cache.take_stores()
+        if stores:
+            step_id = StepId((self._held[-1].plan.step_id if self._held else self._step_id) + 1)
+            plan = StepPlan(step_id, removed=(), added=(), copies=(), scheduled=(), stores=stores)
+            self._executor.submit(plan).result()
+
     def close(self) -> None:
-        """Give the device's memory back."""
+        """Give the device's memory back, and close the levels below."""
         self._executor.close()
         if self._recorder is not None:
             self._recorder.close()

@@ -95,6 +95,9 @@ class SteppedEngine(Protocol):
     def audit_idle(self) -> bool:
         """Check a slice of the laws; say whether more is left to check."""
 
+    def store_rest(self) -> None:
+        """Let pages go down to the levels below that wait for it."""
+
     def close(self) -> None:
         """Give memory back."""
 
@@ -183,6 +186,7 @@ def _serve(connection: Connection[ToEngine], engine: SteppedEngine) -> None:
         for message in connection.receive(timeout_s):
             match message:
                 case Shutdown():
+                    engine.store_rest()
                     return
                 case GetPages(query_id):
                     _send_pages(connection, engine, query_id)

@@ -53,6 +53,9 @@ STEP_BYTES: Final = 16 * 1024 * 1024
 """Copied out of the pool in one step, of what does not leave it."""
 MAX_QUEUED_BYTES: Final = 512 * 1024 * 1024
 """Copied out of the pool and not yet written; pages beyond that are not kept."""
+CLOSE_S: Final = 8.0
+"""At the end what is on its way is written for at most so long; `server.supervisor` waits longer.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,11 +262,18 @@ class PageMover:
         self._news.wait(timeout_s)
 
     def close(self) -> None:
-        """Write what is still to be written, within a bound, and close the levels."""
+        """Write what is still to be written, for at most `CLOSE_S`, and close the levels."""
+        end_s = monotonic() + CLOSE_S
+        for fetch in self._fetches:
+            fetch.is_over = True  # nobody waits for it any more
         self._stores.put(None)
         self._loads.put(None)
         for thread in self._threads:
-            thread.join(STORE_DEADLINE_S)
+            thread.join(max(0.0, end_s - monotonic()))
+        for way in self._overflows:
+            way.finish(max(0.0, end_s - monotonic()))
+        if num_bytes := self.stats().num_queued_bytes:
+            _logger.warning("%d bytes of pages are not kept: there was no time to write", num_bytes)
         for way in self._overflows:
             way.close()
         for setting in self._settings:

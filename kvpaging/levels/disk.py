@@ -162,8 +162,6 @@ class DiskLevel:
         self._newest = 0
         self._leaving = 0
         """The last segment whose pages began to go down."""
-        self._unsynced: set[int] = set()
-        """Segments of which the medium may not hold all."""
         self._pending: list[Entry] = []
         self._index_bytes = 0
         self._is_closed = False
@@ -242,19 +240,6 @@ class DiskLevel:
             stores=len(pages), known=len(known), late=num_left, store_s=self._clock() - started
         )
         return len(known) + num_stored
-
-    def flush(self) -> None:
-        """Index what is not indexed yet, and have the medium hold the pages.
-
-        The index is not waited for: what the machine's end takes of it is read from the segments.
-        """
-        with self._write_lock:
-            self._index_pending()
-            paths = [segment.path_of(self._directory, each) for each in sorted(self._unsynced)]
-            self._unsynced.clear()  # what failed once is not to be had by asking again
-            for path in (*paths, self._directory):
-                with self._complaining("flush"):
-                    segment.sync(path)
 
     def clear(self) -> None:
         """Delete every segment. Raises `OSError` where some could not be."""
@@ -355,7 +340,6 @@ class DiskLevel:
         known = self._known_stretches(sizes)
         for segment_id, size in sizes.items():
             self._segments[segment_id] = _Segment(size)
-            self._unsynced.add(segment_id)
             self._num_bytes += size
             self._newest = segment_id
             self._recover_segment(segment_id, size, known.get(segment_id, []))
@@ -567,7 +551,6 @@ class DiskLevel:
         writer.append([piece for value in values[: len(entries)] for piece in value.pieces])
         self._num_bytes += writer.end - entries[0].offset
         self._segments[self._newest].num_bytes = writer.end
-        self._unsynced.add(self._newest)
         self._place(self._newest, entries)
         self._pending += entries
         if len(self._pending) >= _ENTRIES_A_STRETCH:
@@ -609,7 +592,6 @@ class DiskLevel:
             is_leaving = segment_id <= self._leaving
             self._overflow.dropped(0 if is_leaving else len(here) - rescued)
         del self._segments[segment_id]
-        self._unsynced.discard(segment_id)
         with self._complaining("a segment can't be deleted"):
             segment.path_of(self._directory, segment_id).unlink(missing_ok=True)
             self._num_bytes -= oldest.num_bytes

@@ -100,9 +100,6 @@ class HostLevel:
             self._overflow.put(evicted)
         return known + stored
 
-    def flush(self) -> None:
-        """Nothing: memory ends with the process."""
-
     def clear(self) -> None:
         """Forget every page."""
         with self._lock:

@@ -108,9 +108,6 @@ class Level(Protocol):
         their children: what does not fit is left out from the end.
         """
 
-    def flush(self) -> None:
-        """Make what was stored before survive the machine's end, as far as the medium can."""
-
     def clear(self) -> None:
         """Forget every page. Raises whatever it likes where it may have some still."""
 

@@ -21,6 +21,8 @@ MAX_BYTES: Final = 64 << 20
 """Of pages that have left and are not yet stored."""
 DEADLINE_S: Final = 10.0
 """For one batch; also for whoever waits until nothing is on its way."""
+CLOSE_S: Final = 1.0
+"""At the end the thread is waited for so long: the level below may hold it for a batch."""
 
 Batches = Iterable[Sequence[StoredPage]]
 
@@ -94,13 +96,21 @@ class Overflow:
             self._drop()
             self._changed.wait_for(lambda: self._running is None, 2 * DEADLINE_S)
 
+    def finish(self, timeout_s: float) -> None:
+        """Wait at most so long for pages that are nowhere else.
+
+        Those of `pull` are still where they come from.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: not self.num_bytes, timeout_s)
+
     def close(self) -> None:
         """End the thread; what it has not stored is not kept. Idempotent."""
         with self._changed:
             self._is_closed = True
             self._drop()
             self._changed.notify_all()
-        self._thread.join(DEADLINE_S)
+        self._thread.join(CLOSE_S)
 
     def _add(self, work: _Work) -> None:
         if not self._is_closed:

@@ -221,9 +221,6 @@ class RemoteLevel:
             self._counters.add(**{trouble: len(new) - answered})
         return len(known) + stored
 
-    def flush(self) -> None:
-        """Nothing: what the server confirmed is its own."""
-
     def clear(self) -> None:
         """Delete every page made with this secret, other servers' too, within half a minute.
 

@@ -84,9 +84,6 @@ class Moody:
             return 0
         return self.level.store(pages, deadline_s)
 
-    def flush(self) -> None:
-        self.level.flush()
-
     def clear(self) -> None:
         self.level.clear()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -20,9 +20,12 @@ from kvpaging.base.ids import RequestId
 from kvpaging.cache.explanation import MissReason
 from kvpaging.cache.prefix_key import root_key
 from kvpaging.engine.engine import Completion, Engine
+from kvpaging.execution import page_mover
 from kvpaging.execution.page_mover import PageMover
 from kvpaging.levels import segment
 from kvpaging.levels.codec import HEADER_BYTES, read_header
+from kvpaging.levels.disk import DiskLevel
+from kvpaging.levels.level import StoredPage
 from kvpaging.scheduling.events import Arrival, Event
 from kvpaging.scheduling.request import Request, SamplingParams
 
@@ -119,6 +122,37 @@ def test_weights_swapped_in_place_find_nothing_and_the_old_pages_age_out(
         assert old_root not in roots_on_disk(disk)
         assert mover(swapped).stats().levels["disk"].evicted >= 6
     assert len(before.samples) == len(after.samples) == 4
+
+
+def test_what_waits_to_go_down_is_there_after_an_orderly_end(
+    model: Path,
+    tmp_path: Path,
+    prompts: Callable[[int], list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(page_mover, "STEP_BYTES", 2 * PAGE_BYTES)
+    store = DiskLevel.store
+
+    def slow(level: DiskLevel, pages: Sequence[StoredPage], deadline_s: float) -> int:
+        time.sleep(0.05)
+        return store(level, pages, deadline_s)
+
+    monkeypatch.setattr(DiskLevel, "store", slow)
+
+    def cached_after(name: str, tokens: list[int], end: Callable[[Engine], None]) -> int:
+        """What a second engine finds when the first one ends after a prompt's first token."""
+        options = {"disk_cache_dir": str(tmp_path / name)}
+        with engine(model, **options) as first:
+            events: list[Event] = [Arrival(Request(RequestId("x"), tuple(tokens), SAMPLING))]
+            while not first.step(events).outputs:
+                events = []
+            end(first)
+        with engine(model, **options) as second:
+            return ask(second, tokens).num_cached_tokens
+
+    tokens = prompts(300)
+    assert cached_after("told", tokens, Engine.store_rest) == 288
+    assert cached_after("not told", tokens, lambda engine: None) < 288
 
 
 def test_pages_go_to_each_level_after_as_many_uses_as_it_is_set_to(

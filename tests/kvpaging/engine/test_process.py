@@ -63,6 +63,7 @@ class ScriptedEngine:
         self.num_audits = num_audits
         self.laws: tuple[str, ...] = ()
         self.closed = False
+        self.has_stored_rest = False
         self.due_s: float | None = None
         self.num_questions = 0
         self._work = 0
@@ -106,6 +107,10 @@ class ScriptedEngine:
         if self.num_audits == 0:
             self.laws = ("a page leaked",)
         return self.num_audits > 0
+
+    def store_rest(self) -> None:
+        assert not self.closed
+        self.has_stored_rest = True
 
     def close(self) -> None:
         self.closed = True
@@ -246,6 +251,7 @@ def test_shutdown_and_end_of_stream_end_it_well(start: Start) -> None:
     process.api.send(Shutdown())
     assert process.ended() == 0
     assert engine.closed
+    assert engine.has_stored_rest
     other = start(ScriptedEngine())
     other.api.sock.close()
     assert other.ended() == 0

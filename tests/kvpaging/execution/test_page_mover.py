@@ -357,3 +357,67 @@ def test_what_is_on_its_way_between_levels_does_not_come_after_a_flush(pool: KVP
     assert far.stats().stores == 2, "what waited behind it was not sent"
     assert mover.stats().num_queued_bytes == 0
     mover.close()
+
+
+class Slow(HostLevel):
+    """Takes `store_s` for each call that stores."""
+
+    def __init__(self, store_s: float) -> None:
+        super().__init__(1 << 20)
+        self.store_s = store_s
+        self.is_closed = False
+
+    def store(self, pages: Sequence[StoredPage], deadline_s: float) -> int:
+        time.sleep(self.store_s)
+        return 0 if self.is_closed else super().store(pages, deadline_s)
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def ordered(mover: PageMover, numbers: Sequence[int]) -> list[PageKey]:
+    for n in numbers:
+        mover.store([PageStore(PageId(n), PageKey(bytes(32)), link(n), num_uses=1)])
+    return [link(n).key for n in numbers]
+
+
+def test_the_end_waits_for_what_is_on_its_way(pool: KVPool) -> None:
+    far = Slow(0.02)
+    far.name = "far"
+    way = Overflow(far)
+    near = HostLevel(2 * SPEC.page_bytes + 2 * 512, overflow=way)
+    mover = PageMover(pool, OPS, [LevelSetting(near, 1, 1.0, way), LevelSetting(far, None, 1.0)])
+    keys = ordered(mover, range(1, 9))
+    mover.close()
+    assert far.contains(keys).count(True) >= 6
+    assert far.is_closed
+
+
+def test_the_end_does_not_wait_for_a_level_that_hangs(
+    pool: KVPool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(page_mover, "CLOSE_S", 0.2)
+    level = Slow(1.0)
+    mover = PageMover(pool, OPS, [LevelSetting(level, 1, 1.0)])
+    keys = ordered(mover, range(1, 5))
+    started = time.monotonic()
+    mover.close()
+    assert 0.2 <= time.monotonic() - started < 0.9
+    assert f"{4 * SPEC.page_bytes} bytes of pages are not kept" in caplog.text
+    assert not any(level.contains(keys))
+
+
+def test_the_end_does_not_wait_for_loads(pool: KVPool) -> None:
+    class SlowToLoad(HostLevel):
+        def load(self, keys: Sequence[PageKey], deadline_s: float) -> list[StoredPage | None]:
+            time.sleep(0.1)
+            return super().load(keys, deadline_s)
+
+    level = SlowToLoad(1 << 20)
+    mover = PageMover(pool, OPS, [LevelSetting(level, 1, 1.0)])
+    stored(mover, level, pool, range(1, 21))
+    for n in range(1, 21):
+        mover.begin(PageLoad(SeqId(n), (PageId(32 + n),), (link(n),)))
+    started = time.monotonic()
+    mover.close()
+    assert time.monotonic() - started < 1.0

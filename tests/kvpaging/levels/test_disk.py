@@ -90,7 +90,6 @@ def test_is_for_the_owner_alone(tmp_path: Path) -> None:
     directory = tmp_path / "cache"
     level = opened(directory)
     fill(level, range(3))
-    level.flush()
     assert stat.S_IMODE(directory.stat().st_mode) == 0o700
     for path in directory.iterdir():
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -277,42 +276,6 @@ def test_clear_forgets_all(tmp_path: Path) -> None:
     level.close()
 
 
-def test_a_flush_has_the_medium_hold_every_segment_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    synced: list[str] = []
-    sync = os.fsync
-
-    def spied(file: int) -> None:
-        sync(file)
-        synced.append(Path(os.readlink(f"/proc/self/fd/{file}")).name)
-
-    monkeypatch.setattr(os, "fsync", spied)
-
-    def flushed(level: DiskLevel) -> list[str]:
-        synced.clear()
-        level.flush()
-        return synced
-
-    directory = tmp_path / "cache"
-    level = opened(directory, segment_bytes=3 * VALUE_BYTES)
-    fill(level, range(8))  # two segments are sealed
-    names = [path.name for path in segments_of(directory)]
-    assert len(names) == 3
-    assert flushed(level) == [*names, "cache"]
-    assert flushed(level) == ["cache"]
-    fill(level, range(8, 11))  # the newest is filled, and one more begun
-    newest = [path.name for path in segments_of(directory)[2:]]
-    assert flushed(level) == [*newest, "cache"]
-    fill(level, range(11, 12))
-    level.close()
-    level = opened(directory)  # nobody knows what the process before had flushed
-    assert flushed(level) == [*names[:2], *newest, "cache"]
-    level.clear()
-    assert flushed(level) == ["cache"]
-    level.close()
-
-
 # Crashes, cuts and flips.
 
 
@@ -321,7 +284,7 @@ def test_cut_at_every_byte(tmp_path: Path, has_index: bool) -> None:
     level = opened(tmp_path / "cache")
     fill(level, range(3))
     if has_index:
-        level.flush()
+        level.close()
     left = crashed(tmp_path / "cache", tmp_path / "left")
     level.close()
     size = segments_of(left)[0].stat().st_size
@@ -455,8 +418,9 @@ def test_a_full_disk_costs_the_page_alone(tmp_path: Path) -> None:
         assert segments_of(tmp_path / "cache")[0].stat().st_size == size
         assert whole(level, range(100), 2000) == set(range(30))
     with file_size_limit(100):
-        level.flush()  # nor can the index be written
+        level.close()  # nor can the index be written
     assert level.stats().failures >= 5
+    level = opened(tmp_path / "cache")
     fill(level, range(30, 40), 2000)
     level.close()
     level = opened(tmp_path / "cache")

@@ -74,10 +74,6 @@ class LevelMachine(RuleBasedStateMachine):
         self.slowness_s = slowness_s
 
     @rule()
-    def flush(self) -> None:
-        self.level.flush()
-
-    @rule()
     def clear(self) -> None:
         self.level.clear()
         self.known = set()

@@ -99,6 +99,9 @@ class FakeEngine:
     def audit_idle(self) -> bool:
         return False
 
+    def store_rest(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
