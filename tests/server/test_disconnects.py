@@ -39,30 +39,32 @@ def raw_request(path: str, body: dict[str, Any]) -> bytes:
 
 def connect(url: str) -> socket.socket:
     host, port = url.removeprefix("http://").split(":")
-    return socket.create_connection((host, int(port)), timeout=5)
+    return socket.create_connection((host, int(port)), timeout=60)
 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("kind", BODIES)
 def test_a_client_that_leaves_aborts_its_request_at_once(kind: str, stream: bool) -> None:
-    engine = FakeEngineClient(delay_s=0.02)
+    engine = FakeEngineClient(delay_s=0.2)
     path, body = BODIES[kind]
     num_requests = 2 if kind == "completions" else 1
     with listening(make_app(engine)) as url:
         with connect(url) as client:
             client.sendall(raw_request(path, {**body, "stream": stream}))
             if stream:
-                assert b"data: " in client.recv(65536) + client.recv(65536)
+                received = b""
+                while b"data: " not in received:
+                    received += client.recv(65536)
             wait_for(lambda: len(engine.open) == num_requests)
         left = time.monotonic()
         wait_for(lambda: not engine.open)
-        assert time.monotonic() - left < 0.5  # 128 tokens would take 2.5 s
+        assert time.monotonic() - left < 10  # 128 tokens would take 25 s
         assert len(engine.aborted) == num_requests
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_also_while_it_waits_for_its_first_token(stream: bool) -> None:
-    engine = FakeEngineClient(delay_s=60)
+    engine = FakeEngineClient(delay_s=600)
     with listening(make_app(engine)) as url:
         with connect(url) as client:
             client.sendall(raw_request("/generate", {"prompt": "x", "stream": stream}))
@@ -82,7 +84,7 @@ def test_a_client_that_leaves_in_its_body_is_no_error(caplog: pytest.LogCaptureF
 
 def test_a_left_request_is_counted_and_logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    engine = FakeEngineClient(delay_s=0.01)
+    engine = FakeEngineClient(delay_s=0.2)
     app = make_app(engine)
     with listening(app) as url:
         with connect(url) as client:
@@ -105,7 +107,7 @@ def test_a_reader_that_stops_reading_loses_its_request(caplog: pytest.LogCapture
         body = {"prompt": "x", "max_new_tokens": 900_000, "stream": True, "logprobs": 0}
         client.sendall(raw_request("/generate", body))
         wait_for(lambda: engine.open)
-        wait_for(lambda: not engine.open, timeout_s=20)
+        wait_for(lambda: not engine.open)
         assert len(engine.aborted) == 1
         received = b""
         while piece := client.recv(1 << 20):
@@ -159,7 +161,7 @@ def test_falling_behind_by_more_than_the_buffer_closes_the_source() -> None:
             await task
         assert sock.sent[-1].get("more_body", True)
 
-    asyncio.run(asyncio.wait_for(scenario(), 5))
+    asyncio.run(asyncio.wait_for(scenario(), 60))
     assert closed == [True]
 
 

@@ -29,7 +29,7 @@ def work_off(
     async def run() -> Preloader:
         service: Service = make_app(client, **config).state.service  # type: ignore[arg-type]
         begin(service.preloader)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while service.preloader.status()["state"] == "working":
                 await asyncio.sleep(0.001)
         return service.preloader

@@ -91,8 +91,8 @@ def listening(app: FastAPI, http: Any = "auto") -> Iterator[str]:
         listener.close()
 
 
-def wait_for(condition: Any, timeout_s: float = 5.0) -> None:
-    """Wait until it holds."""
+def wait_for(condition: Any, timeout_s: float = 60.0) -> None:
+    """Wait until it holds; the bound is for what never will, however slow the machine."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from enum import IntEnum, StrEnum
+from pathlib import Path
 
 from kvpaging.base.config import EngineConfig, EngineOptions, SchedulerConfig
 from kvpaging.base.errors import BadRequest, ConfigError
@@ -38,6 +39,7 @@ class Start(StrEnum):
     RAISE = "raise"
     KILLED = "killed"
     SLOWLY = "slowly"
+    """Takes a minute."""
     HANG = "hang"
     """It says nothing more, as an engine does that is busy in native code."""
     GARBAGE = "garbage"
@@ -55,6 +57,8 @@ class Do(IntEnum):
     """All the tokens at once, each in an output of its own."""
     REJECT = 7
     """As overloaded."""
+    HOLD = 8
+    """One token; the others once there is a file `go` in the working directory."""
 
 
 NO_TIMINGS = Timings(0.0, 0.0, 0.0)
@@ -151,6 +155,8 @@ class FakeEngine:
                 ]
             case Do.COUNT:
                 return self._count(request)
+            case Do.HOLD if self._num_tokens[request.request_id, 0] == 0 or Path("go").exists():
+                return self._count(request)
         return []
 
     def _count(self, request: Request) -> list[SequenceOutput]:
@@ -182,8 +188,8 @@ def make_engine(options: EngineOptions, on_progress: process.OnProgress) -> Fake
         case Start.KILLED:
             os.kill(os.getpid(), signal.SIGKILL)
         case Start.SLOWLY:
-            for done in range(100):
-                on_progress("loading weights", done, 100)
+            for done in range(600):
+                on_progress("loading weights", done, 600)
                 time.sleep(0.1)
         case Start.HANG:
             time.sleep(3600)

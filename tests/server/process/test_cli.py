@@ -68,7 +68,7 @@ def test_a_port_in_use_ends_at_once_with_2() -> None:
         port = taken.getsockname()[1]
         command = [sys.executable, "-P", "-m", "server", "serve", "--port", str(port)]
         ended = subprocess.run(
-            command, capture_output=True, text=True, timeout=30, check=False, env=_environment()
+            command, capture_output=True, text=True, timeout=120, check=False, env=_environment()
         )
     assert ended.returncode == 2
     assert f"can't listen on 127.0.0.1:{port}" in ended.stderr
@@ -79,7 +79,7 @@ def test_a_port_in_use_ends_at_once_with_2() -> None:
 def test_a_host_that_is_none_ends_with_2() -> None:
     command = [sys.executable, "-P", "-m", "server", "serve", "--host", "no.such.host.invalid"]
     ended = subprocess.run(
-        command, capture_output=True, text=True, timeout=60, check=False, env=_environment()
+        command, capture_output=True, text=True, timeout=120, check=False, env=_environment()
     )
     assert ended.returncode == 2
     assert "--host" in ended.stderr

@@ -13,22 +13,22 @@ from typing import Any
 
 import pytest
 import uvicorn
+from http_app import wait_for
 
 from server.http_limits import HttpLimits, limited_protocol
 
 Message = MutableMapping[str, Any]
 QUICK = HttpLimits(
-    header_timeout_s=0.3,
-    body_timeout_s=0.3,
-    write_timeout_s=0.3,
+    header_timeout_s=0.5,
+    body_timeout_s=0.5,
+    write_timeout_s=0.5,
     max_header_bytes=2048,
-    max_connections=4,
 )
 GET = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
 
 
 class Application:
-    """`/` echoes the body; `/slow` answers after 0.8 s; `/flood` sends without end.
+    """`/` echoes the body; `/slow` answers after 1.2 s; `/flood` sends without end.
 
     `/early` refuses without a look at the body, `/live` answers so.
     """
@@ -52,7 +52,7 @@ class Application:
             more = message["more_body"]
         await send({"type": "http.response.start", "status": 200, "headers": []})
         if scope["path"] == "/slow":
-            await asyncio.sleep(0.8)
+            await asyncio.sleep(1.2)
         if scope["path"] == "/flood":
             await self._flood(receive, send)
         await send({"type": "http.response.body", "body": body or b"hello"})
@@ -72,7 +72,7 @@ class Application:
 
 
 @contextmanager
-def listening(app: Application, limits: HttpLimits, keep_alive_s: float = 0.3) -> Iterator[int]:
+def listening(app: Application, limits: HttpLimits, keep_alive_s: float = 0.5) -> Iterator[int]:
     listener = socket(AF_INET, SOCK_STREAM)
     listener.bind(("127.0.0.1", 0))
     config = uvicorn.Config(
@@ -103,13 +103,21 @@ def app() -> Application:
 
 
 @pytest.fixture(scope="module")
-def port(app: Application) -> Iterator[int]:
+def hasty(app: Application) -> Iterator[int]:
+    """A port where patience ends soon: for what runs into a limit of time."""
     with listening(app, QUICK) as port:
         yield port
 
 
+@pytest.fixture(scope="module")
+def port(app: Application) -> Iterator[int]:
+    """A port where no limit of time is met, however slow the machine."""
+    with listening(app, HttpLimits(max_header_bytes=2048), keep_alive_s=60) as port:
+        yield port
+
+
 def connect(port: int) -> socket:
-    return create_connection(("127.0.0.1", port), timeout=5)
+    return create_connection(("127.0.0.1", port), timeout=60)
 
 
 def read_all(sock: socket) -> bytes:
@@ -127,16 +135,16 @@ def read_one(sock: socket) -> bytes:
     return data
 
 
+def is_served(port: int) -> bool:
+    with connect(port) as sock:
+        sock.sendall(b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        return read_all(sock).startswith(b"HTTP/1.1 200")
+
+
 def error_code(answer: bytes) -> tuple[int, str]:
     head, _, body = answer.partition(b"\r\n\r\n")
     assert b"connection: close" in head
     return int(head.split()[1]), json.loads(body)["error"]["code"]
-
-
-def seconds_to_close(sock: socket) -> float:
-    begin = time.monotonic()
-    read_all(sock)
-    return time.monotonic() - begin
 
 
 def test_a_request_within_the_limits_is_answered_and_the_connection_kept(port: int) -> None:
@@ -146,38 +154,41 @@ def test_a_request_within_the_limits_is_answered_and_the_connection_kept(port: i
             assert read_one(sock).startswith(b"HTTP/1.1 200")
 
 
-def test_headers_that_drip_end_in_408(port: int) -> None:
-    with connect(port) as sock:
-        begin = time.monotonic()
+def test_headers_that_drip_end_in_408(hasty: int) -> None:
+    begin = time.monotonic()
+    with connect(hasty) as sock:
         answer = b""
         sock.settimeout(0.05)
         sock.sendall(b"GET / HTTP/1.1\r\n")
-        while not answer and time.monotonic() - begin < 3:
+        while not answer and time.monotonic() - begin < 60:
             try:
                 answer = sock.recv(65536)
             except TimeoutError:
                 sock.sendall(b"x: y\r\n")
         assert error_code(answer) == (408, "request_timeout")
-        assert 0.2 < time.monotonic() - begin < 2
+        assert 0.4 < time.monotonic() - begin
 
 
-def test_a_body_that_does_not_come_ends_in_408(port: int) -> None:
-    with connect(port) as sock:
+def test_a_body_that_does_not_come_ends_in_408(hasty: int) -> None:
+    with connect(hasty) as sock:
         sock.sendall(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\nabc")
         assert error_code(read_all(sock)) == (408, "request_timeout")
 
 
-def test_idle_connections_are_closed(port: int) -> None:
-    with connect(port) as silent, connect(port) as used:
+def test_idle_connections_are_closed(hasty: int) -> None:
+    begin = time.monotonic()
+    with connect(hasty) as silent:
+        assert read_all(silent) == b""
+        assert 0.4 < time.monotonic() - begin
+    with connect(hasty) as used:
         used.sendall(GET)
-        assert 0.2 < seconds_to_close(silent) < 2
-        assert seconds_to_close(used) < 2
+        assert read_all(used).startswith(b"HTTP/1.1 200")
 
 
-def test_stray_line_ends_do_not_keep_a_connection(port: int) -> None:
-    with connect(port) as sock:
+def test_stray_line_ends_do_not_keep_a_connection(hasty: int) -> None:
+    with connect(hasty) as sock:
         sock.sendall(b"\r\n")
-        assert seconds_to_close(sock) < 2
+        read_all(sock)
 
 
 @pytest.mark.parametrize(
@@ -276,19 +287,17 @@ def test_an_early_answer_is_not_taken_back_by_a_reset(port: int, kind: str) -> N
             time.sleep(0.01)
         answer = read_all(sock)
         assert int(answer.split()[1]) == (431 if kind == "by us" else 413)
-        assert seconds_to_close(sock) < 2
 
 
 def test_whoever_sends_on_after_an_answer_is_cut_off(port: int) -> None:
     with connect(port) as sock, pytest.raises(ConnectionError):  # noqa: PT012
         sock.sendall(b"POST /early HTTP/1.1\r\nhost: x\r\ncontent-length: 99000000\r\n\r\n")
-        begin = time.monotonic()
-        while time.monotonic() - begin < 5:
+        for _ in range(990):
             sock.sendall(b"z" * 100_000)
 
 
-def test_an_answered_request_whose_body_does_not_come_is_not_answered_again(port: int) -> None:
-    with connect(port) as sock:
+def test_an_answered_request_whose_body_does_not_come_is_not_answered_again(hasty: int) -> None:
+    with connect(hasty) as sock:
         sock.sendall(b"GET /live HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\na")
         answer = read_all(sock)
     assert answer.count(b"HTTP/1.1") == 1
@@ -302,8 +311,9 @@ def test_what_is_not_http_ends_in_400(port: int) -> None:
 
 
 def test_one_connection_too_many_gets_503(app: Application) -> None:
-    with listening(app, QUICK, keep_alive_s=5) as port:
-        held = [connect(port) for _ in range(QUICK.max_connections)]
+    limits = HttpLimits(max_connections=4)
+    with listening(app, limits, keep_alive_s=60) as port:
+        held = [connect(port) for _ in range(limits.max_connections)]
         for sock in held:
             sock.sendall(GET)
             read_one(sock)
@@ -312,28 +322,25 @@ def test_one_connection_too_many_gets_503(app: Application) -> None:
             assert error_code(answer) == (503, "too_many_connections")
             assert b"\r\nRetry-After: 1\r\n" in answer
         held.pop().close()
-        time.sleep(0.1)
-        with connect(port) as sock:
-            sock.sendall(GET)
-            assert read_one(sock).startswith(b"HTTP/1.1 200")
+        wait_for(lambda: is_served(port))
         for sock in held:
             sock.close()
 
 
-def test_a_long_answer_is_not_cut_by_the_limits_on_reading(port: int) -> None:
-    with connect(port) as sock:
+def test_a_long_answer_is_not_cut_by_the_limits_on_reading(hasty: int) -> None:
+    with connect(hasty) as sock:
         sock.sendall(b"GET /slow HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
         assert read_all(sock).endswith(b"hello\r\n0\r\n\r\n")
 
 
-def test_a_pipelined_request_waits_behind_a_long_answer(port: int) -> None:
-    with connect(port) as sock:
+def test_a_pipelined_request_waits_behind_a_long_answer(hasty: int) -> None:
+    with connect(hasty) as sock:
         sock.sendall(b"GET /slow HTTP/1.1\r\nhost: x\r\n\r\n" + GET)
         assert read_all(sock).count(b"HTTP/1.1 200") == 2
 
 
-def test_half_a_pipelined_request_is_timed_once_it_is_its_turn(port: int) -> None:
-    with connect(port) as sock:
+def test_half_a_pipelined_request_is_timed_once_it_is_its_turn(hasty: int) -> None:
+    with connect(hasty) as sock:
         sock.sendall(b"GET /slow HTTP/1.1\r\nhost: x\r\n\r\nGET / HT")
         answer = read_all(sock)
         assert answer.startswith(b"HTTP/1.1 200")
@@ -341,12 +348,9 @@ def test_half_a_pipelined_request_is_timed_once_it_is_its_turn(port: int) -> Non
         assert b"408" in answer
 
 
-def test_whoever_does_not_read_is_cut_off(app: Application, port: int) -> None:
+def test_whoever_does_not_read_is_cut_off(app: Application, hasty: int) -> None:
     with socket(AF_INET, SOCK_STREAM) as sock:
         sock.setsockopt(SOL_SOCKET, SO_RCVBUF, 4096)
-        sock.connect(("127.0.0.1", port))
+        sock.connect(("127.0.0.1", hasty))
         sock.sendall(b"GET /flood HTTP/1.1\r\nhost: x\r\n\r\n")
-        deadline = time.monotonic() + 5
-        while app.num_floods_ended == 0:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_for(lambda: app.num_floods_ended)

@@ -68,8 +68,8 @@ async def tokens_of(client: EngineSupervisor, order: Request) -> list[int]:
     return [s.token_id for output in await outputs_of(client, order) for s in output.samples]
 
 
-async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    async with asyncio.timeout(timeout_s):
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.005)
 
@@ -248,13 +248,15 @@ async def test_whoever_completes_is_no_suspect_any_more() -> None:
     async with supervisor() as client:
         await client.ready()
         for _ in range(2):
-            innocent = asyncio.create_task(tokens_of(client, request(COUNT, max_new_tokens=200)))
-            await until(lambda: client.status().stats.num_running == 1)
+            innocent = client.submit(request(COUNT, max_new_tokens=1000))
+            await anext(innocent)
+            os.kill(engine_pid(client), signal.SIGSTOP)  # or it might complete first
             os.kill(engine_pid(client), signal.SIGKILL)
             with pytest.raises(EngineDied):
-                await innocent
+                async for _ in innocent:
+                    pass
             await is_ready(client)
-            assert len(await tokens_of(client, request(COUNT, max_new_tokens=200))) == 200
+            assert len(await tokens_of(client, request(COUNT, max_new_tokens=1000))) == 1000
 
 
 async def test_a_crash_loop_ends_dead_and_says_why() -> None:
@@ -265,7 +267,7 @@ async def test_a_crash_loop_ends_dead_and_says_why() -> None:
             with pytest.raises(EngineDied):
                 await outputs_of(client, request(RAISE, prompt))
         assert client.given_up is not None
-        error = await asyncio.wait_for(client.given_up, 10)
+        error = await asyncio.wait_for(client.given_up, 60)
         assert isinstance(error, EngineDied)
         assert "crashed 2 times" in str(error)
         assert client.status().state is EngineState.DEAD
@@ -287,7 +289,7 @@ async def test_crashes_far_apart_are_no_loop() -> None:
 async def test_an_engine_that_refuses_its_options_is_not_started_again() -> None:
     async with supervisor("refuse") as client:
         with pytest.raises(ConfigError, match="no such checkpoint"):
-            await asyncio.wait_for(client.ready(), 10)
+            await asyncio.wait_for(client.ready(), 60)
         assert client.status().state is EngineState.DEAD
         assert client.status().num_restarts == 0
 
@@ -299,7 +301,7 @@ async def test_an_engine_that_refuses_its_options_is_not_started_again() -> None
 async def test_an_engine_that_never_was_ready_is_not_started_again(start: str, how: str) -> None:
     async with supervisor(start) as client:
         with pytest.raises(EngineDied, match=how):
-            await asyncio.wait_for(client.ready(), 10)
+            await asyncio.wait_for(client.ready(), 60)
         assert client.status().num_restarts == 0
 
 
@@ -311,18 +313,18 @@ async def test_progress_is_reported_and_closing_does_not_wait_for_the_load() -> 
         assert client.status().detail.startswith("loading weights, ")
         begin = time.monotonic()
         await client.close()
-        assert time.monotonic() - begin < 2
+        assert time.monotonic() - begin < 30  # the load would take a minute
 
 
 async def test_no_step_with_a_request_open_is_a_stall() -> None:
-    async with supervisor(limits=SupervisorLimits(stall_s=0.2, close_s=0.2)) as client:
+    async with supervisor(limits=SupervisorLimits(stall_s=1.0, close_s=0.2)) as client:
         await client.ready()
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(1.2)
         assert client.status().state is EngineState.READY  # idle is no stall
         stuck = asyncio.create_task(tokens_of(client, request(HANG)))
         await until(lambda: client.num_open_requests == 1)
         assert client.status().state is EngineState.READY  # and idling before does not count
-        await until(lambda: client.status().state is EngineState.STALLED, 2)
+        await until(lambda: client.status().state is EngineState.STALLED)
         assert "1 requests open" in client.status().detail
         await client.close()  # and a hung engine is killed
         with pytest.raises(ShuttingDown):
@@ -330,26 +332,27 @@ async def test_no_step_with_a_request_open_is_a_stall() -> None:
 
 
 async def test_a_hung_engine_is_replaced() -> None:
-    limits = SupervisorLimits(stall_s=0.2, hang_s=0.5)
+    limits = SupervisorLimits(hang_s=1.0)
     async with supervisor(limits=limits) as client:
         await client.ready()
         assert await tokens_of(client, request(COUNT)) == [0, 1, 2]
-        await asyncio.sleep(0.7)
+        await asyncio.sleep(1.2)
         assert client.status().num_restarts == 0  # idle is no hang
         stuck = asyncio.create_task(tokens_of(client, request(WAIT)))
         await until(lambda: client.status().stats.num_running == 1)
         os.kill(engine_pid(client), signal.SIGSTOP)
         with pytest.raises(EngineDied, match="ended under this request"):
-            await asyncio.wait_for(stuck, 5)
+            await asyncio.wait_for(stuck, 60)
         await is_ready(client)
         assert client.status().num_restarts == 1
         assert await tokens_of(client, request(COUNT)) == [0, 1, 2]
 
 
 async def test_slow_steps_that_end_are_no_hang() -> None:
-    async with supervisor(limits=SupervisorLimits(hang_s=0.1)) as client:
+    async with supervisor(limits=SupervisorLimits(hang_s=1.0)) as client:
         await client.ready()
-        assert len(await tokens_of(client, request(COUNT, max_new_tokens=300))) == 300
+        # Each takes a millisecond at least: longer together than an engine may hang.
+        assert len(await tokens_of(client, request(COUNT, max_new_tokens=1500))) == 1500
         assert client.status().num_restarts == 0
 
 
@@ -389,4 +392,4 @@ async def test_the_engine_searches_for_modules_where_this_process_does(
     command = (sys.executable, "-P", "-c", "import only_here, sys; sys.exit(7)")
     process = EngineProcess.spawn(EngineOptions("m"), command=command)
     with process.sock:
-        assert await process.reap(10) == 7
+        assert await process.reap(60) == 7
