@@ -6,6 +6,7 @@ import platform
 import shutil
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -108,15 +109,17 @@ def test_threads_may_call_at_the_same_time(on_threads):
 
 
 def test_idle_threads_sleep(isa):
-    import time
-
     ops = NativeOps(isa=isa, threads=3)
     weight = ops.prepare_linear(torch.randn(600, 600))
     ops.linear(torch.randn(50, 600), weight)
-    time.sleep(0.05)
-    start = time.process_time()
-    time.sleep(0.3)
-    assert time.process_time() - start < 0.03
+    used: list[float] = []
+    # Other threads of this process may have some work; those that don't sleep always have.
+    while len(used) < 50 and min(used, default=1.0) >= 0.03:
+        time.sleep(0.05)
+        start = time.process_time()
+        time.sleep(0.3)
+        used.append(time.process_time() - start)
+    assert min(used) < 0.03, used
 
 
 def test_fewer_threads_than_asked_for_are_told(isa, caplog):

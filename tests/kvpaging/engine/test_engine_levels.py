@@ -59,7 +59,7 @@ def mover(engine: Engine) -> PageMover:
 
 def settled(engine: Engine) -> dict[str, int]:
     """Pages in each level once all is written."""
-    levels, end = mover(engine), time.monotonic() + 10
+    levels, end = mover(engine), time.monotonic() + 60
     while levels.num_queued_bytes:
         assert time.monotonic() < end
         time.sleep(0.001)

@@ -109,7 +109,7 @@ def test_what_has_no_room_nearer_goes_to_the_server_and_comes_back(
     assert isinstance(levels, PageMover)
 
     def settle() -> None:
-        end = time.monotonic() + 10
+        end = time.monotonic() + 60
         while levels.num_queued_bytes or not all(way.is_idle for way in levels._overflows):
             assert time.monotonic() < end
             time.sleep(0.001)

@@ -76,7 +76,7 @@ def stored(mover: PageMover, level: HostLevel, pool: KVPool, numbers: Sequence[i
 
 
 def until(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + 5
+    end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.001)
@@ -177,7 +177,7 @@ def test_a_hung_level_is_given_up_and_writes_nothing_after(
     hang = threading.Event()
 
     def late(pages: list[StoredPage | None]) -> list[StoredPage | None]:
-        hang.wait(10)
+        hang.wait(120)
         return pages
 
     level = BadLevel(late)
@@ -186,7 +186,7 @@ def test_a_hung_level_is_given_up_and_writes_nothing_after(
     before = read_page(pool, PageId(32))
     ended = fetched(mover, [1])
     assert ended.num_pages == 0
-    assert ended.elapsed_s < 5
+    assert ended.elapsed_s < 100
     hang.set()
     assert fetched(mover, [1], first_page=40).num_pages == 1
     assert read_page(pool, PageId(32)) == before, "its pages may belong to another by now"
@@ -311,7 +311,7 @@ def test_what_was_read_before_a_flush_is_not_kept_nearer_after_it(
 
     def wait(pages: list[StoredPage | None]) -> list[StoredPage | None]:
         read.set()
-        go_on.wait(5)
+        go_on.wait(60)
         return pages
 
     near, far = HostLevel(1 << 20), BadLevel(wait)
@@ -319,7 +319,7 @@ def test_what_was_read_before_a_flush_is_not_kept_nearer_after_it(
     far.store([StoredPage(link(1).key, PageKey(bytes(32)), link(1).tokens, bytes(64))], 1.0)
     mover = make(near, far)
     mover.begin(PageLoad(SeqId(1), (PageId(40),), (link(1),)))
-    read.wait(5)
+    assert read.wait(60)
     flushed(mover, "host", "far")
     go_on.set()
     ended: list[PagesLoaded | LevelsFlushed] = []
@@ -334,7 +334,7 @@ def test_what_is_on_its_way_between_levels_does_not_come_after_a_flush(pool: KVP
     class Slow(HostLevel):
         def store(self, pages: Sequence[StoredPage], deadline_s: float) -> int:
             storing.set()
-            go_on.wait(5)
+            go_on.wait(60)
             return super().store(pages, deadline_s)
 
     far = Slow(1 << 20)
@@ -344,11 +344,11 @@ def test_what_is_on_its_way_between_levels_does_not_come_after_a_flush(pool: KVP
     mover = PageMover(pool, OPS, [LevelSetting(near, 1, 1.0, way), LevelSetting(far, None, 1.0)])
     pages = [StoredPage(link(n).key, PageKey(b""), link(n).tokens, bytes(100)) for n in range(4)]
     way.put(pages[:2])
-    storing.wait(5)
+    assert storing.wait(60)
     way.put(pages[2:])
     assert mover.stats().num_queued_bytes == 400
     mover.flush(LevelFlush(3, ("far",)))
-    time.sleep(0.02)
+    until(lambda: mover.stats().num_queued_bytes == 200)  # what waited is dropped
     go_on.set()
     ended: list[PagesLoaded | LevelsFlushed] = []
     until(lambda: ended.extend(mover.completions()) or ended)

@@ -20,7 +20,7 @@ PAGE_BYTES = PAYLOAD + 16 + 512
 
 
 def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 5
+    end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.001)
@@ -34,7 +34,7 @@ class Gate(HostLevel):
         self.opened = threading.Event()
 
     def store(self, pages: Sequence[StoredPage], deadline_s: float) -> int:
-        self.opened.wait(10)
+        self.opened.wait(120)
         return super().store(pages, deadline_s)
 
 
@@ -77,7 +77,7 @@ def test_nobody_waits_for_the_level_below_and_the_bound_holds(
     for number in range(20):
         host.store([page_of(number, PAYLOAD)], 1.0)
         assert overflow.num_bytes <= 5 * PAYLOAD
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 100, "the level below hangs for 120"
     assert (overflow.num_bytes, overflow.num_dropped_pages) == (5 * PAYLOAD, 13)
     below.opened.set()
     until(lambda: overflow.is_idle)
@@ -150,7 +150,7 @@ def test_the_disk_waits_for_nobody_and_says_what_did_not_go_down(
     started = time.monotonic()
     for number in range(200):
         assert level.store([page_of(number, PAYLOAD)], 60.0) == 1
-    assert time.monotonic() - started < 8, "the level below hangs for 10"
+    assert time.monotonic() - started < 100, "the level below hangs for 120"
     assert overflow.num_bytes == 0, "what waits to be read takes no memory"
     below.opened.set()
     until(lambda: overflow.is_idle)

@@ -33,8 +33,9 @@ from kvpaging.levels.remote import RemoteLevel, Seal
 
 SECRET = b"a secret of the operator"
 DEADLINE_S = 0.2
-SLACK_S = 2.0
-"""For a machine that does other things too; without a deadline these calls would not end."""
+SLACK_S = 20.0
+"""For a machine that does other things too; without a deadline these calls would take half a minute
+or never end."""
 
 
 @contextlib.contextmanager
@@ -267,11 +268,10 @@ def test_connections_given_up_are_closed_though_nobody_reads_them() -> None:
             level._send([page_of(0)], [bytes(32 << 20)], time.monotonic() + 5.0)
         assert level.stats().failures == 3
         expected = before + 3  # the other side's
-        for _ in range(100):
-            if num_files() <= expected:
-                return
+        end = time.monotonic() + 60
+        while num_files() > expected:
+            assert time.monotonic() < end
             time.sleep(0.01)
-        assert num_files() <= expected
 
 
 def test_a_server_that_is_not_there() -> None:
@@ -297,12 +297,12 @@ def test_the_prefix_that_arrived_in_time_is_kept(url: str) -> None:
 
     with (
         server(proxy(url.removeprefix("unix://"), first_only)) as slow,
-        remote(slow, batch_deadline_s=1.0) as level,
+        remote(slow, batch_deadline_s=2.0) as level,
     ):
         level._value_bytes = 1000  # as if pages had been seen: all in one batch
         started = time.monotonic()
         found = whole(level, range(100))
-        assert time.monotonic() - started < 1.0 + SLACK_S
+        assert time.monotonic() - started < 2.0 + SLACK_S
         assert 20 < len(found) < 35
         assert found == list(range(len(found)))
         assert level.stats().late == 100 - len(found)
@@ -328,9 +328,11 @@ def test_random_damage_on_the_way(url: str) -> None:
 
     with remote(url) as level:
         fill(level, range(20))
-    hits = 0
+    hits = num_rounds = 0
     with server(proxy(url.removeprefix("unix://"), damage)) as bad:
-        for _ in range(40):
+        # On a slow machine most replies are late.
+        while num_rounds < 40 or (hits <= 20 and num_rounds < 400):
+            num_rounds += 1
             with remote(bad, batch_deadline_s=0.1) as level:
                 first = rng.randrange(15)
                 hits += len(whole(level, range(first, first + 8), 0.3))
@@ -344,13 +346,14 @@ def test_the_breaker_leaves_a_dead_server_alone() -> None:
     def count(connection: object) -> None:
         asked.release()
 
-    with server(count) as url, remote(url, clock=lambda: now[0]) as level:
+    settings = {"clock": lambda: now[0], "batch_deadline_s": 30.0}
+    with server(count) as url, remote(url, **settings) as level:
 
         def attempts(number: int) -> int:
             for _ in range(number):
-                level.load([key_of(0)], 1.0)
+                level.load([key_of(0)], 30.0)
             seen = 0
-            while asked.acquire(timeout=0.05):
+            while asked.acquire(blocking=False):  # each was counted before it was hung up
                 seen += 1
             return seen
 

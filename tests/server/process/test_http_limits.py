@@ -166,7 +166,7 @@ def test_headers_that_drip_end_in_408(hasty: int) -> None:
             except TimeoutError:
                 sock.sendall(b"x: y\r\n")
         assert error_code(answer) == (408, "request_timeout")
-        assert 0.4 < time.monotonic() - begin
+        assert time.monotonic() - begin > 0.4
 
 
 def test_a_body_that_does_not_come_ends_in_408(hasty: int) -> None:
@@ -179,7 +179,7 @@ def test_idle_connections_are_closed(hasty: int) -> None:
     begin = time.monotonic()
     with connect(hasty) as silent:
         assert read_all(silent) == b""
-        assert 0.4 < time.monotonic() - begin
+        assert time.monotonic() - begin > 0.4
     with connect(hasty) as used:
         used.sendall(GET)
         assert read_all(used).startswith(b"HTTP/1.1 200")

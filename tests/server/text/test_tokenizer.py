@@ -88,8 +88,12 @@ def test_long_texts_leave_other_threads_running() -> None:
         lambda: tokenizer.spans(text),
         lambda: tokenizer.decode(ids * 4),
     ):
-        waits = [longest_wait_beside(work) for _ in range(3)]
-        assert min(longest / whole for whole, longest in waits) < 0.5, waits
+        shares: list[float] = []
+        # Others' work makes this thread wait now and then, a lock that is held does always.
+        while len(shares) < 50 and min(shares, default=1.0) >= 0.5:
+            whole, longest = longest_wait_beside(work)
+            shares.append(longest / whole)
+        assert min(shares) < 0.5, shares
 
 
 def test_no_text_has_more_characters_than_its_tokens_can() -> None:
