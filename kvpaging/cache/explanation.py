@@ -17,12 +17,10 @@ from typing import Final
 import msgspec
 
 from kvpaging.base.evictions import Evicted, EvictionCause
-from kvpaging.cache.lower_levels import Held, LevelLoad, PagesLoaded
+from kvpaging.cache.lower_levels import GUESSING, Held, LevelLoad, PagesLoaded
 from kvpaging.cache.prefix_key import ChainLink
 
 DEVICE: Final = "device"
-GUESSING: Final = frozenset({"remote"})
-"""Levels that know only after asking whether they have a page: a miss there is no failure."""
 
 Left = Mapping[str, Sequence[Evicted | None]]
 """By level, how long ago and why each page of a prompt left it, as far as that is remembered."""
@@ -35,6 +33,8 @@ class MissReason(StrEnum):
     """Not under these settings: not by this tenant, or longer ago than evictions are remembered."""
     NOT_THERE = "not_there"
     """Of a level that does not know whether it ever had it."""
+    NOT_ASKED = "not_asked"
+    """Of a level that knows only when it is asked, and was not: no time or no room for it."""
     EVICTED = "evicted"
     COMPUTING_FASTER = "computing_faster"
     """A level has it; by what was measured, computing it took less time."""
@@ -187,6 +187,11 @@ class Lookup:
         }
 
     @property
+    def is_guess(self) -> bool:
+        """No level that knows what it has was believed to have anything."""
+        return all(held.level in GUESSING for one in self.rounds for held in one.held)
+
+    @property
     def elapsed_s(self) -> float:
         """What its loads took."""
         return sum(one.elapsed_s for one in self.rounds)
@@ -278,7 +283,7 @@ def _why_not_here(
 ) -> _Why:
     """Why one level had not this page."""
     believed, reason = _below(found.lookup, page)
-    if believed == level and reason is MissReason.NOT_DELIVERED:
+    if believed == level and reason in (MissReason.NOT_DELIVERED, MissReason.NOT_ASKED):
         return reason, None, None, None
     one = None if gone is None else gone[page]
     if one is not None:
@@ -292,8 +297,8 @@ def _runs(found: Found, left: Left) -> Iterator[MissedRun]:
     size = found.page_size
     num_full = found.num_tokens // size
     first = found.num_matched
-    if found.is_enabled and not found.lookup.rounds and not any(map(any, left.values())):
-        # No level ever had any: a new prompt of many pages is not gone through page by page.
+    if found.is_enabled and found.lookup.is_guess and not any(map(any, left.values())):
+        # None is known to have had any: a new prompt of many pages is not gone through one by one.
         num_findable = max(first, (found.num_findable_tokens - 1) // size)
         if num_findable > first:
             num_tokens = (num_findable - first) * size
@@ -319,7 +324,7 @@ def _why(found: Found, page: int, left: Left) -> _Why:
         return MissReason.LAST_TOKEN if is_last else MissReason.SCORED, None, None, None
     if found.lookup.rounds:
         _, reason = _below(found.lookup, page)
-        if reason is not None:
+        if reason not in (None, MissReason.NOT_THERE, MissReason.NOT_ASKED):
             return reason, None, None, None
     last: _Why = MissReason.NEVER_SEEN, None, None, None
     last_ago_s = math.inf
@@ -332,18 +337,23 @@ def _why(found: Found, page: int, left: Left) -> _Why:
 
 
 def _below(lookup: Lookup, page: int) -> tuple[str | None, MissReason | None]:
-    """Which lower level was believed to have a page that did not come, and why it did not."""
+    """Which lower level was believed to have a page that did not come, and why it did not.
+
+    One that guesses had it not, as far as anybody knows: it was not asked, or it was not there.
+    """
     for one in reversed(lookup.rounds):
         level = one.level_of(page)
         if level is None:
             continue
         if one.is_begun and page < one.first + one.num_loaded:
             return None, None  # it came, and has left again
-        if page >= one.first + one.num_worth:
-            return level, MissReason.COMPUTING_FASTER
-        if not one.is_begun:
-            return level, MissReason.NO_ROOM
-        return level, None if level in GUESSING else MissReason.NOT_DELIVERED
+        is_asked = one.is_begun and page < one.first + one.num_worth
+        if level in GUESSING:
+            return level, MissReason.NOT_THERE if is_asked else MissReason.NOT_ASKED
+        if is_asked:
+            return level, MissReason.NOT_DELIVERED
+        is_worth = page < one.first + one.num_worth
+        return level, MissReason.NO_ROOM if is_worth else MissReason.COMPUTING_FASTER
     return None, None
 
 

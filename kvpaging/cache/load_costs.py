@@ -13,7 +13,7 @@ from typing import Final
 
 import msgspec
 
-from kvpaging.cache.lower_levels import Held, LevelLoad
+from kvpaging.cache.lower_levels import GUESSING, Held, LevelLoad
 
 RETRY_EVERY: Final = 32
 """One in so many loads that look too slow is made all the same, to measure again."""
@@ -46,7 +46,7 @@ class LoadChoices(msgspec.Struct, frozen=True):
     num_loads: int
     """Loads that were found worth it, in part at least."""
     num_refused: int
-    """Loads that were left out since computing was found faster."""
+    """Loads that were left out since computing was found faster, of pages that a level had."""
 
 
 @dataclass(slots=True)
@@ -96,6 +96,8 @@ class LoadCosts:
         self._levels: dict[str, _Sums] = {}
         self._num_loads = 0
         self._num_refused = 0
+        self._num_left_out = 0
+        """Refused loads of what may be somewhere, too."""
 
     @property
     def compute_s_per_token(self) -> float | None:
@@ -118,16 +120,18 @@ class LoadCosts:
 
         All of them while nothing was measured, and now and then to measure again.
         """
-        num_pages = num_held = 0
+        num_pages = num_held = num_known = 0
         gain_s = best_s = 0.0
         for level, count in held:
             num_held += count
+            num_known = num_known if level in GUESSING else num_held
             gain_s += self._gain_s(level, count, page_size)
             if gain_s > 0 and gain_s >= best_s:
                 best_s, num_pages = gain_s, num_held
         if num_pages < num_held:
-            self._num_refused += 1
-            if self._num_refused % RETRY_EVERY == 0:
+            self._num_refused += num_pages < num_known
+            self._num_left_out += 1
+            if self._num_left_out % RETRY_EVERY == 0:
                 num_pages = num_held
         self._num_loads += num_pages > 0
         return num_pages

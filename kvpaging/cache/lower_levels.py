@@ -7,13 +7,17 @@ data. Whether a load is worth it is decided in `kvpaging.cache.load_costs`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 import msgspec
 
 from kvpaging.base.evictions import Evicted
 from kvpaging.base.ids import PageId, PageKey, SeqId
 from kvpaging.cache.prefix_key import ChainLink
+
+GUESSING: Final = frozenset({"remote"})
+"""Levels that know only after asking whether they have a page: a miss there is no failure, and
+what was not asked for is not known to be there."""
 
 
 class PageStore(msgspec.Struct, frozen=True, gc=False):

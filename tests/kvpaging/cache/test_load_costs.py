@@ -62,6 +62,16 @@ def test_a_cheap_miss_is_risked_and_a_dear_one_is_not() -> None:
         assert costs.num_worth_loading((Held("remote", 10),), PAGE) == worth
 
 
+def test_what_nobody_is_known_to_have_is_no_choice() -> None:
+    costs = measured()
+    costs.loaded([LevelLoad("remote", 10, 0, 10.0)])
+    assert costs.num_worth_loading((Held("remote", 10),), PAGE) == 0
+    assert costs.num_worth_loading((FAST, Held("remote", 10)), PAGE) == 10
+    assert (costs.choices().num_loads, costs.choices().num_refused) == (1, 0)
+    assert costs.num_worth_loading((SLOW, Held("remote", 10)), PAGE) == 0
+    assert costs.choices().num_refused == 1
+
+
 def test_a_level_that_hits_again_is_believed_again() -> None:
     costs = LoadCosts()
     costs.computed(100, 0.1)

@@ -325,6 +325,56 @@ def test_of_a_level_that_only_guesses_a_miss_is_a_miss() -> None:
     assert scene.ask(LONG).reasons[0] == (MissReason.NEVER_SEEN, 0, 20)
 
 
+def guessing(*held: Held, num_pages: int = 16) -> Scene:
+    """A remote level that is believed to have what is asked, and is too slow for it."""
+    shelf = Shelf(held, num_delivered=0, names=("disk", "remote"))
+    scene = Scene(num_pages, levels=shelf)
+    costs = scene.engine._scheduler._load_costs
+    costs.computed(1000, 0.001)
+    costs.loaded((LevelLoad("remote", 1, 0, 1.0), LevelLoad("disk", 1, 1, 1.0)))
+    return scene
+
+
+def test_what_a_level_that_guesses_was_not_asked_for_is_not_there() -> None:
+    scene = guessing(Held("remote", 5))
+    told = scene.ask(LONG)
+    assert told.levels == (
+        LevelMatch("device", 0, 0, 0),
+        LevelMatch("disk", 0, 0, 0),
+        LevelMatch("remote", 0, 0, 0),
+    )
+    assert told.missed_by_level["remote"] == (MissedRun(MissReason.NOT_ASKED, 0, 20),)
+    assert told.reasons[0] == (MissReason.NEVER_SEEN, 0, 20)
+    stats = scene.engine.cache_stats()
+    assert stats.missed_pages == {"never_seen": 5}
+    assert (stats.choices.num_loads, stats.choices.num_refused) == (0, 0)
+
+
+def test_what_was_evicted_is_told_behind_a_guess() -> None:
+    scene = guessing(Held("remote", 2), num_pages=4)
+    scene.ask(PROMPT)
+    scene.ask([7] * 13)
+    room = EvictionCause.ROOM
+    assert scene.ask(PROMPT).missed[0] == MissedRun(MissReason.EVICTED, 0, 8, room, 0.0, "device")
+
+
+def test_a_guess_behind_what_a_level_has_is_none_of_it() -> None:
+    scene = guessing(Held("disk", 2), Held("remote", 3))
+    told = scene.ask(LONG)
+    assert told.levels[1:] == (LevelMatch("disk", 0, 2, 2), LevelMatch("remote", 0, 0, 2))
+    assert told.reasons[:2] == [(MissReason.COMPUTING_FASTER, 0, 8), (MissReason.NEVER_SEEN, 8, 12)]
+    assert scene.engine.cache_stats().choices.num_refused > 0
+
+
+def test_without_room_a_guess_is_not_asked() -> None:
+    shelf = Shelf((Held("remote", 5),), num_delivered=5, names=("remote",))
+    scene = Scene(num_pages=5, levels=shelf)
+    scene.engine._scheduler._load = lambda *_: False  # type: ignore[method-assign]
+    told = scene.ask(LONG[:18])
+    assert told.missed_by_level["remote"] == (MissedRun(MissReason.NOT_ASKED, 0, 16),)
+    assert told.reasons[0] == (MissReason.NEVER_SEEN, 0, 16)
+
+
 def test_computing_may_be_faster() -> None:
     shelf = Shelf((Held("fast", 5),), num_delivered=5)
     scene = Scene(num_pages=40, levels=shelf)

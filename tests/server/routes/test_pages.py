@@ -190,7 +190,8 @@ def test_the_page_knows_every_reason_and_every_field() -> None:
     table = text.split("const MISSED = {")[1].split("};")[0]
     reasons = {str(reason) for reason in MissReason}
     # No page; of one level only; with its cause.
-    reasons -= {MissReason.BELOW_PAGE, MissReason.NOT_THERE, MissReason.EVICTED}
+    reasons -= {MissReason.BELOW_PAGE, MissReason.EVICTED}
+    reasons -= {MissReason.NOT_THERE, MissReason.NOT_ASKED}
     reasons |= {f"evicted_{cause}" for cause in EvictionCause}
     assert set(re.findall(r"(\w+): \[", table)) == reasons
     stats = cache_stats()
