@@ -62,7 +62,7 @@ def choose_tiles(
     With `exact` both kernels take the same step, and lay a row out over threads in the same way, so
     that its sums add up in the same order.
     """
-    width = max(16, triton.next_power_of_2(head_dim))
+    width = _padded(head_dim)
     least_rows = triton.next_power_of_2(group)
 
     def tiles(block_m: int, tile: int, num_warps: int, num_stages: int) -> Tiles:
@@ -821,6 +821,7 @@ class Attention:
         if self.max_splits == 1:
             return [decode]
         block_g = triton.next_power_of_2(self.group)
+        block_d = _padded(self.query.shape[2])
         combine = Launch(
             combine_kernel,
             grid,
@@ -830,8 +831,9 @@ class Attention:
                 "BLOCK_G": block_g,
                 "UNROLL": 4 if block_g <= 8 else 1,
             },
-            # Four numbers a thread: 16 bytes a load.
-            Schedule(num_warps=max(1, min(4, block_g * self.query.shape[2] // 128)), num_stages=1),
+            # Four numbers a thread: 16 bytes a load. Columns that pad count, so that warps are a
+            # power of two.
+            Schedule(num_warps=max(1, min(4, block_g * block_d // 128)), num_stages=1),
         )
         return [decode, combine]
 
@@ -865,7 +867,7 @@ class Attention:
             "HEADS": self.query.shape[1],
             "GROUP": self.group,
             "HEAD_DIM": head_dim,
-            "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+            "BLOCK_D": _padded(head_dim),
             "SPLIT": SPLIT,
             "HAS_WINDOW": self.window is not None,
             "HAS_SINKS": self.sinks is not None,
@@ -892,6 +894,11 @@ class Attention:
             "PAGE_SIZE": self.pages.keys.shape[2],
             "HAS_SOFT_CAP": self.soft_cap is not None,
         }
+
+
+def _padded(head_dim: int) -> int:
+    """Columns of a tile that holds a head."""
+    return max(16, int(triton.next_power_of_2(head_dim)))
 
 
 def _tile_arguments(tiles: Tiles) -> dict[str, object]:

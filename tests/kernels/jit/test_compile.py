@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -55,17 +56,18 @@ def attention(
     kv_heads: int = 8,
     page_dtype: torch.dtype = torch.bfloat16,
     state: bool = False,
+    queries: int = 2000,
 ) -> Callable[[TritonOps], object]:
     """A mixed batch: all three kernels. Heads as in Llama 3 8B, if not given."""
 
     def call(ops: TritonOps) -> object:
         attend = ops.paged_attention_state if state else ops.paged_attention
         return attend(
-            empty(2000, heads, head_dim),
+            empty(queries, heads, head_dim),
             pages_of(kv_heads, head_dim, page_dtype),
-            empty(4, 256, dtype=torch.int32),
-            empty(4, dtype=torch.int32),
-            empty(5, dtype=torch.int32),
+            empty(64, 256, dtype=torch.int32),
+            empty(64, dtype=torch.int32),
+            empty(65, dtype=torch.int32),
             scale=0.1,
             window=4096 if featured else None,
             soft_cap=50.0 if featured else None,
@@ -152,6 +154,8 @@ MATRIX_CALLS = {
     "attention 128 state": attention(128, state=True),
     "attention 256 window cap sinks": attention(256, featured=True),
     "attention 128 of 64 heads on one": attention(128, heads=64, kv_heads=1),
+    "attention 96": attention(96),
+    "attention 192 of 16 heads on 8": attention(192, heads=16),
     "attention 64 int8": attention(64, page_dtype=I8),
     "attention 128 int8": attention(128, page_dtype=I8),
     "attention 256 window cap sinks int8": attention(256, featured=True, page_dtype=I8),
@@ -314,3 +318,40 @@ def test_exact_linears_take_one_step_and_one_kind_of_instruction(arch: str) -> N
     ]
     assert len({launch.arguments["BLOCK_K"] for launch in launches}) == 1
     assert len({matrix_instruction(launch, target) for launch in launches}) == 1
+
+
+GROUPS = (*range(1, 17), 24, 32, 40, 64, 71)
+HEAD_DIMS = range(16, 257, 8)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("arch", TARGETS)
+def test_every_head_size_and_group_has_launches_that_a_card_takes(arch: str, exact: bool) -> None:
+    """Triton takes warps and the sizes of tiles in powers of two, and so many threads a program."""
+    target = TARGETS[arch]
+    most = 16 if target.backend == "hip" else 32  # of 64 threads, or 32
+    seen = set()
+    for group, head_dim in product(GROUPS, HEAD_DIMS):
+        for queries, page_dtype in product((64, 2000), (torch.bfloat16, I8)):
+            call = attention(
+                head_dim, heads=2 * group, kv_heads=2, page_dtype=page_dtype, queries=queries
+            )
+            for launch in record(target, call, exact=exact):
+                what = (group, head_dim, queries, page_dtype, launch)
+                seen.add(launch.kernel.__name__)
+                assert is_power_of_two(launch.schedule.num_warps), what
+                assert launch.schedule.num_warps <= most, what
+                assert launch.schedule.num_stages >= 1, what
+                sizes = {
+                    name: value
+                    for name, value in launch.arguments.items()
+                    if name.startswith("BLOCK_") or name == "TILE"
+                }
+                assert all(is_power_of_two(size) for size in sizes.values()), what
+                assert sizes.get("BLOCK_M", group) >= group, what
+                assert sizes["BLOCK_D"] >= head_dim, what
+    assert seen == {"decode_kernel", "extend_kernel", "combine_kernel"}
+
+
+def is_power_of_two(value: int) -> bool:
+    return value > 0 and value & (value - 1) == 0
