@@ -5,9 +5,13 @@ Knows nothing of the work, but that it must not wait for the device or look at w
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
 from kernels.ops import Work
+
+_logger = logging.getLogger(__name__)
 
 
 class Graphs:
@@ -18,11 +22,25 @@ class Graphs:
         with torch.cuda.device(device):
             self._memory = torch.cuda.graph_pool_handle()
 
-    def capture(self, work: Work) -> Work:
+    def capture(self, work: Work) -> Work | None:
         """See `kernels.ops.Ops.capture`.
 
         The work runs once before it is captured: kernels are compiled and workspaces made then.
+        `None`, and a warning, where memory was short or CUDA would not capture it: who asked does
+        the work itself, and hears of whatever is wrong with the work from that.
         """
+        try:
+            return self._capture(work)
+        except RuntimeError as error:  # torch's out-of-memory error is one
+            _logger.warning(
+                "work could not be captured on %s and is launched kernel by kernel: %s: %s",
+                self._device,
+                type(error).__name__,
+                str(error).partition("\n")[0],
+            )
+            return None
+
+    def _capture(self, work: Work) -> Work:
         with torch.cuda.device(self._device):
             beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             beside.wait_stream(torch.cuda.current_stream())

@@ -38,6 +38,8 @@ class Sizes:
     """The rows that serve so many sequences."""
     most: int
     """Sequences; larger batches are worth their launches."""
+    kept: int
+    """Shapes whose captures are kept; one more displaces that whose last use is longest ago."""
 
 
 def padded_size(num_seqs: int) -> int:
@@ -47,15 +49,31 @@ def padded_size(num_seqs: int) -> int:
     return -(-num_seqs // STEP) * STEP
 
 
-PADDED: Final = Sizes(padded_size, most=512)
+PADDED: Final = Sizes(padded_size, most=512, kept=64)
 """For a GPU: a row costs next to nothing, a capture is dear."""
-EXACT: Final = Sizes(int, most=64)
+EXACT: Final = Sizes(int, most=64, kept=256)
 """For a CPU: each row costs its products, recording costs next to nothing."""
+GRAPH_BYTES: Final = 8 << 20
+"""Set aside for what CUDA keeps of one graph beside its tensors. A guess: no card was at hand."""
 
 
 def padded_width(num_pages: int) -> int:
     """The least width of the ladder that holds page tables of so many pages."""
     return max(MIN_WIDTH, 1 << (num_pages - 1).bit_length())
+
+
+def kept_bytes(num_seqs: int, num_pages: int, hidden_bytes: int) -> int:
+    """The most that captures of `PADDED` sizes keep between steps, but for what they share.
+
+    `num_seqs`: of the largest step; `num_pages`: of the longest sequence; `hidden_bytes`: of one
+    row's hidden states. What the captured work computes in is one memory for all of them.
+    """
+    sizes = {padded_size(count) for count in range(1, min(num_seqs, PADDED.most) + 1)}
+    widths = [MIN_WIDTH]
+    while widths[-1] < num_pages:
+        widths.append(2 * widths[-1])
+    shapes = sorted(size * (4 * width + hidden_bytes) for size in sizes for width in widths)
+    return sum(num_bytes + GRAPH_BYTES for num_bytes in shapes[-PADDED.kept :])
 
 
 class StaticBatch:
@@ -103,7 +121,10 @@ class StaticBatch:
 
 
 class DecodeGraphs:
-    """The layers' work of decode steps, captured when a shape first comes up."""
+    """The layers' work of decode steps, captured when a shape first comes up.
+
+    When one can't be captured, no further one is tried: those that are there go on.
+    """
 
     def __init__(self, model: CausalLM, pool: KVPool, capture: Capture, sizes: Sizes) -> None:
         self._model = model
@@ -114,12 +135,13 @@ class DecodeGraphs:
 
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
-        """(rows, pages of a table) of what was captured, in order."""
+        """(rows, pages of a table) of what is kept, that of the last step at the end."""
         return tuple(self._captured)
 
     def fits(self, num_seqs: int) -> bool:
-        """Whether so many sequences may be captured."""
-        return self._capture is not None and num_seqs <= self._sizes.most
+        """Whether a step of so many sequences may run from a capture."""
+        may_be = self._capture is not None or bool(self._captured)
+        return may_be and num_seqs <= self._sizes.most
 
     def hidden(self, batch: DeviceBatch) -> torch.Tensor:
         """Hidden states `[B, H]` of a batch of one token a sequence, as `CausalLM.forward`.
@@ -132,7 +154,7 @@ class DecodeGraphs:
         shape = self._sizes.size_for(count), padded_width(width)
         if shape not in self._captured and not self._add(shape, hidden, batch):
             return self._model.layers(hidden, batch, self._pool)
-        static, replay = self._captured[shape]
+        static, replay = self._captured[shape] = self._captured.pop(shape)
         static.fill(hidden, batch)
         return replay()[:count]
 
@@ -143,8 +165,11 @@ class DecodeGraphs:
         static = StaticBatch(*shape, hidden)
         static.fill(hidden, batch)
         work = self._capture(lambda: self._model.layers(static.hidden, static.batch, self._pool))
-        if work is None:  # nor could another shape be
+        if work is None:  # a path without, or memory is short: nor could another shape be
             self._capture = None
             return False
         self._captured[shape] = static, work
+        # After a capture, which waits for the device: nothing of what goes is still under way.
+        while len(self._captured) > self._sizes.kept:
+            del self._captured[next(iter(self._captured))]
         return True

@@ -32,7 +32,13 @@ from kvpaging.base.secret_file import read_secret
 from kvpaging.cache.eviction.names import POLICIES
 from kvpaging.cache.prefix_key import root_key
 from kvpaging.execution.checkpoint import resolve_checkpoint
-from kvpaging.execution.decode_graphs import EXACT, PADDED, padded_size, padded_width
+from kvpaging.execution.decode_graphs import (
+    EXACT,
+    PADDED,
+    kept_bytes,
+    padded_size,
+    padded_width,
+)
 from kvpaging.execution.kv_pool import TORCH_DTYPES, KVPool
 from kvpaging.execution.local_executor import LocalExecutor
 from kvpaging.execution.memory import available_bytes
@@ -340,11 +346,12 @@ def _kv_memory_bytes(
     activations = _activation_bytes(model, dtype, options.max_num_seqs, max_num_batched_tokens)
     usable = int(total * options.gpu_memory_utilization)
     left = max(0, usable - (total - free) - weight_bytes - activations)
-    memory_bytes = _pages_beside_parts(left, options, model, spec) * spec.page_bytes
+    row_bytes = model.hidden_size * DTYPE_BYTES[dtype]
+    memory_bytes = _pages_beside_tables(left, options, model, spec, row_bytes) * spec.page_bytes
     decisions.append(
         f"KV memory {_gib(memory_bytes)}: {options.gpu_memory_utilization:.0%} of {_gib(total)}, "
         f"less {_gib(total - free)} in use, {_gib(weight_bytes)} of weights, {_gib(activations)} "
-        f"to compute in and {_gib(left - memory_bytes)} for parts of attention"
+        f"to compute in and {_gib(left - memory_bytes)} for parts of attention and captured steps"
     )
     return memory_bytes
 
@@ -365,16 +372,22 @@ def _activation_bytes(
     return (max_num_batched_tokens + captured) * per_token * DTYPE_BYTES[dtype] + logits
 
 
-def _pages_beside_parts(left: int, options: EngineOptions, model: ModelConfig, spec: KVSpec) -> int:
-    """The most pages that fit into `left` bytes with attention's parts.
+def _pages_beside_tables(
+    left: int, options: EngineOptions, model: ModelConfig, spec: KVSpec, row_bytes: int
+) -> int:
+    """The most pages that fit into `left` bytes with attention's parts and captured steps.
 
     Those grow with the longest sequence: one of the model's length, or of all pages.
+    `row_bytes`: of one token's hidden states.
     """
     longest = spec.pages_for(options.max_model_len or model.max_model_len)
 
     def num_bytes(num_pages: int) -> int:
-        parts = _part_bytes(model, spec, options.max_num_seqs, min(num_pages, longest))
-        return num_pages * spec.page_bytes + parts
+        table = min(num_pages, longest)
+        beside = _part_bytes(model, spec, options.max_num_seqs, table)
+        if not options.enforce_eager:
+            beside += kept_bytes(options.max_num_seqs, table, row_bytes)
+        return num_pages * spec.page_bytes + beside
 
     return bisect_right(range(left // spec.page_bytes + 1), left, lo=1, key=num_bytes) - 1
 

@@ -217,6 +217,71 @@ def test_a_batch_beyond_the_ladder_is_not_captured(tmp_path: Path, ops: registry
     assert not graphs.fits(PADDED.most + 1)
 
 
+class ShortOfMemory(FakeCapture):
+    """As a card does it: the work is begun, then there is no room for one more capture."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
+        self.num_refused = 0
+
+    def __call__(self, work: Work) -> Work | None:
+        if self.num_captured < self.most:
+            return super().__call__(work)
+        work()
+        self.num_refused += 1
+        return None
+
+
+@pytest.mark.parametrize("most", [0, 2])
+def test_when_no_more_can_be_captured_steps_go_on_with_the_same_bits(
+    tmp_path: Path, ops: registry.Ops, most: int
+) -> None:
+    model = load(tmp_path, "qwen3", ops)
+    plain, plain_pool = run(model, ops, 1, None)
+    capture = ShortOfMemory(most)
+    short, short_pool = run(model, ops, 1, capture)
+    assert capture.num_refused == 1, "asked again"
+    assert (capture.num_replayed > 4) == (most > 0), "what was captured before is still used"
+    if ops.exact:
+        assert short == plain
+        assert torch.equal(short_pool.pages, plain_pool.pages)
+
+
+def test_shapes_that_are_not_used_give_way(tmp_path: Path, ops: registry.Ops) -> None:
+    model = load(tmp_path, "qwen3", ops)
+    config = model.config
+    spec = KVSpec(config.num_layers, config.num_kv_heads, config.head_dim, PAGE, "float32")
+    pool = KVPool(spec, NUM_PAGES, CPU)
+    capture = FakeCapture()
+    graphs = DecodeGraphs(model, pool, capture, Sizes(int, most=8, kept=2))
+
+    def step(count: int) -> torch.Tensor:
+        numbers = torch.arange(1, count + 1)
+        batch = DeviceBatch(
+            token_ids=numbers + 4,
+            positions=numbers.int(),
+            slot_mapping=numbers * 4 + 2,
+            page_tables=numbers.int()[:, None],
+            seq_lens=numbers.int() * 0 + 3,
+            query_starts=torch.arange(count + 1, dtype=torch.int32),
+            logit_rows=numbers - 1,
+        )
+        return graphs.hidden(batch).clone()
+
+    pool.pages.zero_()
+    first = step(1)
+    step(2)
+    step(1)  # the one with two rows is now the older one
+    step(3)
+    assert graphs.shapes == ((1, 64), (3, 64))
+    assert capture.num_captured == 3
+    step(2)
+    assert graphs.shapes == ((3, 64), (2, 64))
+    assert torch.equal(step(1), first)
+    assert capture.num_captured == 5
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

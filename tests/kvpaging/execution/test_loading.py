@@ -16,6 +16,7 @@ from ops_paths import cpu_paths
 from kvpaging.base.config import EngineConfig, EngineOptions
 from kvpaging.base.errors import ConfigError
 from kvpaging.base.kv_spec import KVSpec
+from kvpaging.execution.decode_graphs import GRAPH_BYTES
 from kvpaging.execution.loading import _activation_bytes, _kv_memory_bytes, load_executor
 from kvpaging.execution.memory import _cgroup_bytes, available_bytes
 from kvpaging.execution.model_config import read_model_config
@@ -147,7 +148,7 @@ def test_a_gpu_that_is_not_there_is_refused(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_gpus_pages_leave_room_for_the_parts_of_attention(
+def test_a_gpus_pages_leave_room_for_the_parts_of_attention_and_captured_steps(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     """As many pages as fit with what the longest sequence that they hold takes, and no more."""
@@ -160,9 +161,10 @@ def test_a_gpus_pages_leave_room_for_the_parts_of_attention(
         max_num_seqs=max_num_seqs,
         max_model_len=rng.choice([None, 90]),
         gpu_memory_utilization=1.0,
+        enforce_eager=rng.random() < 0.3,
     )
     spec = KVSpec(model.num_layers, model.num_kv_heads, model.head_dim, 16, "bfloat16")
-    left = rng.randrange(64 * 2**20, 2**30)
+    left = rng.randrange(2**30, 2**31)
     free = left + 1000 + _activation_bytes(model, "bfloat16", max_num_seqs, 2048)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
 
@@ -177,7 +179,16 @@ def test_a_gpus_pages_leave_room_for_the_parts_of_attention(
             padded *= 2
         eager = parts(max(16, max_num_seqs), table)
         captured = parts({1: 16, 40: 48, 600: 512}[max_num_seqs], padded)
-        return num_pages * spec.page_bytes + eager + captured
+        kept = 0 if options.enforce_eager else graphs(padded)
+        return num_pages * spec.page_bytes + eager + captured + kept
+
+    def graphs(most_pages: int) -> int:
+        """Of the 64 largest shapes: a table of int32 and hidden states in bfloat16 for each row."""
+        most = {1: 1, 40: 48, 600: 512}[max_num_seqs]
+        sizes = [n for n in (1, 2, 4, 8, *range(16, 513, 16)) if n <= most]
+        widths = [64 << i for i in range(20) if 64 << i <= most_pages]
+        rows = [n * (4 * width + 2 * model.hidden_size) for n in sizes for width in widths]
+        return sum(each + GRAPH_BYTES for each in sorted(rows)[-64:])
 
     decisions: list[str] = []
     device = torch.device("cuda", 0)
