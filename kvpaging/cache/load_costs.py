@@ -7,6 +7,7 @@ level that became slow is left alone, and it is tried again now and then.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -15,8 +16,10 @@ import msgspec
 
 from kvpaging.cache.lower_levels import GUESSING, Held, LevelLoad
 
-RETRY_EVERY: Final = 32
-"""One in so many loads that look too slow is made all the same, to measure again."""
+RETRY_S: Final = 5.0
+"""A level that looks too slow is asked all the same when it was not for so long: it may have become
+fast, or been filled by another server. So that costs at most one load of each level in this time.
+"""
 _FADE: Final = 0.8
 """What is left of the old sums when a load is added."""
 _HOPE: Final = 0.1
@@ -94,10 +97,10 @@ class LoadCosts:
     def __init__(self) -> None:
         self._compute_s_per_token: float | None = None
         self._levels: dict[str, _Sums] = {}
+        self._asked_s: dict[str, float] = {}
+        """When a load from the level was last begun."""
         self._num_loads = 0
         self._num_refused = 0
-        self._num_left_out = 0
-        """Refused loads of what may be somewhere, too."""
 
     @property
     def compute_s_per_token(self) -> float | None:
@@ -115,26 +118,31 @@ class LoadCosts:
             new, old = elapsed_s / num_tokens, self._compute_s_per_token
             self._compute_s_per_token = new if old is None else _FADE * old + (1 - _FADE) * new
 
-    def num_worth_loading(self, held: Sequence[Held], page_size: int) -> int:
-        """How many of the pages that are believed to be below to load, from the first on.
+    def begun(self, loads: Iterable[Held], now_s: float) -> None:
+        """A load of these pages has begun."""
+        for load in loads:
+            self._asked_s[load.level] = now_s
 
-        All of them while nothing was measured, and now and then to measure again.
+    def worth_loading(self, held: Sequence[Held], page_size: int, now_s: float) -> tuple[Held, ...]:
+        """Which of the pages that are believed to be below to load: those up to some page.
+
+        All of them while nothing was measured, and each `RETRY_S` to measure again.
         """
-        num_pages = num_held = num_known = 0
+        num_worth = 0
         gain_s = best_s = 0.0
-        for level, count in held:
-            num_held += count
-            num_known = num_known if level in GUESSING else num_held
-            gain_s += self._gain_s(level, count, page_size)
+        for number, (level, num_pages) in enumerate(held, start=1):
+            gain_s += self._gain_s(level, num_pages, page_size)
             if gain_s > 0 and gain_s >= best_s:
-                best_s, num_pages = gain_s, num_held
-        if num_pages < num_held:
-            self._num_refused += num_pages < num_known
-            self._num_left_out += 1
-            if self._num_left_out % RETRY_EVERY == 0:
-                num_pages = num_held
-        self._num_loads += num_pages > 0
-        return num_pages
+                best_s, num_worth = gain_s, number
+        if any(self._is_due(each.level, now_s) for each in held[num_worth:]):
+            num_worth = len(held)
+        self._num_refused += any(each.level not in GUESSING for each in held[num_worth:])
+        self._num_loads += num_worth > 0
+        return tuple(held[:num_worth])
+
+    def _is_due(self, level: str, now_s: float) -> bool:
+        """The level was not asked for so long that it is to be measured again."""
+        return now_s - self._asked_s.get(level, -math.inf) >= RETRY_S
 
     def choices(self) -> LoadChoices:
         """What was measured and chosen so far. Plain data."""

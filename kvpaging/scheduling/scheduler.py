@@ -24,7 +24,7 @@ from kvpaging.cache.allocator import OutOfPages
 from kvpaging.cache.cache_manager import CacheManager
 from kvpaging.cache.explanation import DEVICE, Lookup
 from kvpaging.cache.load_costs import LoadChoices, LoadCosts
-from kvpaging.cache.lower_levels import LevelFlush, LevelsFlushed, PageLoad, PagesLoaded
+from kvpaging.cache.lower_levels import Held, LevelFlush, LevelsFlushed, PageLoad, PagesLoaded
 from kvpaging.cache.page_lease import PageLease
 from kvpaging.cache.pins import PinsFull
 from kvpaging.cache.prefix_key import PrefixChain
@@ -73,9 +73,19 @@ class SchedulerCounters:
 class _Draft:
     """A plan in the making: entries may still be taken back when their sequence is preempted."""
 
-    __slots__ = ("budget", "copies", "draws", "entries", "has_preempted", "hashes", "loads")
+    __slots__ = (
+        "budget",
+        "copies",
+        "draws",
+        "entries",
+        "has_preempted",
+        "hashes",
+        "loads",
+        "now_s",
+    )
 
-    def __init__(self, budget: int, draws: int):
+    def __init__(self, now_s: float, budget: int, draws: int):
+        self.now_s = now_s
         self.budget = budget
         self.draws = draws
         """Tokens that may still be sampled: each takes a row of logits."""
@@ -202,13 +212,13 @@ class Scheduler:
         for event in events:
             self._take_in(event, now)
         self._stop_idle()
-        draft = _Draft(self.config.max_num_batched_tokens, self.config.max_num_seqs)
+        draft = _Draft(now, self.config.max_num_batched_tokens, self.config.max_num_seqs)
         step_id = StepId(self._next_step)
         self._next_step += 1
         self._plan_copies(draft, step_id)
         self._plan_running(draft)
         if not draft.has_preempted:
-            self._plan_waiting(draft, now)
+            self._plan_waiting(draft)
             self._look_ahead(draft)
         self._hash_ahead(draft)
         removed, self._removed = tuple(self._removed), []
@@ -502,7 +512,7 @@ class Scheduler:
         self.counters.preemptions += 1
         self._waiting.push(sequence)
 
-    def _plan_waiting(self, draft: _Draft, now: float) -> None:
+    def _plan_waiting(self, draft: _Draft) -> None:
         promised = self._num_promised_pages()
         while draft.budget and len(self._running) < self.config.max_num_seqs:
             sequence = self._waiting.first()
@@ -523,11 +533,11 @@ class Scheduler:
             num_tokens = sequence.num_tokens
             matched = self.cache.match(sequence.chain, sequence.num_findable_tokens)
             if not sequence.has_loaded:
-                num_pages = self._num_to_load(sequence, matched)
-                if self._load(sequence, matched, num_pages, draft, self._reserve(promised)):
+                worth = self._to_load(sequence, matched, draft.now_s)
+                if self._load(sequence, matched, worth, draft, self._reserve(promised)):
                     sequence.has_loaded = True
                     continue
-                sequence.has_loaded = not num_pages
+                sequence.has_loaded = not worth
             needed = self.cache.num_new_pages(matched, num_tokens)
             if needed + self._reserve(promised) > self.cache.num_available:
                 if self._will_give_back:
@@ -542,7 +552,7 @@ class Scheduler:
                 return
             self._waiting.pop()
             sequence.lease = self._lease(sequence, matched, num_cached + chunk)
-            self._admit(sequence, num_cached, now)
+            self._admit(sequence, num_cached, draft.now_s)
             self._put(sequence, chunk, (), draft)
             promised += self.cache.pages_for(num_tokens) - len(sequence.lease.pages)
 
@@ -601,40 +611,42 @@ class Scheduler:
                     return
                 sequence.was_looked_ahead = True
                 matched = self.cache.match(sequence.chain, sequence.num_findable_tokens)
-                num_pages = self._num_to_load(sequence, matched)
-                self._load(sequence, matched, num_pages, draft, spoken_for)
+                worth = self._to_load(sequence, matched, draft.now_s)
+                self._load(sequence, matched, worth, draft, spoken_for)
             spoken_for += self._num_missing_pages(sequence)
 
-    def _num_to_load(self, sequence: Sequence, matched: list[PageId]) -> int:
+    def _to_load(self, sequence: Sequence, matched: list[PageId], now: float) -> tuple[Held, ...]:
         """Pages after the matched ones that lower levels should fill.
 
         None while a level is being emptied: what it still had would be found after that.
         """
         if self._flushing:
-            return 0
+            return ()
         held = self.cache.held_below(sequence.chain, len(matched), sequence.num_findable_tokens)
-        num_pages = self._load_costs.num_worth_loading(held, self.cache.page_size)
+        worth = self._load_costs.worth_loading(held, self.cache.page_size, now)
         if held and not sequence.was_admitted:
             sequence.lookup = sequence.lookup or Lookup()
-            sequence.lookup.probed(len(matched), held, num_pages)
-        return num_pages
+            sequence.lookup.probed(len(matched), held, _num_pages(worth))
+        return worth
 
     def _load(
         self,
         sequence: Sequence,
         matched: list[PageId],
-        num_pages: int,
+        worth: tuple[Held, ...],
         draft: _Draft,
         reserve: int,
     ) -> bool:
-        """Let lower levels fill so many pages for it while it waits; leave `reserve` to others.
+        """Let lower levels fill these pages for it while it waits; leave `reserve` to others.
 
         Returns whether it left the queue; it comes back to its place with `PagesLoaded`.
         """
+        num_pages = _num_pages(worth)
         num_tokens = (len(matched) + num_pages) * self.cache.page_size
         needed = self.cache.num_new_pages(matched, num_tokens)
         if not num_pages or needed + reserve > self.cache.num_available:
             return False
+        self._load_costs.begun(worth, draft.now_s)
         self._waiting.take(sequence)
         sequence.lease = self._lease(sequence, matched, num_tokens)
         sequence.move(SeqState.LOADING)
@@ -961,6 +973,10 @@ class Scheduler:
     def _new_seq_id(self) -> SeqId:
         self._num_sequences += 1
         return SeqId(self._num_sequences)
+
+
+def _num_pages(held: Items[Held]) -> int:
+    return sum(each.num_pages for each in held)
 
 
 def _order(sequence: Sequence) -> Order:

@@ -331,6 +331,7 @@ def guessing(*held: Held, num_pages: int = 16) -> Scene:
     scene = Scene(num_pages, levels=shelf)
     costs = scene.engine._scheduler._load_costs
     costs.computed(1000, 0.001)
+    costs.begun((Held("remote", 1), Held("disk", 1)), scene.engine._clock())
     costs.loaded((LevelLoad("remote", 1, 0, 1.0), LevelLoad("disk", 1, 1, 1.0)))
     return scene
 
@@ -380,6 +381,7 @@ def test_computing_may_be_faster() -> None:
     scene = Scene(num_pages=40, levels=shelf)
     costs = scene.engine._scheduler._load_costs
     costs.computed(1000, 0.001)
+    costs.begun((Held("fast", 1),), scene.engine._clock())
     costs.loaded((LevelLoad("fast", 1, 1, 1.0),))
     told = scene.ask(LONG)
     assert told.levels == (

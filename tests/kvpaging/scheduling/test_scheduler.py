@@ -13,7 +13,8 @@ from kvpaging.base.evictions import Evicted
 from kvpaging.base.ids import PageKey, RequestId, SeqId
 from kvpaging.cache import prefix_key
 from kvpaging.cache.cache_manager import CacheManager
-from kvpaging.cache.lower_levels import Held, PagesLoaded
+from kvpaging.cache.load_costs import RETRY_S
+from kvpaging.cache.lower_levels import Held, LevelLoad, PagesLoaded
 from kvpaging.scheduling import scheduler as scheduler_module
 from kvpaging.scheduling.events import Abort, Arrival, Finish
 from kvpaging.scheduling.outputs import FinishReason, StepOutputs
@@ -316,6 +317,34 @@ def test_those_behind_load_before_their_turn_into_pages_that_nobody_before_them_
         )
         started += [(added.seq_id, plan.scheduled[-1].start) for added in plan.added]
     assert started[:3] == [(2, 32), (3, 32), (4, 32)], "in their order, each from its cached end"
+
+
+def test_a_level_without_hits_is_asked_again_at_a_bounded_rate() -> None:
+    """A remote level that answers late; after a minute another server has filled it."""
+    scheduler = make(num_pages=64, budget=64)
+    scheduler.cache._levels = Everything()
+    now, asked, found = 0.0, [], []
+    loaded: list[PagesLoaded] = []
+    for number in range(1000):
+        now += 0.1
+        if number % 2 == 0:
+            loaded.append(arrival(f"{number}", 33 + number % 7, max_new=1))  # type: ignore[arg-type]
+        plan = scheduler.schedule(loaded, now)
+        loaded = []
+        for load in plan.loads:
+            asked.append(now)
+            num_pages = len(load.page_ids) if now > 60 else 0
+            elapsed_s = 0.01 if num_pages else 0.2
+            given = (LevelLoad("all", len(load.page_ids), num_pages, elapsed_s),)
+            loaded.append(PagesLoaded(load.seq_id, num_pages, elapsed_s, given))
+            if num_pages:
+                found.append(now)
+        computed = msgspec.structs.replace(results(plan), elapsed_s=plan.num_new_tokens * 0.05)
+        scheduler.apply(plan, computed, now)
+    late = [at for at in asked if 10 < at <= 60]
+    assert 8 <= len(late) <= 11, "every 5 s"
+    assert found[0] <= 60 + RETRY_S + 0.3
+    assert len(found) > 50, "and is believed again"
 
 
 def test_the_table_of_states_is_complete() -> None:
