@@ -39,7 +39,7 @@ def pages(turn: int, page_bytes: int) -> list[StoredPage]:
 def step_ms(engine: Engine, steps: int, *, writes: bool, seed: int) -> tuple[float, float]:
     """Median milliseconds of a decoding step, and MB/s written meanwhile."""
     mover = engine._executor.lower_levels  # a benchmark may look inside
-    [setting] = mover._settings  # type: ignore[union-attr]
+    [lane] = mover._lanes  # type: ignore[union-attr]
     page_bytes = engine.cache_stats().page_bytes
     sampling = SamplingParams(max_new_tokens=steps + 20, seed=seed, ignore_eos=True)
     requests = [
@@ -49,17 +49,17 @@ def step_ms(engine: Engine, steps: int, *, writes: bool, seed: int) -> tuple[flo
     while engine.stats().num_waiting:
         engine.step()
     times = []
-    written, started = setting.level.stats().written_bytes, time.perf_counter()
+    written, started = lane.level.stats().written_bytes, time.perf_counter()
     turn = 0
     while len(times) < steps:
-        while writes and mover._stores.qsize() < 4:  # type: ignore[union-attr]
+        while writes and lane.stores.qsize() < 4:
             turn += 1
-            mover._stores.put((pages(1000 * seed + turn, page_bytes), (setting,)))  # type: ignore[union-attr]
+            mover._queue(pages(1000 * seed + turn, page_bytes), [lane])  # type: ignore[union-attr]
         before = time.perf_counter()
         engine.step()
         times.append(time.perf_counter() - before)
     seconds = time.perf_counter() - started
-    rate = (setting.level.stats().written_bytes - written) / seconds / 1e6
+    rate = (lane.level.stats().written_bytes - written) / seconds / 1e6
     while engine.has_work:
         engine.step()
     return statistics.median(times) * 1e3, rate

@@ -1,9 +1,12 @@
 """Moves pages between the pool and the levels below, beside the steps.
 
-    stores   copied out of the pool at the beginning of their step, written by a thread of their own
-    loads    fetched by another thread, checked, written into pages that nobody else touches yet
+    stores   copied out of the pool at the beginning of their step; each level has a thread that
+             writes those it takes
+    loads    passed from level to level, each of which has a thread that reads; checked, written
+             into pages that nobody else touches yet
 
-What a slow level held is also stored in those above it that take pages at their first use.
+So a slow level holds up no other one. What it held is also stored in those above it that take pages
+at their first use.
 
 A level that is slow, full or gone costs the load that asked it, and no step waits for one. Policy
 (which page, when) is in `kvpaging.cache` and `kvpaging.scheduling`; bytes on disk and on the wire
@@ -20,8 +23,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import groupby
-from typing import Final, NamedTuple
+from itertools import groupby, takewhile
+from typing import Final
 
 from kernels.ops import Ops
 from kvpaging.base.clock import Clock, monotonic
@@ -52,7 +55,8 @@ STORE_DEADLINE_S: Final = 10.0
 STEP_BYTES: Final = 16 * 1024 * 1024
 """Copied out of the pool in one step, of what does not leave it."""
 MAX_QUEUED_BYTES: Final = 512 * 1024 * 1024
-"""Copied out of the pool and not yet written; pages beyond that are not kept."""
+"""Copied out of the pool and not yet written, in all. Each level that takes pages from there has an
+equal share; those beyond that it does not get."""
 CLOSE_S: Final = 8.0
 """At the end what is on its way is written for at most so long; `server.supervisor` waits longer.
 """
@@ -81,6 +85,8 @@ class _Fetch:
     """When it was ordered; it is given up a while after that."""
     num_flushes: int
     """That were ordered before it."""
+    found: list[StoredPage | None]
+    """Of the pages that are asked for now, those that came so far."""
     ended_s: float = 0.0
     num_done: int = 0
     asked: tuple[str, int, float] | None = None
@@ -105,20 +111,47 @@ class _Fetch:
         self.asked = None
 
 
-class _StoreOrder(NamedTuple):
-    """Pages, and the levels that take them."""
+@dataclass(slots=True)
+class _StoreOrder:
+    """Pages in one piece of memory, for all levels that take them."""
 
     pages: list[StoredPage]
-    takers: tuple[LevelSetting, ...]
+    num_bytes: int
+    num_takers: int
+    """That have not stored them yet."""
     coming: PagesOut | None = None
     """What the pages' payloads must wait for."""
+
+
+@dataclass(slots=True, eq=False)
+class _Lane:
+    """One level and the work that waits for it. A barrier is where lanes meet to be emptied."""
+
+    setting: LevelSetting
+    stores: queue.SimpleQueue[_StoreOrder | threading.Barrier | None] = field(
+        default_factory=queue.SimpleQueue
+    )
+    loads: queue.SimpleQueue[_Fetch | None] = field(default_factory=queue.SimpleQueue)
+    num_queued_bytes: int = 0
+    """Of the orders in `stores`, the one it works on included."""
+
+    @property
+    def level(self) -> Level:
+        return self.setting.level
+
+    def takes(self, num_uses: int) -> bool:
+        """Whether the level takes a page of the device's after so many uses; 0: as it leaves."""
+        min_uses = self.setting.min_uses
+        if min_uses is None or not num_uses:
+            return min_uses == num_uses
+        return 0 < min_uses <= num_uses
 
 
 class PageMover:
     """The levels below the pool: a `lower_levels.LowerLevels` that also carries the orders out.
 
     `settings` come fastest level first. Orders come from the thread that runs the steps, questions
-    from the engine's, which may be another. Owns two threads and the levels.
+    from the engine's, which may be another. Owns the levels, and two threads for each.
     """
 
     def __init__(
@@ -137,22 +170,25 @@ class PageMover:
         self._overflows = [s.overflow for s in settings if s.overflow is not None]
         self._give_up_s = give_up_s
         self._clock = clock
+        self._lanes = [_Lane(setting) for setting in settings]
+        self._num_fed = sum(setting.min_uses is not None for setting in settings)
         self._fetches: deque[_Fetch] = deque()
-        self._stores: queue.SimpleQueue[_StoreOrder | LevelFlush | None] = queue.SimpleQueue()
-        self._loads: queue.SimpleQueue[_Fetch | None] = queue.SimpleQueue()
         self._complaints = Complaints(_logger, clock)
         self.num_queued_bytes = 0
-        """Copied out of the pool and not yet written."""
+        """Copied out of the pool and not yet written by all that take it."""
         self._queued_lock = threading.Lock()
         self._news = threading.Event()
         self._flush_lock = threading.Lock()
         self._num_flushes = 0
         self._flushed: queue.SimpleQueue[LevelsFlushed] = queue.SimpleQueue()
         self.num_dropped_stores = 0
-        """Pages not kept because writing could not follow."""
+        """Pages that a level did not get because its writing could not follow."""
         self._threads = [
-            threading.Thread(target=self._run_stores, name="page stores", daemon=True),
-            threading.Thread(target=self._run_loads, name="page loads", daemon=True),
+            threading.Thread(
+                target=run, args=(lane,), name=f"{what} {lane.level.name}", daemon=True
+            )
+            for lane in self._lanes
+            for run, what in ((self._run_stores, "stores in"), (self._run_loads, "loads from"))
         ]
         for thread in self._threads:
             thread.start()
@@ -175,8 +211,9 @@ class PageMover:
         return any(setting.min_uses == 0 for setting in self._settings)
 
     def num_storable(self) -> int:
-        """Pages that are no burden to one step, as long as writing follows."""
-        num_bytes = MAX_QUEUED_BYTES - self.num_queued_bytes
+        """Pages that are no burden to one step, as long as some level's writing follows."""
+        rooms = (self._num_free_bytes(lane) for lane in self._lanes if lane.setting.min_uses)
+        num_bytes = max(rooms, default=0)
         if num_bytes >= self._page_bytes > STEP_BYTES:
             return 1
         return min(num_bytes, STEP_BYTES) // self._page_bytes
@@ -214,28 +251,35 @@ class PageMover:
 
     def store(self, stores: Sequence[PageStore]) -> None:
         """Copy the pages out of the pool now, and write them down some time."""
-        for num_uses, orders in groupby(stores, lambda store: store.num_uses):
-            takers = tuple(s for s in self._settings if _takes(s, num_uses))
-            kept = [order for order in orders if takers and self._has_room()]
-            if kept:
-                coming = self._swaps.take_out([order.page_id for order in kept])
+        with_takers = [(order, self._takers(order.num_uses)) for order in stores]
+        # Each memory is of pages that the same levels take: none is kept for one page in it.
+        for takers, group in groupby(with_takers, lambda one: one[1]):
+            if takers:
+                orders = [order for order, _ in group]
+                coming = self._swaps.take_out([order.page_id for order in orders])
                 pages = [
                     StoredPage(order.link.key, order.parent, order.link.tokens, payload)
-                    for order, payload in zip(kept, coming.payloads, strict=True)
+                    for order, payload in zip(orders, coming.payloads, strict=True)
                 ]
-                self._stores.put(_StoreOrder(pages, takers, coming))
+                self._queue(pages, takers, coming)
 
     def begin(self, load: PageLoad) -> None:
         """Begin a load; `completions` tells its end."""
-        fetch = _Fetch(load, self._clock(), self._num_flushes)
+        found: list[StoredPage | None] = [None] * len(load.links[:BATCH_PAGES])
+        fetch = _Fetch(load, self._clock(), self._num_flushes, found)
         self._fetches.append(fetch)
-        self._loads.put(fetch)
+        self._pass_on(fetch, self._next_lane(fetch, 0))
 
     def flush(self, order: LevelFlush) -> None:
         """Empty levels when what was ordered before is written; `completions` tells the end."""
+        # Those above the last one feed it: what they let go of before this must not come after it.
+        last = max((i for i, name in enumerate(self.names) if name in order.levels), default=0)
+        lanes = self._lanes[: last + 1]
+        meeting = threading.Barrier(len(lanes), partial(self._flush, order))
         with self._flush_lock:
             self._num_flushes += 1
-            self._stores.put(order)
+            for lane in lanes:
+                lane.stores.put(meeting)
 
     def completions(self) -> tuple[PagesLoaded | LevelsFlushed, ...]:
         """What ended since the last call; loads that took too long are given up."""
@@ -266,8 +310,9 @@ class PageMover:
         end_s = monotonic() + CLOSE_S
         for fetch in self._fetches:
             fetch.is_over = True  # nobody waits for it any more
-        self._stores.put(None)
-        self._loads.put(None)
+        for lane in self._lanes:
+            lane.stores.put(None)
+            lane.loads.put(None)
         for thread in self._threads:
             thread.join(max(0.0, end_s - monotonic()))
         for way in self._overflows:
@@ -281,19 +326,21 @@ class PageMover:
 
     # The threads.
 
-    def _run_stores(self) -> None:
+    def _run_stores(self, lane: _Lane) -> None:
         give_way()
         use_device(self._device)
-        while (order := self._stores.get()) is not None:
-            if isinstance(order, LevelFlush):
-                self._flush(order)
+        while (order := lane.stores.get()) is not None:
+            if isinstance(order, threading.Barrier):
+                order.wait()
                 continue
             if order.coming is not None:
                 order.coming.wait()
-            for setting in order.takers:
-                self._guarded(partial(setting.level.store, order.pages, STORE_DEADLINE_S))
+            self._guarded(partial(lane.level.store, order.pages, STORE_DEADLINE_S))
             with self._queued_lock:
-                self.num_queued_bytes -= self._page_bytes * len(order.pages)
+                lane.num_queued_bytes -= order.num_bytes
+                order.num_takers -= 1
+                if not order.num_takers:
+                    self.num_queued_bytes -= order.num_bytes
 
     def _flush(self, order: LevelFlush) -> None:
         pages: dict[str, int | None] = {}
@@ -310,84 +357,100 @@ class PageMover:
         self._flushed.put(LevelsFlushed(order.query_id, pages, tuple(failed)))
         self._news.set()
 
-    def _run_loads(self) -> None:
+    def _run_loads(self, lane: _Lane) -> None:
         use_device(self._device)
-        while (fetch := self._loads.get()) is not None:
-            self._guarded(partial(self._fetch, fetch))
-            with fetch.lock:
-                fetch.ended_s = self._clock()
-                fetch.note(0, fetch.ended_s)
-                fetch.is_over = True
-            self._news.set()
+        while (fetch := lane.loads.get()) is not None:
+            if not self._guarded(partial(self._fetch, fetch, lane)):
+                self._pass_on(fetch, None)
 
-    def _fetch(self, fetch: _Fetch) -> None:
-        links = fetch.load.links
-        for first in range(0, len(links), BATCH_PAGES):
+    def _pass_on(self, fetch: _Fetch, lane: _Lane | None) -> None:
+        """To the level that is next; with none, it has ended."""
+        if lane is not None:
+            lane.loads.put(fetch)
+            return
+        with fetch.lock:
+            fetch.ended_s = self._clock()
+            fetch.note(0, fetch.ended_s)
+            fetch.is_over = True
+        self._news.set()
+
+    def _fetch(self, fetch: _Fetch, lane: _Lane) -> None:
+        """All that this level can do now. Given up while it waited, it asks for no more."""
+        rank = self._lanes.index(lane)
+        following = None if fetch.is_over else lane
+        while following is lane:
+            self._ask(lane, self._lanes[:rank], fetch)
+            following = self._next_lane(fetch, rank + 1)
+        self._pass_on(fetch, following)
+
+    def _next_lane(self, fetch: _Fetch, rank: int) -> _Lane | None:
+        """Of those from `rank` on, the first that is believed to have a page that is missing.
+
+        Where none is, what came is put in its place, and the next pages are asked for from the
+        fastest level on.
+        """
+        while not fetch.is_over:
+            for lane in self._lanes[rank:]:
+                if self._believed(lane, fetch):
+                    return lane
+            if not self._put_in(fetch):
+                return None
+            rank = 0
+        return None
+
+    def _believed(self, lane: _Lane, fetch: _Fetch) -> list[int]:
+        """Which of the missing pages, by their place among those asked for, the level may have."""
+        missing = [i for i, page in enumerate(fetch.found) if page is None]
+        keys = [fetch.load.links[fetch.num_done + i].key for i in missing]
+        here = lane.level.contains(keys) if keys else ()
+        return [i for i, is_here in zip(missing, here, strict=True) if is_here]
+
+    def _put_in(self, fetch: _Fetch) -> bool:
+        """Put what came of these pages, up to the first miss. Whether there are more to ask for."""
+        pages = list(takewhile(lambda page: page is not None, fetch.found))
+        first, num_asked = fetch.num_done, len(fetch.found)
+        page_ids = fetch.load.page_ids[first : first + len(pages)]
+        with fetch.lock:
             if fetch.is_over:
-                return  # given up while it waited, or while the last batch was on its way
-            wanted = links[first : first + BATCH_PAGES]
-            pages = self._find(wanted, fetch)
-            page_ids = fetch.load.page_ids[first : first + len(pages)]
-            with fetch.lock:
-                if fetch.is_over:
-                    return
-                self._swaps.put_in(page_ids, [page.payload for page in pages])
-                fetch.num_done += len(pages)
-            if len(pages) < len(wanted):
-                return
+                return False
+            if pages:
+                self._swaps.put_in(page_ids, [page.payload for page in pages if page is not None])
+            fetch.num_done += len(pages)
+        following = fetch.load.links[fetch.num_done : fetch.num_done + BATCH_PAGES]
+        fetch.found = [None] * len(following)
+        return len(pages) == num_asked and bool(following)
 
-    def _find(self, links: Sequence[ChainLink], fetch: _Fetch) -> list[StoredPage]:
-        """The pages of these links, from the first on, each from the fastest level that has it."""
-        found: list[StoredPage | None] = [None] * len(links)
-        for i, setting in enumerate(self._settings):
-            missing = [k for k, page in enumerate(found) if page is None]
-            if not missing:
-                break
-            came = self._ask(setting, [links[k] for k in missing], fetch)
-            for k, page in zip(missing, came, strict=True):
-                found[k] = page
-            self._promote([page for page in came if page is not None], self._settings[:i], fetch)
-        pages: list[StoredPage] = []
-        for page in found:
-            if page is None:
-                break
-            pages.append(page)
-        return pages
-
-    def _ask(
-        self, setting: LevelSetting, links: Sequence[ChainLink], fetch: _Fetch
-    ) -> list[StoredPage | None]:
-        """What one level has of these links. A key is never trusted alone, a level not at all."""
-        keys = [link.key for link in links]
-        believed = [i for i, here in enumerate(setting.level.contains(keys)) if here]
-        came: list[StoredPage | None] = [None] * len(links)
+    def _ask(self, lane: _Lane, above: Sequence[_Lane], fetch: _Fetch) -> None:
+        """Take what one level has. A key is never trusted alone, a level not at all."""
+        believed = self._believed(lane, fetch)
         if not believed:
-            return came
+            return
+        links = [fetch.load.links[fetch.num_done + i] for i in believed]
         with fetch.lock:
-            fetch.asked = (setting.level.name, len(believed), self._clock())
-        loaded = setting.level.load([keys[i] for i in believed], setting.deadline_s)
-        for i, page in zip(believed, loaded, strict=True):
-            if page is not None and self._is_page_of(page, links[i]):
-                came[i] = page
+            fetch.asked = (lane.level.name, len(links), self._clock())
+        loaded = lane.level.load([link.key for link in links], lane.setting.deadline_s)
+        came: list[StoredPage] = []
+        for i, page, link in zip(believed, loaded, links, strict=True):
+            if page is not None and self._is_page_of(page, link):
+                fetch.found[i] = page
+                came.append(page)
         with fetch.lock:
-            fetch.note(sum(page is not None for page in came), self._clock())
-        return came
+            fetch.note(len(came), self._clock())
+        self._promote(came, above, fetch)
 
-    def _promote(
-        self, pages: list[StoredPage], above: Sequence[LevelSetting], fetch: _Fetch
-    ) -> None:
+    def _promote(self, pages: Sequence[StoredPage], above: Sequence[_Lane], fetch: _Fetch) -> None:
         """Keep what came from far away nearer: it was used before, and is again.
 
         Not what was read before a flush: it would come back there.
         """
-        takers = tuple(setting for setting in above if setting.min_uses == 1)
-        kept = [page for page in pages if takers and self._has_room()]
         with self._flush_lock:
-            if kept and fetch.num_flushes == self._num_flushes:
-                self._stores.put(_StoreOrder(kept, takers))
-                kept = []
-        with self._queued_lock:
-            self.num_queued_bytes -= self._page_bytes * len(kept)
+            if fetch.num_flushes != self._num_flushes:
+                return
+            takers = [lane for lane in above if lane.setting.min_uses == 1]
+            with_takers = [(page, tuple(filter(self._has_room, takers))) for page in pages]
+            for kept, group in groupby(with_takers, lambda one: one[1]):
+                if kept:
+                    self._queue([page for page, _ in group], kept)
 
     def _is_page_of(self, page: StoredPage, link: ChainLink) -> bool:
         return (
@@ -407,18 +470,29 @@ class PageMover:
             self._complaints.warn("a level failed", detail)
             return False
 
-    def _has_room(self) -> bool:
+    def _takers(self, num_uses: int) -> tuple[_Lane, ...]:
+        """The levels that take one more page after so many uses; they have room for it reserved."""
+        return tuple(lane for lane in self._lanes if lane.takes(num_uses) and self._has_room(lane))
+
+    def _has_room(self, lane: _Lane) -> bool:
+        """Reserve room for one more page on its way to this level."""
         with self._queued_lock:
-            if self.num_queued_bytes + self._page_bytes > MAX_QUEUED_BYTES:
+            if self._num_free_bytes(lane) < self._page_bytes:
                 self.num_dropped_stores += 1
-                self._complaints.warn("pages are not kept", "the levels below write too slowly")
+                self._complaints.warn("pages are not kept", f"{lane.level.name} writes too slowly")
                 return False
-            self.num_queued_bytes += self._page_bytes
+            lane.num_queued_bytes += self._page_bytes
             return True
 
+    def _num_free_bytes(self, lane: _Lane) -> int:
+        return MAX_QUEUED_BYTES // self._num_fed - lane.num_queued_bytes
 
-def _takes(setting: LevelSetting, num_uses: int) -> bool:
-    """Whether the level takes a page of the device's after so many uses; 0: as it leaves."""
-    if setting.min_uses is None or not num_uses:
-        return setting.min_uses == num_uses
-    return 0 < setting.min_uses <= num_uses
+    def _queue(
+        self, pages: list[StoredPage], takers: Sequence[_Lane], coming: PagesOut | None = None
+    ) -> None:
+        """The pages go to these levels, which have room for them reserved."""
+        order = _StoreOrder(pages, self._page_bytes * len(pages), len(takers), coming)
+        with self._queued_lock:
+            self.num_queued_bytes += order.num_bytes
+        for lane in takers:
+            lane.stores.put(order)

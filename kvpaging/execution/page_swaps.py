@@ -7,6 +7,7 @@ it there, what comes in takes a stream of its own. Knows nothing of levels, keys
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -34,7 +35,7 @@ class PagesOut:
 
 
 class PageSwaps:
-    """Moves pages of one pool. `take_out` in the steps' thread, `put_in` in one other."""
+    """Moves pages of one pool. `take_out` in the steps' thread, `put_in` in any others."""
 
     def __init__(self, pool: KVPool, ops: Ops) -> None:
         self._pool = pool
@@ -45,6 +46,7 @@ class PageSwaps:
                 pool.pages.device
             )
         self._taken_out: torch.cuda.Event | None = None
+        self._stream_lock = threading.Lock()
 
     def take_out(self, page_ids: Sequence[PageId]) -> PagesOut:
         """Copies of these pages as they are once all work ordered so far is done."""
@@ -74,12 +76,12 @@ class PageSwaps:
         host = torch.empty((len(payloads), pages.shape[1]), dtype=torch.uint8, pin_memory=True)
         for place, payload in zip(host.numpy(), payloads, strict=True):
             place[:] = np.frombuffer(payload, np.uint8)
-        with torch.inference_mode(), torch.cuda.stream(self._stream):
+        with self._stream_lock, torch.inference_mode(), torch.cuda.stream(self._stream):
             if self._taken_out is not None:
                 self._stream.wait_event(self._taken_out)
             places = np.arange(len(payloads), dtype=np.int64)
             self._ops.swap_in(pages, host, self._ids(page_ids), to_device(places, pages.device))
-        self._stream.synchronize()
+            self._stream.synchronize()
 
     def _ids(self, page_ids: Sequence[PageId]) -> torch.Tensor:
         return to_device(np.array(page_ids, dtype=np.int64), self._pool.pages.device)

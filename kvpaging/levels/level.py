@@ -78,7 +78,7 @@ class BelowStats(msgspec.Struct, frozen=True):
     num_queued_bytes: int = 0
     """Copied out of the device's pages and not yet written."""
     num_dropped_pages: int = 0
-    """Not kept, because writing could not follow."""
+    """That a level did not get, because its writing could not follow."""
 
 
 class Level(Protocol):

@@ -113,7 +113,7 @@ def test_its_threads_use_the_device_of_the_pool(
 
     monkeypatch.setattr(page_mover, "use_device", use)
     make(HostLevel(1 << 20)).close()
-    assert used == {("page stores", pool.pages.device), ("page loads", pool.pages.device)}
+    assert used == {(f"{what} host", pool.pages.device) for what in ("stores in", "loads from")}
 
 
 def test_a_page_is_copied_when_it_is_ordered(make: Callable[..., PageMover], pool: KVPool) -> None:
@@ -204,6 +204,111 @@ def test_what_writing_can_not_follow_is_not_kept(
     assert mover.num_dropped_stores == 3
     assert mover.num_storable() in (0, 1, 2)
     until(lambda: mover.num_queued_bytes == 0)
+
+
+class Held(HostLevel):
+    """Far away; stores and loads only while it is let."""
+
+    name = "far"
+
+    def __init__(self) -> None:
+        super().__init__(1 << 20)
+        self.go_on = threading.Event()
+        self.brought: list[StoredPage] = []
+
+    def store(self, pages: Sequence[StoredPage], deadline_s: float) -> int:
+        self.brought += pages
+        self.go_on.wait(10)
+        return super().store(pages, deadline_s)
+
+    def load(self, keys: Sequence[PageKey], deadline_s: float) -> list[StoredPage | None]:
+        self.go_on.wait(10)
+        return super().load(keys, deadline_s)
+
+
+def test_a_slow_level_loses_its_own_pages_and_no_others(
+    make: Callable[..., PageMover], pool: KVPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page_mover, "MAX_QUEUED_BYTES", 8 * SPEC.page_bytes)
+    near, far = HostLevel(1 << 20), Held()
+    mover = make(near, far)
+    for first in range(1, 21, 2):
+        stored(mover, near, pool, [first, first + 1])
+    assert mover.num_dropped_stores == 16, "what the slow one has no room for"
+    assert mover.num_storable() == 4, "the other one is ready for more"
+    until(lambda: mover.num_queued_bytes == 4 * SPEC.page_bytes)
+    far.go_on.set()
+    until(lambda: mover.num_queued_bytes == 0)
+    assert far.contains([link(n).key for n in range(1, 7)]) == [True] * 4 + [False] * 2
+
+
+def test_what_waits_for_two_levels_is_in_memory_once_and_holds_no_other_page_there(
+    make: Callable[..., PageMover], pool: KVPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page_mover, "MAX_QUEUED_BYTES", 6 * SPEC.page_bytes)
+    near, far = Held(), Held()
+    mover = make(near, far)
+    ordered(mover, [1])
+    assert mover.num_queued_bytes == SPEC.page_bytes
+    mover.store([PageStore(PageId(n), PageKey(bytes(32)), link(n), num_uses=1) for n in (2, 3, 4)])
+    assert mover.num_queued_bytes == 3 * SPEC.page_bytes
+    near.go_on.set()
+    until(lambda: near.contains([link(3).key])[0])
+    # The slow one has room for none of these; what it holds is not kept by them, nor they by it.
+    mover.store([PageStore(PageId(n), PageKey(bytes(32)), link(n), num_uses=1) for n in (5, 6)])
+    until(lambda: near.contains([link(6).key])[0])
+    until(lambda: mover.num_queued_bytes == 3 * SPEC.page_bytes)
+    far.go_on.set()
+    until(lambda: mover.num_queued_bytes == 0)
+    own = [page.payload for page in far.brought]
+    assert len(own) == 3
+    memory = {id(p.obj.base): p.obj.base.nbytes for p in own}  # type: ignore[union-attr]
+    assert sum(memory.values()) == 3 * SPEC.page_bytes
+
+
+def test_loads_from_one_level_do_not_wait_for_another(
+    make: Callable[..., PageMover], pool: KVPool
+) -> None:
+    near, far = HostLevel(1 << 20), Held()
+    mover = make(near, far)
+    page = StoredPage(link(1).key, PageKey(b""), link(1).tokens, read_page(pool, PageId(1)))
+    far.go_on.set()
+    far.store([page], 1.0)
+    far.go_on.clear()
+    mover.begin(PageLoad(SeqId(1), (PageId(40),), (link(1),)))
+    near.store([page._replace(key=link(2).key, tokens=link(2).tokens)], 1.0)
+    mover.begin(PageLoad(SeqId(2), (PageId(41),), (link(2),)))
+    ended: list[PagesLoaded | LevelsFlushed] = []
+    until(lambda: ended.extend(mover.completions()) or ended)
+    assert [(end.seq_id, end.num_pages) for end in ended if isinstance(end, PagesLoaded)] == [
+        (2, 1)
+    ]
+    far.go_on.set()
+    until(lambda: ended.extend(mover.completions()) or len(ended) == 2)
+    assert isinstance(ended[1], PagesLoaded)
+    assert ended[1].num_pages == 1
+
+
+def test_long_loads_go_from_level_to_level_and_back(
+    make: Callable[..., PageMover], pool: KVPool
+) -> None:
+    levels = [HostLevel(1 << 20) for _ in range(3)]
+    for rank, level in enumerate(levels):
+        level.name = f"level {rank}"
+    numbers = range(1, 2 * page_mover.BATCH_PAGES)
+    pool.pages.random_(256)
+    wide = KVPool(SPEC, 1 + 2 * len(numbers), pool.pages.device)
+    payloads = {n: bytes([n]) * SPEC.page_bytes for n in numbers}
+    for n in numbers:
+        page = StoredPage(link(n).key, PageKey(b""), link(n).tokens, payloads[n])
+        levels[n % 3].store([page], 1.0)
+    mover = PageMover(wide, OPS, [LevelSetting(level, 2, 1.0) for level in levels])
+    ended = fetched(mover, numbers, first_page=1)
+    assert ended.num_pages == len(numbers)
+    assert sorted(load.num_loaded for load in ended.levels) == [21, 21, 21]
+    for i, n in enumerate(numbers):
+        assert read_page(wide, PageId(1 + i)) == payloads[n]
+    mover.close()
 
 
 def test_levels_take_what_they_are_set_to(pool: KVPool) -> None:
@@ -356,6 +461,32 @@ def test_what_is_on_its_way_between_levels_does_not_come_after_a_flush(pool: KVP
     assert far.stats().num_pages == 0
     assert far.stats().stores == 2, "what waited behind it was not sent"
     assert mover.stats().num_queued_bytes == 0
+    mover.close()
+
+
+def test_what_a_level_lets_go_of_before_a_flush_does_not_come_after_it(pool: KVPool) -> None:
+    """Of a level that takes its time, while the one below it is ready to be emptied at once."""
+    page_bytes = SPEC.page_bytes + 2 * 4 + 512
+
+    class Two(Held):
+        def __init__(self, way: Overflow) -> None:
+            HostLevel.__init__(self, 2 * page_bytes, overflow=way)
+            self.go_on = threading.Event()
+            self.brought = []
+
+    far = HostLevel(1 << 20)
+    way = Overflow(far)
+    near = Two(way)
+    mover = PageMover(pool, OPS, [LevelSetting(near, 1, 1.0, way), LevelSetting(far, None, 1.0)])
+    ordered(mover, range(1, 9))
+    mover.flush(LevelFlush(3, ("far", "host")))
+    time.sleep(0.02)
+    near.go_on.set()
+    ended: list[PagesLoaded | LevelsFlushed] = []
+    until(lambda: ended.extend(mover.completions()) or ended)
+    until(lambda: way.is_idle)
+    assert near.stats().stored == 8
+    assert (near.stats().num_pages, far.stats().num_pages) == (0, 0)
     mover.close()
 
 
