@@ -210,6 +210,18 @@ class Settings(BaseModel):
     remote_cache_compress: bool = Field(
         True, description="a third less to send and to keep, for processor time"
     )
+    remote_cache_deadline_ms: float = Field(
+        200,
+        ge=1,
+        le=2000,
+        description="for one exchange with that server; what is late is computed",
+    )
+    remote_cache_ttl_s: float = Field(
+        7 * 86_400,
+        ge=1,
+        le=10 * 365 * 86_400,
+        description="how long that server keeps a page after it was stored last",
+    )
     cache_secret: str | None = Field(
         None, min_length=1, description="file with a secret, shared by servers that share pages"
     )
@@ -322,6 +334,8 @@ class Settings(BaseModel):
             ),
             remote_cache_min_uses=self.remote_cache_min_uses,
             remote_cache_compress=self.remote_cache_compress,
+            remote_cache_deadline_s=self.remote_cache_deadline_ms / 1000,
+            remote_cache_ttl_s=self.remote_cache_ttl_s,
             cache_secret_file=(
                 None if self.cache_secret is None else os.path.abspath(self.cache_secret)
             ),

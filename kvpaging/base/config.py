@@ -70,6 +70,10 @@ class EngineOptions(msgspec.Struct, frozen=True):
     """A server that speaks the Redis protocol, for pages that several engines share."""
     remote_cache_min_uses: int = 1
     remote_cache_compress: bool = True
+    remote_cache_deadline_s: float = 0.2
+    """For one exchange with the server; what did not arrive by then is computed."""
+    remote_cache_ttl_s: float = 7 * 24 * 3600.0
+    """The server forgets a page so long after it was stored last."""
     cache_secret_file: str | None = None
     """What seals pages on the remote server; the same for all engines that share them."""
     eviction_policy: str = "lru"

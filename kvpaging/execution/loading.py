@@ -58,8 +58,8 @@ CPU_KV_SHARE: Final = 4
 """On a CPU the pool takes one part in so many of what is free, ..."""
 CPU_KV_LIMIT_BYTES: Final = 4 * GIB
 """... and at most this."""
-REMOTE_BATCH_S: Final = 0.4
-"""For 32 pages of a load from a remote server, in exchanges of at most 0.2 s."""
+REMOTE_EXCHANGES: Final = 2
+"""The deadlines that 32 pages of a load from a remote server have."""
 _FP8_DEVICES: Final = ". fp8_e4m3 needs an NVIDIA GPU of compute capability 8.9 or later"
 QUANTIZATIONS: Final = ("int8",)
 DEFAULT_BATCHED_TOKENS: Final = {"cpu": 512, "cuda": 8192}
@@ -486,7 +486,8 @@ def _levels(
     levels: list[LevelSetting] = []
     if options.remote_cache_url is not None:
         remote = _remote(options, _secret(options), root_key(identity), item_bytes)
-        levels = [LevelSetting(remote, options.remote_cache_min_uses, REMOTE_BATCH_S)]
+        deadline_s = REMOTE_EXCHANGES * options.remote_cache_deadline_s
+        levels = [LevelSetting(remote, options.remote_cache_min_uses, deadline_s)]
     if options.disk_cache_dir is not None:
         # What was written at its first use is renewed as it leaves the disk.
         overflow = _overflow(levels, max_uses=1)
@@ -542,6 +543,8 @@ def _remote(options: EngineOptions, secret: bytes, root: PageKey, item_bytes: in
         root=root,
         item_bytes=item_bytes,
         compress=options.remote_cache_compress,
+        batch_deadline_s=options.remote_cache_deadline_s,
+        ttl_s=options.remote_cache_ttl_s,
     )
 
 

@@ -55,6 +55,17 @@ def gauges(stats: CacheStats) -> Iterator[Metric]:
         "What a page of a level takes, as measured last.",
         {name: cache_report.access_s_per_page(stats, name) for name in names},
     )
+    costs = [(name, cache_report.level_cost(stats, name)) for name in levels]
+    yield _gauge(
+        "found_ratio",
+        "Of the pages that a level was believed to have, those it had, as measured last.",
+        {name: cost.hit_ratio for name, cost in costs if cost is not None},
+    )
+    yield _gauge(
+        "miss_seconds",
+        "What a load takes that finds nothing, as measured last.",
+        {name: cost.miss_s for name, cost in costs if cost is not None},
+    )
     yield _gauge(
         "compression_ratio",
         "Bytes of payload for each byte written.",

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing_extensions import TypedDict
 
 from kvpaging.cache.explanation import DEVICE
+from kvpaging.cache.load_costs import LevelCost
 from kvpaging.cache.statistics import LOAD_BUCKETS_S, LoadTimes
 from kvpaging.engine.messages import CacheStats
 from kvpaging.levels.level import LevelStats
@@ -53,6 +54,12 @@ class LevelReport(TypedDict):
     hit_ratio: float
     """Of all full pages of prompts."""
     access_ms_per_page: float | None
+    """What a page takes that is there; `null` while none was loaded."""
+    found_ratio: float | None
+    """Of the pages that were believed to be there and asked for, the latest counting most: what the
+    choice between loading and computing goes by; `null` while none was asked for."""
+    miss_ms: float | None
+    """What a load takes that finds nothing."""
     loads: LoadReport
     read: TransferReport
     written: TransferReport
@@ -103,7 +110,7 @@ class CacheReport(TypedDict):
     queued_bytes: int
     """On the way to the levels."""
     dropped_pages: int
-    """Not written to any level, because writing could not follow."""
+    """That a level did not get, because its writing could not follow."""
 
 
 def report(stats: CacheStats) -> CacheReport:
@@ -148,7 +155,13 @@ def access_s_per_page(stats: CacheStats, level: str) -> float | None:
     """Give what a page of this level is measured to take. The device's are read in place."""
     if level == DEVICE:
         return 0.0
-    return next((c.load_s_per_page for c in stats.choices.levels if c.level == level), None)
+    cost = level_cost(stats, level)
+    return None if cost is None else cost.load_s_per_page
+
+
+def level_cost(stats: CacheStats, level: str) -> LevelCost | None:
+    """Give what the choice between loading and computing knows of a level; `None`: nothing yet."""
+    return next((cost for cost in stats.choices.levels if cost.level == level), None)
 
 
 def average_access_s(stats: CacheStats) -> float | None:
@@ -173,6 +186,7 @@ def compression_ratio(level: LevelStats) -> float | None:
 
 
 def _level(stats: CacheStats, name: str, level: LevelStats) -> LevelReport:
+    cost = level_cost(stats, name)
     return {
         "level": name,
         "pages": level.num_pages,
@@ -181,6 +195,8 @@ def _level(stats: CacheStats, name: str, level: LevelStats) -> LevelReport:
         "hit_pages": stats.hit_pages.get(name, 0),
         "hit_ratio": hit_ratio(stats, name),
         "access_ms_per_page": _ms(access_s_per_page(stats, name)),
+        "found_ratio": None if cost is None else cost.hit_ratio,
+        "miss_ms": None if cost is None else _ms(cost.miss_s),
         "loads": _loads(stats.load_times.get(name, LoadTimes())),
         "read": _transfer(level.hits, level.loaded_payload_bytes, level.load_s),
         "written": _transfer(level.stored, level.stored_payload_bytes, level.store_s),

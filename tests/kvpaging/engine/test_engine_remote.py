@@ -9,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
+import redis
 from redis_servers import redis_server
 
 from kvpaging.base.config import EngineOptions
@@ -19,7 +20,8 @@ from kvpaging.scheduling.request import SamplingParams
 
 
 def make(url: str, secret: Path | None, **changes: object) -> Engine:
-    options = {"kv_cache_memory_bytes": 1 << 24, **changes}
+    # A machine that does much else answers late, too.
+    options = {"kv_cache_memory_bytes": 1 << 24, "remote_cache_deadline_s": 2.0, **changes}
     return Engine.from_options(
         EngineOptions(
             model=str(files("kvpaging") / "demo_model"),
@@ -67,6 +69,20 @@ def test_what_one_computed_the_other_reuses(redis_url: str, secret: Path, kept: 
     [[apart]] = three.generate([tokens], sampling)
     three.close()
     assert apart.num_cached_tokens == 0
+
+
+def test_deadline_and_time_to_live_are_as_they_were_set(redis_url: str, secret: Path) -> None:
+    engine = make(redis_url, secret, remote_cache_deadline_s=1.5, remote_cache_ttl_s=600.0)
+    [setting] = engine._executor.lower_levels._settings  # type: ignore[union-attr]
+    assert setting.deadline_s == 3.0
+    assert setting.level._batch_deadline_s == 1.5
+    engine.generate([[5] * 100], SamplingParams(max_new_tokens=2, seed=1, ignore_eos=True))
+    engine.close()
+    there = redis.Redis.from_url(redis_url)
+    lives = [there.pttl(name) for name in there.scan_iter()]
+    there.close()
+    assert len(lives) == 6
+    assert all(500_000 < ms <= 600_000 for ms in lives)
 
 
 def test_a_remote_server_that_is_not_there_costs_no_answer(secret: Path, tmp_path: Path) -> None:

@@ -112,6 +112,15 @@ def test_secrets_on_the_command_line_are_warned_of() -> None:
     assert not resolve({}, {"KVPAGING_API_KEY": "open sesame"}).warnings()
 
 
+def test_the_remote_cache_is_waited_for_and_keeps_pages_as_long_as_was_said() -> None:
+    options = resolve({"remote_cache_deadline_ms": "50"}, {}).settings.engine_options()
+    assert (options.remote_cache_deadline_s, options.remote_cache_ttl_s) == (0.05, 604_800)
+    given = {"KVPAGING_REMOTE_CACHE_TTL_S": "3600"}
+    assert resolve({}, given).settings.engine_options().remote_cache_ttl_s == 3600
+    with pytest.raises(ConfigError, match="remote-cache-deadline-ms"):
+        resolve({"remote_cache_deadline_ms": "5000"}, {})
+
+
 def test_several_keys() -> None:
     given = {"KVPAGING_API_KEY": " a, b c ,,"}
     settings = resolve({}, given).settings

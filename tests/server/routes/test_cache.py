@@ -41,6 +41,8 @@ def test_stats_by_level() -> None:
         "hit_pages": 10,
         "hit_ratio": 0.1,
         "access_ms_per_page": 4.0,
+        "found_ratio": 0.5,
+        "miss_ms": 100.0,
         "read": {"pages": 10, "bytes": 640, "seconds": 2.0, "bytes_per_s": 320.0},
         "written": {"pages": 15, "bytes": 1500, "seconds": 3.0, "bytes_per_s": 500.0},
         "compression_ratio": 1.5,
