@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from kvpaging.base.ids import SeqId
-from kvpaging.execution.batch import DeviceBatch
+from kvpaging.execution.batch import DeviceBatch, LastRows
 from kvpaging.execution.growing import GrowingTable
 from kvpaging.execution.transfer import to_device
 from kvpaging.scheduling.plan import AddedSequence, ScheduledSequence
@@ -67,7 +67,11 @@ class BatchBuilder:
         return self._tokens.cells[self._row_of[seq_id], start:end].astype(np.int64)
 
     def build(self, scheduled: Sequence[ScheduledSequence]) -> DeviceBatch:
-        """Append the step's new pages to their rows and lay its tokens out behind each other."""
+        """Append the step's new pages to their rows and lay its tokens out behind each other.
+
+        Where no prompt token is scored and some token isn't the last of a sequence that samples,
+        the batch has `last_rows`: at least one, so that no operation meets an empty tensor.
+        """
         count = len(scheduled)
         rows = self._rows(scheduled)
         for entry, row in zip(scheduled, rows.tolist(), strict=True):
@@ -88,6 +92,19 @@ class BatchBuilder:
         seq_lens = starts + lengths
         num_pages = -(-int(seq_lens.max()) // self._page_size)
         sampled = np.fromiter((bool(entry.sample_for) for entry in scheduled), np.bool_, count)
+        logit_rows = self._send((ends - 1)[sampled])
+        last_rows: LastRows | None = None
+        is_scored = any(entry.prompt_logprobs is not None for entry in scheduled)
+        if not is_scored and np.count_nonzero(sampled) < ends[-1]:
+            if not sampled.any():
+                sampled[0] = True
+            num_last = np.count_nonzero(sampled)
+            last_rows = LastRows(
+                rows=self._send((ends - 1)[sampled]),
+                page_tables=self._send(self._pages.cells[rows[sampled], :num_pages]),
+                seq_lens=self._send(seq_lens[sampled].astype(np.int32)),
+                query_starts=self._send(np.arange(num_last + 1, dtype=np.int32)),
+            )
         return DeviceBatch(
             token_ids=self._token_ids(row_of_token, positions),
             positions=self._send(positions.astype(np.int32)),
@@ -95,7 +112,8 @@ class BatchBuilder:
             page_tables=self._send(self._pages.cells[rows, :num_pages]),
             seq_lens=self._send(seq_lens.astype(np.int32)),
             query_starts=self._send(query_starts),
-            logit_rows=self._send((ends - 1)[sampled]),
+            logit_rows=logit_rows,
+            last_rows=last_rows,
         )
 
     def _token_ids(

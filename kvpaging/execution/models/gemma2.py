@@ -10,7 +10,7 @@ from typing import ClassVar, Final
 
 import torch
 
-from kvpaging.execution.batch import DeviceBatch
+from kvpaging.execution.batch import DeviceBatch, LastRows
 from kvpaging.execution.kv_pool import KVPool
 from kvpaging.execution.model_config import ModelConfig
 from kvpaging.execution.models.layers import Attention, CausalLM, GatedMLP
@@ -44,13 +44,18 @@ class Gemma2Layer:
         self._mlp = GatedMLP(config, parameters.at("mlp."))
         self._output_norm = parameters.vector("post_feedforward_layernorm.weight", size)
 
-    def __call__(
-        self, x: torch.Tensor, residual: torch.Tensor, batch: DeviceBatch, kv: KVPool
+    def attend(
+        self, x: torch.Tensor, batch: DeviceBatch, kv: KVPool, last: LastRows | None
     ) -> torch.Tensor:
         """See `DecoderLayer`."""
+        x = self._attention(x, batch, kv, last)
+        return self._ops.rms_norm(
+            x, self._attended_norm, self._eps, weight_offset=NORM_WEIGHT_OFFSET
+        )
+
+    def feed_forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """See `DecoderLayer`."""
         ops, eps, offset = self._ops, self._eps, NORM_WEIGHT_OFFSET
-        x = self._attention(x, batch, kv)
-        x = ops.rms_norm(x, self._attended_norm, eps, weight_offset=offset)
         x = ops.add_rms_norm(x, residual, self._mlp_norm, eps, weight_offset=offset)
         x = self._mlp(x)
         return ops.rms_norm(x, self._output_norm, eps, weight_offset=offset)

@@ -12,7 +12,7 @@ from typing import ClassVar, Final, Protocol
 import torch
 
 from kernels.ops import Linear, Ops
-from kvpaging.execution.batch import DeviceBatch
+from kvpaging.execution.batch import DeviceBatch, LastRows
 from kvpaging.execution.kv_pool import KVPool
 from kvpaging.execution.model_config import ModelConfig
 from kvpaging.execution.rope import cos_sin_table
@@ -23,17 +23,21 @@ _TIED_HEAD: Final = r"lm_head\.weight"
 
 
 class DecoderLayer(Protocol):
-    """One layer: takes normalised hidden states, adds to the residual, returns what is to be added.
+    """One layer in two parts: what tokens tell each other, and what each makes of it.
 
-    The sum of the last addition is left to the next norm, which does both in one pass.
+    Each part returns what is to be added to the residual; the sum is left to the next norm, which
+    does both in one pass. `R` rows are all T, or those of `last`.
     """
 
     input_norm: torch.Tensor
 
-    def __call__(
-        self, x: torch.Tensor, residual: torch.Tensor, batch: DeviceBatch, kv: KVPool
+    def attend(
+        self, x: torch.Tensor, batch: DeviceBatch, kv: KVPool, last: LastRows | None
     ) -> torch.Tensor:
-        """`x [T, H]` normalised; `residual [T, H]` is changed in place; returns `[T, H]`."""
+        """`x [T, H]` normalised; writes all keys and values to `kv`; returns `[R, H]`."""
+
+    def feed_forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """`x [R, H]`, which `residual [R, H]` takes up in place; returns `[R, H]`."""
 
 
 class Attention:
@@ -79,8 +83,13 @@ class Attention:
             self._k_norm = parameters.vector("k_norm.weight", config.head_dim)
         self._output = parameters.linear(("o_proj",), (config.hidden_size,), query_size, bias=bias)
 
-    def __call__(self, x: torch.Tensor, batch: DeviceBatch, kv: KVPool) -> torch.Tensor:
-        """`[T, H] -> [T, H]`; writes the tokens' keys and values to their slots in `kv`."""
+    def __call__(
+        self, x: torch.Tensor, batch: DeviceBatch, kv: KVPool, last: LastRows | None
+    ) -> torch.Tensor:
+        """`[T, H] -> [R, H]`; writes the tokens' keys and values to their slots in `kv`.
+
+        With `last` only its rows attend.
+        """
         ops = self._ops
         pages = kv.layer(self._index)
         query = ops.rope_store(
@@ -94,16 +103,19 @@ class Attention:
             norm_eps=self._norm_eps,
             norm_weight_offset=self._norm_weight_offset,
         )
+        if last is not None:
+            query = query.index_select(0, last.rows)
+        seen = batch if last is None else last
         attended = ops.paged_attention(
             query,
             pages,
-            batch.page_tables,
-            batch.seq_lens,
-            batch.query_starts,
+            seen.page_tables,
+            seen.seq_lens,
+            seen.query_starts,
             scale=self._scale,
             window=self._window,
             soft_cap=self._soft_cap,
-        )  # [T, HQ, D]
+        )  # [R, HQ, D]
         return ops.linear(attended.flatten(1), self._output)
 
 
@@ -153,11 +165,14 @@ class PreNormLayer:
         self.input_norm = parameters.vector("input_layernorm.weight", config.hidden_size)
         self._mlp_norm = parameters.vector("post_attention_layernorm.weight", config.hidden_size)
 
-    def __call__(
-        self, x: torch.Tensor, residual: torch.Tensor, batch: DeviceBatch, kv: KVPool
+    def attend(
+        self, x: torch.Tensor, batch: DeviceBatch, kv: KVPool, last: LastRows | None
     ) -> torch.Tensor:
         """See `DecoderLayer`."""
-        x = self._attention(x, batch, kv)
+        return self._attention(x, batch, kv, last)
+
+    def feed_forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """See `DecoderLayer`."""
         x = self._ops.add_rms_norm(x, residual, self._mlp_norm, self._eps)
         return self._mlp(x)
 
@@ -196,7 +211,10 @@ class CausalLM:
         raise NotImplementedError
 
     def forward(self, batch: DeviceBatch, kv: KVPool) -> torch.Tensor:
-        """Hidden states of the step's tokens, `[T, H]`; writes their keys and values to `kv`."""
+        """Hidden states `[R, H]` of the step's tokens, or of the batch's `last_rows`.
+
+        Writes the keys and values of all tokens to `kv`.
+        """
         return self.layers(self.embed(batch.token_ids), batch, kv)
 
     def layers(self, residual: torch.Tensor, batch: DeviceBatch, kv: KVPool) -> torch.Tensor:
@@ -204,7 +222,11 @@ class CausalLM:
         ops, eps, offset = self._ops, self.config.rms_norm_eps, self.norm_weight_offset
         x = ops.rms_norm(residual, self._layers[0].input_norm, eps, weight_offset=offset)
         for layer, next_norm in zip(self._layers, self._next_norms, strict=True):
-            x = layer(x, residual, batch, kv)
+            last = batch.last_rows if layer is self._layers[-1] else None
+            x = layer.attend(x, batch, kv, last)
+            if last is not None:
+                residual = residual.index_select(0, last.rows)
+            x = layer.feed_forward(x, residual)
             x = ops.add_rms_norm(x, residual, next_norm, eps, weight_offset=offset)
         return x
 

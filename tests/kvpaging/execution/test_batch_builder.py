@@ -101,6 +101,26 @@ def check(
     assert {tensor.dtype for tensor in kinds} == {int64}
     kinds = [batch.positions, batch.page_tables, batch.seq_lens, batch.query_starts]
     assert {tensor.dtype for tensor in kinds} == {int32}
+    last = batch.last_rows
+    if len(logit_rows) == len(tokens):
+        assert last is None
+        return
+    which = [i for i, (_, _, _, samples) in enumerate(expected) if samples] or [0]
+    assert last.rows.tolist() == [starts[i + 1] - 1 for i in which]
+    assert torch.equal(last.page_tables, batch.page_tables[which])
+    assert torch.equal(last.seq_lens, batch.seq_lens[which])
+    assert last.query_starts.tolist() == list(range(len(which) + 1))
+    assert last.rows.dtype == int64
+    assert {last.page_tables.dtype, last.seq_lens.dtype, last.query_starts.dtype} == {int32}
+
+
+def test_all_rows_are_computed_where_a_prompt_is_scored() -> None:
+    builder = BatchBuilder(4, torch.device("cpu"))
+    builder.add(AddedSequence(SeqId(1), (5, 6, 7), 3, (PageId(1),), SAMPLING, 0))
+    entry = ScheduledSequence(SeqId(1), 0, 2, (), (), prompt_logprobs=0)
+    assert builder.build([entry]).last_rows is None
+    entry = ScheduledSequence(SeqId(1), 0, 2, (), ())
+    assert builder.build([entry]).last_rows is not None
 
 
 def test_a_table_grows_both_ways_and_keeps_its_contents() -> None:

@@ -173,8 +173,9 @@ def test_all_that_a_row_had_becomes_padding_again() -> None:
     static.fill(*five)
     fresh.fill(*five)
     assert torch.equal(static.hidden, fresh.hidden)
-    for field in dataclasses.fields(DeviceBatch):
-        assert torch.equal(getattr(static.batch, field.name), getattr(fresh.batch, field.name))
+    names = {field.name for field in dataclasses.fields(DeviceBatch)} - {"last_rows"}
+    for name in names:
+        assert torch.equal(getattr(static.batch, name), getattr(fresh.batch, name))
 
 
 def test_rows_that_shrank_become_padding_again(tmp_path: Path, ops: registry.Ops) -> None:
