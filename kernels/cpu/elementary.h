@@ -30,9 +30,7 @@ KV_INLINE Vec exp(Vec x) {
     p = fma(p, r, set1(1.6666665459e-1f));
     p = fma(p, r, set1(5.0000001201e-1f));
     p = fma(p, r * r, r) + set1(1.0f);
-    // In two steps: 2^128 is no float, but e^88.5 is.
-    const Vec result = p * pow2(n - set1(1.0f)) * set1(2.0f);
-    return where_less(x, low, set1(0.0f), result);
+    return where_less(x, low, set1(0.0f), scaled(p, n));
 }
 
 KV_INLINE float exp(float x) {

@@ -55,6 +55,8 @@ KV_INLINE __m256 pow2(__m256 n) {
 }
 // 2^n for whole numbers n in [-126, 127].
 KV_INLINE Vec pow2(Vec n) { return {pow2(n.lo), pow2(n.hi)}; }
+// x * 2^n for whole numbers n in [-126, 128], in two steps: 2^128 is no float, but e^88.5 is.
+KV_INLINE Vec scaled(Vec x, Vec n) { return x * pow2(n - set1(1.0f)) * set1(2.0f); }
 
 KV_INLINE float widen(float x) { return x; }
 KV_INLINE float widen(bf16 x) {

@@ -36,11 +36,8 @@ KV_INLINE Vec where_equal(Vec a, Vec b, Vec yes, Vec no) {
 KV_INLINE Vec round_even(Vec a) {
     return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
-// 2^n for whole numbers n in [-126, 127].
-KV_INLINE Vec pow2(Vec n) {
-    __m512i i = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));
-    return {_mm512_castsi512_ps(_mm512_slli_epi32(i, 23))};
-}
+// x * 2^n for whole numbers n in [-126, 128].
+KV_INLINE Vec scaled(Vec x, Vec n) { return {_mm512_scalef_ps(x.v, n.v)}; }
 
 KV_INLINE float widen(float x) { return x; }
 KV_INLINE float widen(bf16 x) {
@@ -51,6 +48,10 @@ KV_INLINE Vec widen(__m256i bits, bf16) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
 }
 KV_INLINE Vec widen(__m256i bits, f16) { return {_mm512_cvtph_ps(bits)}; }
+#if defined(KV_BF16_DOT)
+// As the products of pairs do, this takes denormal numbers for zero.
+KV_INLINE __m256i narrow(Vec a, bf16) { return (__m256i)_mm512_cvtneps_pbh(a.v); }
+#else
 KV_INLINE __m256i narrow(Vec a, bf16) {
     const __m512i bits = _mm512_castps_si512(a.v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -59,6 +60,7 @@ KV_INLINE __m256i narrow(Vec a, bf16) {
     rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
 }
+#endif
 KV_INLINE __m256i narrow(Vec a, f16) {
     return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }

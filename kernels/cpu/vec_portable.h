@@ -80,6 +80,8 @@ KV_INLINE Vec pow2(Vec n) {
         return reinterpret_cast<Quad>((whole + 127) << 23);
     });
 }
+// x * 2^n for whole numbers n in [-126, 128], in two steps: 2^128 is no float, but e^88.5 is.
+KV_INLINE Vec scaled(Vec x, Vec n) { return x * pow2(n - set1(1.0f)) * set1(2.0f); }
 
 KV_INLINE float from_bits(uint32_t bits) {
     float x;
