@@ -53,6 +53,10 @@ class BadValue(Exception):
     """These bytes are not the page that was asked for; the message says why."""
 
 
+class OtherRoot(BadValue):
+    """The page is whole, and was made under another numerics identity."""
+
+
 class Header(NamedTuple):
     """What the first `HEADER_BYTES` of a value say."""
 
@@ -91,7 +95,7 @@ class PageCodec:
     """
 
     def __init__(self, root: bytes, item_bytes: int, *, compress: bool = True) -> None:
-        self._root = root
+        self.root = root
         self._item_bytes = item_bytes if item_bytes in _WORD_BYTES else 1
         self.compresses = compress
         self._zstd = _ZstdOfThread()
@@ -133,7 +137,7 @@ class PageCodec:
         body_bytes = sum(map(len, body))
         header = _HEADER.pack(
             MAGIC, VERSION, codec, item, payload_bytes, body_bytes, len(page.tokens),
-            self._root, page.key, page.parent,
+            self.root, page.key, page.parent,
         )  # fmt: skip
         check = xxhash.xxh3_64_digest(header)
         parts: list[bytes | memoryview] = [header, check, page.tokens, *body]
@@ -191,8 +195,8 @@ class PageCodec:
             raise BadValue("the digest fails")
         if header.key != key:
             raise BadValue("another page")
-        if header.root != self._root:
-            raise BadValue("a page of another numerics identity")
+        if header.root != self.root:
+            raise OtherRoot("a page of another numerics identity")
         return header
 
     def _shrink(self, payloads: list[memoryview]) -> list[list[memoryview]]:

@@ -1,16 +1,16 @@
 """Pages on a disk: a log of segments, an index beside it, one bound in bytes over all of it.
 
-Pages are appended to the newest segment. When there is no room the oldest segment goes; its pages
-that were used since they were written are appended again, up to half of it, so that a page in use
-stays and every turn frees room. Corrupt and forgotten pages leave with their segment. What is in
-the oldest segment goes on its way to the next level, if there is one, before its room is needed:
+Pages are appended to the newest segment, and leave in the order of `chain_order`, whatever segment
+they lie in. Their room is had back a segment at a time: the one with the least left in it goes, and
+what is left, half a segment at most, is appended again. Corrupt pages leave with their segment.
+What is next to leave goes on its way to the next level, if there is one, before its room is needed:
 nobody waits for that, and it takes no room and no more memory than a batch.
 
 A process that is killed at any moment, a full disk and flipped bits cost misses, never a wrong
 page: a page counts when it is whole behind its header, and every read checks its digest. The end of
 the machine may cost what the system had not written back yet.
 
-Where each page lies is kept in memory (some 300 bytes a page), so that `contains` touches no disk.
+Where each page lies is kept in memory (some 600 bytes a page), so that `contains` touches no disk.
 Knows nothing of the tokens' meaning or of who uses the pages.
 """
 
@@ -39,7 +39,8 @@ from kvpaging.base.ids import PageKey
 from kvpaging.base.secret_file import read_secret
 from kvpaging.base.threads import give_way
 from kvpaging.levels import segment
-from kvpaging.levels.codec import BadValue, PageCodec
+from kvpaging.levels.chain_order import ChainOrder
+from kvpaging.levels.codec import BadValue, OtherRoot, PageCodec
 from kvpaging.levels.level import Complaints, Counters, LevelStats, StoredPage
 from kvpaging.levels.overflow import Overflow
 from kvpaging.levels.segment import Entry, SegmentWriter
@@ -53,6 +54,8 @@ _MOVE_BYTES: Final = 1 << 20
 """About what is read or written at once, and handed to one thread to pack or check."""
 _MAX_WORKERS: Final = 4
 _ENTRIES_A_STRETCH: Final = 1024
+_MOST_FILLED: Final = 0.5
+"""Of a segment whose room is had back: its rest is written again, and room must be gained."""
 _INDEX_NAME: Final = "index.sqlite"
 _LOCK_NAME: Final = "lock"
 _SECRET_NAME: Final = "secret"
@@ -66,11 +69,13 @@ _Place = tuple[int, int, int]
 
 
 class _Value:
-    """The pieces of one page's value."""
+    """One page's value in pieces."""
 
-    __slots__ = ("num_bytes", "pieces")
+    __slots__ = ("key", "num_bytes", "parent", "pieces")
 
-    def __init__(self, pieces: list[bytes | memoryview]) -> None:
+    def __init__(self, key: PageKey, parent: PageKey, pieces: list[bytes | memoryview]) -> None:
+        self.key = key
+        self.parent = parent
         self.pieces = pieces
         self.num_bytes = sum(map(len, pieces))
 
@@ -78,6 +83,8 @@ class _Value:
 @dataclass(slots=True)
 class _Segment:
     num_bytes: int = 0
+    live_bytes: int = 0
+    """Of pages that are found here."""
     keys: list[PageKey] = field(default_factory=list)
 
 
@@ -151,17 +158,23 @@ class DiskLevel:
         self._evictions = EvictionLog()
         self._complaints = Complaints(logging.getLogger(__name__), clock)
         self._places: dict[PageKey, _Place] = {}
-        self._used: set[PageKey] = set()
+        self._order = ChainOrder()
+        """The keys of `_places`, and of the pages that are being written."""
+        self._leaving: dict[PageKey, int] = {}
+        """Bytes of pages that began to go down, and are next to leave."""
+        self._leaving_bytes = 0
         self._places_lock = threading.Lock()
-        """For changes to the three above; held for moments. Looking a page up needs no lock."""
+        """For changes to those above; held for moments. Looking a page up needs no lock."""
         self._write_lock = threading.Lock()
         """For everything below; held while writing."""
         self._segments: dict[int, _Segment] = {}
         self._num_bytes = 0
         self._writer: SegmentWriter | None = None
         self._newest = 0
-        self._leaving = 0
-        """The last segment whose pages began to go down."""
+        self._live_bytes = 0
+        """Of pages that are found; the rest of the segments is room to be had back."""
+        self._most_bytes = capacity_bytes
+        """What the files may come to while pages are appended again."""
         self._pending: list[Entry] = []
         self._index_bytes = 0
         self._is_closed = False
@@ -203,7 +216,7 @@ class DiskLevel:
             for (i, _, _), page in zip(run.wanted, pages, strict=True):
                 found[i] = page
         hits = [page for page in found if page is not None]
-        self._mark_used([page.key for page in hits])
+        self.touch([page.key for page in hits])
         self._counters.add(
             loads=len(keys),
             hits=len(hits),
@@ -214,16 +227,16 @@ class DiskLevel:
         return found
 
     def store(self, pages: Sequence[StoredPage], deadline_s: float) -> int:
-        """Append the pages that are not here, and let the oldest segments go for them."""
+        """Append the pages that are not here, and let those go for them that were used least."""
         started = self._clock()
         new = {page.key: page for page in pages if page.key not in self._places}
         known = [page.key for page in pages if page.key in self._places]
-        self._mark_used(known)
+        self.touch(known)
         num_left = len(new)
         num_stored = 0
         for batch, values in self._packed(new.values(), started + deadline_s):
             with self._write_lock:
-                taken = self._store_values([page.key for page in batch], values)
+                taken = self._store_values(values)
             num_left -= len(batch)
             num_stored += taken
             self._counters.add(
@@ -241,12 +254,19 @@ class DiskLevel:
         )
         return len(known) + num_stored
 
+    def touch(self, keys: Sequence[PageKey]) -> list[bool]:
+        """These pages are used; which of them are here."""
+        with self._places_lock:
+            for key in self._order.use(keys) if keys else ():
+                self._leaving_bytes -= self._leaving.pop(key, 0)
+        return self.contains(keys)
+
     def clear(self) -> None:
         """Delete every segment. Raises `OSError` where some could not be."""
         with self._write_lock:
             self._seal()
             while self._segments and not self._is_closed:
-                self._drop_oldest(EvictionCause.FLUSH)
+                self._drop(next(iter(self._segments)), EvictionCause.FLUSH)
             if self._num_bytes:
                 raise OSError(f"{self._directory}: {self._num_bytes} bytes can't be deleted")
 
@@ -271,6 +291,7 @@ class DiskLevel:
                 self._index.close()
             with self._places_lock:
                 self._places.clear()
+                self._order.clear()
             self._workers.shutdown(wait=False, cancel_futures=True)
             self._packers.shutdown(wait=False, cancel_futures=True)
             os.close(self._lock_file)
@@ -319,7 +340,8 @@ class DiskLevel:
             yield batch, self._encode(batch)
 
     def _encode(self, pages: list[StoredPage]) -> list[_Value]:
-        return [_Value(parts) for parts in self._codec.encode_many(pages)]
+        encoded = zip(pages, self._codec.encode_many(pages), strict=True)
+        return [_Value(page.key, page.parent, parts) for page, parts in encoded]
 
     # Opening.
 
@@ -338,18 +360,33 @@ class DiskLevel:
         """Find the pages: from the index where it knows, else from the segments themselves."""
         sizes = segment.sizes(self._directory)
         known = self._known_stretches(sizes)
+        found: list[tuple[PageKey, PageKey]] = []
         for segment_id, size in sizes.items():
             self._segments[segment_id] = _Segment(size)
             self._num_bytes += size
             self._newest = segment_id
-            self._recover_segment(segment_id, size, known.get(segment_id, []))
+            for entries in self._recovered(segment_id, size, known.get(segment_id, [])):
+                self._place(segment_id, entries)
+                found += [(entry.key, entry.parent) for entry in entries]
         self._measure_index()
-        while self._segments and not self._fits(0, 0):
-            self._drop_oldest(EvictionCause.ROOM)
+        self._recover_order(found)
+        if not self._fits(0, 0):  # the bound is a smaller one now
+            self._most_bytes = self._bytes_with(self._segment_bytes, _ENTRIES_A_STRETCH)
+            self._make_room(0, 0)
+            self._most_bytes = self._capacity_bytes
         newest = self._segments.get(self._newest)
         if newest is not None and newest.num_bytes < self._segment_bytes:
             path = segment.path_of(self._directory, self._newest)
             self._writer = SegmentWriter(path, newest.num_bytes)
+
+    def _recover_order(self, found: list[tuple[PageKey, PageKey]]) -> None:
+        """What lies behind was written later. Pages whose head is gone leave before all others."""
+        self._order.add(reversed(found))
+        whole: dict[PageKey, None] = {PageKey(self._codec.root): None}
+        for key in reversed(self._order):
+            if self._order.parent(key) in whole:
+                whole[key] = None
+        self._order.use(whole)
 
     def _known_stretches(
         self, sizes: dict[int, int]
@@ -373,22 +410,22 @@ class DiskLevel:
                 known.setdefault(s.segment, []).append((s.first_byte, s.end_byte, s.entries))
         return known
 
-    def _recover_segment(
+    def _recovered(
         self, segment_id: int, size: int, stretches: list[tuple[int, int, list[Entry]]]
-    ) -> None:
-        """Take over what is known of a segment, and scan the rest of it."""
+    ) -> Iterator[list[Entry]]:
+        """What lies in a segment: what is known of it, and the rest by scanning."""
         path = segment.path_of(self._directory, segment_id)
         end = 0
         for first_byte, end_byte, entries in [*stretches, (size, size, [])]:
             if end < first_byte:
                 found = [e for e in segment.scan(path, end) if e.end <= first_byte]
-                self._place(segment_id, found)
+                yield found
                 scanned = found[-1].end if found else end
                 self._add_to_index(segment_id, end, scanned, found)
                 if scanned < first_byte:
                     self._torn(segment_id, scanned, first_byte, is_end=first_byte == size)
             if end <= first_byte:
-                self._place(segment_id, entries)
+                yield entries
                 end = end_byte
 
     def _torn(self, segment_id: int, offset: int, end: int, *, is_end: bool) -> None:
@@ -448,66 +485,84 @@ class DiskLevel:
             pages.append(page)
         return pages
 
-    def _mark_used(self, keys: Iterable[PageKey]) -> None:
+    def _forget(self, pages: Iterable[tuple[PageKey, _Place]], cause: EvictionCause) -> int:
+        """These are here no longer, those excepted that lie elsewhere by now; returns how many."""
         with self._places_lock:
-            self._used.update(key for key in keys if key in self._places)
+            return self._forget_locked(pages, cause)
 
-    def _forget(self, pages: Iterable[tuple[PageKey, _Place]], cause: EvictionCause) -> None:
-        """These are here no longer, those excepted that lie elsewhere by now."""
-        with self._places_lock:
-            self._evictions.now_s = self._clock()
-            for key, place in pages:
-                if self._places.get(key) == place:
-                    del self._places[key]
-                    self._used.discard(key)
-                    self._evictions.add(key, cause)
+    def _forget_locked(self, pages: Iterable[tuple[PageKey, _Place]], cause: EvictionCause) -> int:
+        self._evictions.now_s = self._clock()
+        num_gone = 0
+        for key, place in pages:
+            if self._places.get(key) == place:
+                del self._places[key]
+                self._order.remove(key)
+                self._leaving_bytes -= self._leaving.pop(key, 0)
+                self._count_live(place[0], -place[2])
+                self._evictions.add(key, cause)
+                num_gone += 1
+        return num_gone
 
     # Writing. The caller holds the write lock.
 
-    def _store_values(self, keys: list[PageKey], values: list[_Value]) -> int:
-        """Append these values and make room for them; returns how many, from the first on."""
+    def _store_values(self, values: list[_Value]) -> int:
+        """Append these values and make room for them; returns how many, from the first on.
+
+        They take their place in the order first: what would have to leave for them counts for less
+        than they do, or there is no room.
+        """
+        with self._places_lock:
+            self._order.add((value.key, value.parent) for value in values)
         done = 0
         try:
             while done < len(values) and not self._is_closed:
                 size = values[done].num_bytes
                 rest = sum(value.num_bytes for value in values[done:])
                 wanted = max(size, min(rest, self._segment_bytes))
-                if not self._make_room(wanted, len(values) - done):
+                if not (
+                    self._make_room(wanted, len(values) - done)
+                    or self._make_room(size, len(values) - done)
+                ):
                     self._complaints.warn("no room for a page", f"of {size} bytes")
                     break
-                done += self._append(keys[done:], values[done:])
+                done += self._append(values[done:])
         except OSError as error:
             self._failed("a page can't be written", error)
+        with self._places_lock:
+            for value in values[done:]:
+                if value.key not in self._places:
+                    self._order.remove(value.key)
         self._let_go_ahead()
         return done
 
     def _let_go_ahead(self) -> None:
-        """Where the next segment may need the oldest one's room, its pages begin to go down."""
-        oldest = next(iter(self._segments), self._newest)
-        if (
-            self._overflow is None
-            or oldest in (self._leaving, self._newest)
-            or self._fits(2 * self._segment_bytes, _ENTRIES_A_STRETCH)
-        ):
+        """Where room may be needed soon, a segment's bytes of what is next to leave go down."""
+        if self._overflow is None or self._fits(2 * self._segment_bytes, _ENTRIES_A_STRETCH):
             return
-        self._leaving = oldest
-        keys = list(dict.fromkeys(self._segments[oldest].keys))
-        self._overflow.pull(self._leave(oldest, keys, self._overflow))
+        keys = []
+        with self._places_lock:
+            if self._leaving_bytes > self._segment_bytes // 2:
+                return
+            for key in self._order:
+                if self._leaving_bytes >= self._segment_bytes:
+                    break
+                if key not in self._leaving:
+                    keys.append(key)
+                    self._leaving[key] = self._places[key][2]
+                    self._leaving_bytes += self._leaving[key]
+            keys.sort(key=self._places.__getitem__)
+        self._overflow.pull(self._leave(keys, self._overflow))
 
-    def _leave(
-        self, segment_id: int, keys: list[PageKey], overflow: Overflow
-    ) -> Iterator[list[StoredPage]]:
-        """The pages of a segment, as long as it is there. Runs in the overflow's thread."""
+    def _leave(self, keys: list[PageKey], overflow: Overflow) -> Iterator[list[StoredPage]]:
+        """These pages, as long as they are there. Runs in the overflow's thread."""
         num_left = len(keys)
         for run in self._runs(keys):
-            if run.segment == segment_id:
-                try:
-                    data = segment.read(
-                        segment.path_of(self._directory, segment_id), run.offset, run.num_bytes
-                    )
-                except OSError:  # its room was needed
-                    break
-                yield list(self._whole_pages(run, data))
+            path = segment.path_of(self._directory, run.segment)
+            try:
+                data = segment.read(path, run.offset, run.num_bytes)
+            except OSError:  # its room was needed
+                continue
+            yield list(self._whole_pages(run, data))
             num_left -= len(run.wanted)
         overflow.dropped(num_left)
 
@@ -519,19 +574,72 @@ class DiskLevel:
                 yield self._codec.decode(data[at : at + place[2]], key)
 
     def _make_room(self, num_bytes: int, num_entries: int) -> bool:
-        """Let the oldest segments go until so much fits, and the reserve for used pages too."""
+        """Let pages go until so much fits, and the reserve for what is appended again too."""
         while not self._fits(num_bytes + self._segment_bytes // 2, num_entries):
-            if len(self._segments) <= (self._writer is not None):
+            segment_id = self._emptied()
+            if segment_id is None:
                 return False
-            self._drop_oldest(EvictionCause.ROOM, keep_used=True)
+            self._drop(segment_id, EvictionCause.ROOM)
         return True
+
+    def _emptied(self) -> int | None:
+        """The sealed segment with the least left in it, after letting pages go; `None`: none may.
+
+        Pages leave until one is empty, or until as many bytes are left behind as a segment has, in
+        a segment that is half empty at least. So what is appended again is at most what is had
+        back, and nothing where pages leave in the order in which they came.
+        """
+        least = self._least_filled()
+        num_dropped = 0
+        while (
+            least is None
+            or least[0] > _MOST_FILLED
+            or (least[0] > 0 and self._num_bytes - self._live_bytes < self._segment_bytes)
+        ):
+            with self._places_lock:
+                key = self._order.first
+                place = None if key is None else self._places.get(key)
+                if key is None or place is None:  # all that is left counts for more than what comes
+                    break
+                num_dropped += self._overflow is not None and key not in self._leaving
+                self._forget_locked([(key, place)], EvictionCause.ROOM)
+            self._counters.add(evicted=1)
+            if place[0] != self._newest or self._writer is None:
+                filled = (self._filled(place[0]), place[0])
+                least = filled if least is None else min(least, filled)
+        if self._overflow is not None:
+            self._overflow.dropped(num_dropped)
+        if least is not None and least[0] <= _MOST_FILLED:
+            return least[1]
+        if (
+            self._writer is None
+            or self._writer.end == 0
+            or self._filled(self._newest) > _MOST_FILLED
+        ):
+            return None
+        self._seal()
+        return self._newest
+
+    def _least_filled(self) -> tuple[float, int] | None:
+        """The share that is left in a sealed segment, and which one; the oldest of equals."""
+        sealed = (i for i in self._segments if i != self._newest or self._writer is None)
+        return min(((self._filled(i), i) for i in sealed), default=None)
+
+    def _filled(self, segment_id: int) -> float:
+        """The share of a segment's bytes whose pages are found."""
+        each = self._segments[segment_id]
+        return each.live_bytes / each.num_bytes if each.num_bytes else 0.0
 
     def _fits(self, num_bytes: int, num_entries: int) -> bool:
         """Whether so much more fits, with what indexing it may take."""
-        wanted = num_bytes + SegmentIndex.growth_bytes(len(self._pending) + num_entries)
-        return self._num_bytes + self._index_bytes + wanted <= self._capacity_bytes
+        return self._bytes_with(num_bytes, num_entries) <= self._capacity_bytes
 
-    def _append(self, keys: Sequence[PageKey], values: Sequence[_Value]) -> int:
+    def _bytes_with(self, num_bytes: int, num_entries: int) -> int:
+        """What the files come to with so much more, at most."""
+        wanted = num_bytes + SegmentIndex.growth_bytes(len(self._pending) + num_entries)
+        return self._num_bytes + self._index_bytes + wanted
+
+    def _append(self, values: Sequence[_Value]) -> int:
         """Write the values that one segment takes, at least the first; returns how many.
 
         Raises OSError when none could be written.
@@ -543,10 +651,10 @@ class DiskLevel:
             writer = self._begin_segment()
         entries: list[Entry] = []
         end = writer.end
-        for key, value in zip(keys, values, strict=True):
+        for value in values:
             if entries and end + value.num_bytes > self._segment_bytes:
                 break
-            entries.append(Entry(key, end, value.num_bytes))
+            entries.append(Entry(value.key, value.parent, end, value.num_bytes))
             end += value.num_bytes
         writer.append([piece for value in values[: len(entries)] for piece in value.pieces])
         self._num_bytes += writer.end - entries[0].offset
@@ -573,56 +681,60 @@ class DiskLevel:
             self._writer = None
 
     def _place(self, segment_id: int, entries: Iterable[Entry]) -> None:
+        here = self._segments[segment_id]
         with self._places_lock:
             for entry in entries:
+                before = self._places.get(entry.key)
+                if before is not None:
+                    self._count_live(before[0], -before[2])
                 self._places[entry.key] = (segment_id, entry.offset, entry.num_bytes)
-                self._segments[segment_id].keys.append(entry.key)
+                self._count_live(segment_id, entry.num_bytes)
+                here.keys.append(entry.key)
 
-    def _drop_oldest(self, cause: EvictionCause, *, keep_used: bool = False) -> None:
-        """Delete the oldest segment, or keep what was used of it. Frees half of it or more."""
-        segment_id, oldest = next(iter(self._segments.items()))
+    def _count_live(self, segment_id: int, num_bytes: int) -> None:
+        self._segments[segment_id].live_bytes += num_bytes
+        self._live_bytes += num_bytes
+
+    def _drop(self, segment_id: int, cause: EvictionCause) -> None:
+        """Delete a segment. For want of room, what is left in it is appended again."""
+        dropped = self._segments[segment_id]
         here = [
             (key, place)
-            for key in dict.fromkeys(oldest.keys)
+            for key in dict.fromkeys(dropped.keys)
             if (place := self._places.get(key)) is not None and place[0] == segment_id
         ]
-        rescued = self._rescue(here) if keep_used else 0
-        self._forget(here, cause)
+        rescued = self._rescue(here) if cause is EvictionCause.ROOM else 0
+        num_lost = self._forget(here, cause)
         if self._overflow is not None and cause is EvictionCause.ROOM:
-            is_leaving = segment_id <= self._leaving
-            self._overflow.dropped(0 if is_leaving else len(here) - rescued)
+            self._overflow.dropped(num_lost)
         del self._segments[segment_id]
         with self._complaining("a segment can't be deleted"):
             segment.path_of(self._directory, segment_id).unlink(missing_ok=True)
-            self._num_bytes -= oldest.num_bytes
+            self._num_bytes -= dropped.num_bytes
         with self._complaining("indexing"):
             if self._index is not None:
                 self._index.forget([segment_id])
         self._measure_index()
-        self._counters.add(evicted=len(here) - rescued, rescued=rescued)
+        self._counters.add(evicted=num_lost, rescued=rescued)
 
     def _rescue(self, pages: list[tuple[PageKey, _Place]]) -> int:
-        """Append those of these pages again that were used, as far as the reserve goes; how many.
-
-        They must be used again to be kept again.
-        """
+        """Append these pages again, as far as there is room; how many."""
         rescued = 0
-        with self._complaining("keeping used pages"):
+        with self._complaining("keeping pages"):
             for key, (segment_id, offset, num_bytes) in pages:
-                if key not in self._used:
-                    continue
-                if not self._fits(num_bytes, 1):
+                if self._bytes_with(num_bytes, 1) > self._most_bytes:
                     break
                 path = segment.path_of(self._directory, segment_id)
                 value = segment.read(path, offset, num_bytes)
                 try:
                     self._codec.check(value, key)
+                except OtherRoot:
+                    continue
                 except BadValue:
                     self._counters.add(corrupt=1)
+                    self._forget([(key, (segment_id, offset, num_bytes))], EvictionCause.CORRUPT)
                     continue
-                self._append([key], [_Value([value])])
-                with self._places_lock:
-                    self._used.discard(key)
+                self._append([_Value(key, self._order.parent(key), [value])])
                 rescued += 1
         return rescued
 

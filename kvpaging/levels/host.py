@@ -1,14 +1,13 @@
 """Pages in this process's memory: the first level below the device.
 
-Bounded in bytes, the least recently used page leaves first. Within one call the last page is the
-least recently used one, so that a chain loses its end before its beginning. Pages that leave go on
-their way to the next level, if there is one.
+Bounded in bytes; pages leave in the order of `chain_order`: the least recently used first, and a
+chain loses its end before its beginning. Pages that leave go on their way to the next level, if
+there is one.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Final
 
@@ -16,6 +15,7 @@ from kvpaging.base.clock import Clock, monotonic
 from kvpaging.base.errors import ConfigError
 from kvpaging.base.evictions import Evicted, EvictionCause, EvictionLog
 from kvpaging.base.ids import PageKey
+from kvpaging.levels.chain_order import ChainOrder
 from kvpaging.levels.level import Counters, LevelStats, StoredPage
 from kvpaging.levels.overflow import Overflow
 
@@ -40,7 +40,9 @@ class HostLevel:
         self._capacity_bytes = capacity_bytes
         self._overflow = overflow
         self._clock = clock
-        self._pages: OrderedDict[PageKey, StoredPage] = OrderedDict()
+        self._pages: dict[PageKey, StoredPage] = {}
+        self._order = ChainOrder()
+        """The keys of `_pages`, and while pages are stored theirs."""
         self._num_bytes = 0
         self._is_closed = False
         self._counters = Counters()
@@ -56,7 +58,7 @@ class HostLevel:
         started = self._clock()
         with self._lock:
             found = [self._pages.get(key) for key in keys]
-            self._touch(keys)
+            self._order.use(keys)
         hits = [page for page in found if page is not None]
         self._counters.add(
             loads=len(keys),
@@ -71,25 +73,26 @@ class HostLevel:
         started = self._clock()
         with self._lock:
             wanted = self._fitting(pages)
-            new = [page for page in wanted if page.key not in self._pages]
-            self._touch([page.key for page in wanted])  # what is here must not leave to make room
-            evicted = self._make_room(sum(map(_num_bytes, new)))
-            stored = 0
-            for page in new:
+            new = {page.key: page for page in wanted if page.key not in self._pages}
+            known = len(wanted) - len(new)
+            self._order.add((page.key, page.parent) for page in wanted)
+            evicted = self._make_room(new)
+            stored: list[StoredPage] = []
+            for page in new.values():
                 if self._clock() - started >= deadline_s:
                     break
                 self._pages[page.key] = page._replace(payload=bytes(page.payload))
                 self._num_bytes += _num_bytes(page)
-                stored += 1
-            self._touch([page.key for page in wanted])
-        payload_bytes = sum(len(page.payload) for page in new[:stored])
-        known = len(wanted) - len(new)
+                stored.append(page)
+            for page in list(new.values())[len(stored) :]:
+                self._order.remove(page.key)
+        payload_bytes = sum(len(page.payload) for page in stored)
         self._counters.add(
             stores=len(pages),
-            stored=stored,
+            stored=len(stored),
             known=known,
-            refused=len(pages) - len(wanted),
-            late=len(new) - stored,
+            refused=len(pages) - known - len(new),
+            late=len(new) - len(stored),
             evicted=len(evicted),
             stored_payload_bytes=payload_bytes,
             written_bytes=payload_bytes,
@@ -98,13 +101,20 @@ class HostLevel:
         if evicted and self._overflow is not None:
             evicted.reverse()  # parents first
             self._overflow.put(evicted)
-        return known + stored
+        return known + len(stored)
+
+    def touch(self, keys: Sequence[PageKey]) -> list[bool]:
+        """These pages are used; which of them are here."""
+        with self._lock:
+            self._order.use(keys)
+        return self.contains(keys)
 
     def clear(self) -> None:
         """Forget every page."""
         with self._lock:
             self._note_evicted(self._pages, EvictionCause.FLUSH)
             self._pages.clear()
+            self._order.clear()
             self._num_bytes = 0
 
     def evicted(self, keys: Sequence[PageKey]) -> list[Evicted | None]:
@@ -134,17 +144,20 @@ class HostLevel:
                 return list(pages[:i])
         return list(pages)
 
-    def _touch(self, keys: Sequence[PageKey]) -> None:
-        """Make these the most recently used ones, the first of them most of all."""
-        for key in reversed(keys):
-            if key in self._pages:
-                self._pages.move_to_end(key)
+    def _make_room(self, coming: dict[PageKey, StoredPage]) -> list[StoredPage]:
+        """Let pages go until these fit; those that went, in order.
 
-    def _make_room(self, num_bytes: int) -> list[StoredPage]:
-        """Let the least recently used pages go until so much fits; those that went, in order."""
-        evicted = []
-        while self._num_bytes + num_bytes > self._capacity_bytes:
-            _, page = self._pages.popitem(last=False)
+        Where one of them would be the next to go, it is taken out: it finds no room.
+        """
+        evicted: list[StoredPage] = []
+        num_bytes = self._num_bytes + sum(map(_num_bytes, coming.values()))
+        while num_bytes > self._capacity_bytes and (key := self._order.first) is not None:
+            self._order.remove(key)
+            page = self._pages.pop(key, None)
+            if page is None:
+                num_bytes -= _num_bytes(coming.pop(key))
+                continue
+            num_bytes -= _num_bytes(page)
             self._num_bytes -= _num_bytes(page)
             evicted.append(page)
         self._note_evicted((page.key for page in evicted), EvictionCause.ROOM)

@@ -26,6 +26,7 @@ class Entry(NamedTuple):
     """Where a page lies within a segment."""
 
     key: PageKey
+    parent: PageKey
     offset: int
     num_bytes: int
 
@@ -62,7 +63,7 @@ def scan(path: Path, offset: int) -> Iterator[Entry]:
                 header = read_header(os.pread(file.fileno(), HEADER_BYTES, offset))
             except BadValue:
                 return
-            entry = Entry(header.key, offset, header.value_bytes)
+            entry = Entry(header.key, header.parent, offset, header.value_bytes)
             if entry.end > size:
                 return
             yield entry

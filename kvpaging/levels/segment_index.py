@@ -2,7 +2,8 @@
 
 A convenience, never the truth: the segments describe themselves, and a stretch that the index does
 not know, or whose digest fails, is scanned. So nothing here waits for the medium, and whatever
-happens to the file costs a scan at most.
+happens to the file costs a scan at most. A page's parent is there too: it tells in which order
+pages leave.
 
 SQLite from the standard library, one row for a stretch of a segment. `docs/levels.md` says why not
 LMDB or RocksDB. Knows nothing of values or of room.
@@ -22,8 +23,8 @@ import xxhash
 from kvpaging.base.ids import PageKey
 from kvpaging.levels.segment import Entry
 
-_VERSION: Final = 1
-_ENTRY: Final = struct.Struct("<32sQI")
+_VERSION: Final = 2
+_ENTRY: Final = struct.Struct("<32s32sQI")
 _BLOCK_BYTES: Final = 4096
 _BLOCKS_A_COMMIT: Final = 16
 """Blocks of SQLite's own (the tree's nodes, its list of free blocks) that one commit may change."""
@@ -139,7 +140,12 @@ def _is_sound(segment: object, first: object, end: object, entries: object, dige
 
 
 def _unpack(entries: bytes) -> list[Entry]:
-    return [
-        Entry(PageKey(key), offset, num_bytes)
-        for key, offset, num_bytes in _ENTRY.iter_unpack(entries)
-    ]
+    found: list[Entry] = []
+    before = PageKey(b"")
+    for key, parent, offset, num_bytes in _ENTRY.iter_unpack(entries):
+        # As a rule the page before it in its chain lies before it: one object for both.
+        found.append(
+            Entry(PageKey(key), before if parent == before else PageKey(parent), offset, num_bytes)
+        )
+        before = found[-1].key
+    return found

@@ -1,14 +1,16 @@
 """Levels below the device for a replay: which pages they would hold, and when a load would end.
 
-    host     takes what leaves the device; what was used longest ago goes first
-    disk     takes pages at their first use; the oldest goes, unless it was used meanwhile
+    host     takes what leaves the device
+    disk     takes pages at their first use, and hears when they are used again on the device
 
-So they behave as the server's do by default, in pages instead of bytes. No page has contents here.
+So they behave as the server's do by default, in pages instead of bytes, and pages leave them in the
+very same order (`kvpaging.levels.chain_order`). A server's disk has its room back a segment at a
+time, so it holds somewhat less at times. No page has contents here.
 """
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Final
@@ -20,6 +22,7 @@ from kvpaging.base.evictions import Evicted
 from kvpaging.base.ids import PageKey
 from kvpaging.cache.lower_levels import Held, LevelLoad, PageLoad, PagesLoaded, PageStore
 from kvpaging.cache.prefix_key import ChainLink
+from kvpaging.levels.chain_order import ChainOrder
 
 
 class LevelSize(msgspec.Struct, frozen=True):
@@ -56,33 +59,21 @@ def parse_levels(text: str) -> tuple[LevelSize, ...]:
 
 
 class _Pages:
-    """Keys, the oldest first; how a used one is spared depends on the level."""
+    """Keys, in the order in which a level loses them."""
 
     def __init__(self, size: LevelSize):
         self.size = size
         self.is_disk = size.name == "disk"
-        self._used: OrderedDict[PageKey, bool] = OrderedDict()
+        self.order = ChainOrder()
 
     def __contains__(self, key: PageKey) -> bool:
-        return key in self._used
+        return key in self.order
 
-    def use(self, keys: Sequence[PageKey]) -> None:
-        """The first of them is the most recently used one: a chain loses its end first."""
-        for key in reversed(keys):
-            if key in self._used:
-                self._used[key] = True
-                if not self.is_disk:
-                    self._used.move_to_end(key)
-
-    def store(self, keys: Sequence[PageKey]) -> None:
-        for key in keys:
-            if key not in self._used:
-                self._used[key] = False
-        self.use([key for key in keys if self._used[key]] if self.is_disk else keys)
-        while len(self._used) > self.size.num_pages:
-            key, was_used = self._used.popitem(last=False)
-            if was_used and self.is_disk:
-                self._used[key] = False
+    def store(self, pages: Sequence[tuple[PageKey, PageKey]]) -> None:
+        """Keys with their parents."""
+        self.order.add(pages)
+        while len(self.order) > self.size.num_pages and (key := self.order.first) is not None:
+            self.order.remove(key)
 
 
 class SimulatedLevels:
@@ -129,10 +120,10 @@ class SimulatedLevels:
     def store(self, stores: Iterable[PageStore]) -> None:
         """Carry a plan's stores out."""
         for is_eviction, orders in groupby(stores, lambda order: order.is_eviction):
-            keys = [order.link.key for order in orders]
+            pages = [(order.link.key, order.parent) for order in orders]
             for level in self._levels:
                 if level.is_disk is not is_eviction:
-                    level.store(keys)
+                    level.store(pages)
 
     def load(self, links: Sequence[ChainLink]) -> list[LevelLoad]:
         """Find these pages, from the first on without a gap; what each level did and took."""
@@ -140,7 +131,7 @@ class SimulatedLevels:
         first = 0
         for name, num_pages in self.probe(links):
             [level] = [level for level in self._levels if level.size.name == name]
-            level.use([link.key for link in links[first : first + num_pages]])
+            level.order.use([link.key for link in links[first : first + num_pages]])
             first += num_pages
             self.num_hits[name] += num_pages
             seconds = num_pages * self._page_size * level.size.load_token_s
