@@ -4,8 +4,9 @@
 // says which input it refuses (nothing was promised about the outputs then). How work is split depends on sizes and threads, and changes
 // when things are computed, never what.
 //
-// Work can be recorded instead of done, but for that of grouped weights: a tape holds the calls with
-// their pointers, and plays them as often as wanted in one call.
+// What makes up a model's layers can be recorded instead of done: a tape holds the calls with their
+// pointers, and plays them as often as wanted in one call. Grouped weights, rows of a weight, samples
+// and log-probabilities are always done at once.
 
 #include <algorithm>
 #include <atomic>
@@ -451,7 +452,7 @@ KV_API int kv_pack_weight(Context* context, const void* weight, int64_t n, int64
 }
 KV_API int kv_unpack_rows(Context* context, const void* packed, int64_t row_bytes,
                           const int64_t* ids, int64_t num_ids, void* out) {
-    return kv::perform(context, [=] {
+    return kv::guarded([&] {
         kv::unpack_rows(*context, static_cast<const char*>(packed), row_bytes, ids, num_ids,
                         static_cast<char*>(out));
     });
@@ -623,7 +624,7 @@ KV_API int kv_merge_states(Context* context, int dtype, const void* a, const flo
 
 KV_API int kv_log_softmax(Context* context, const float* logits, int64_t stride, int64_t rows,
                           int64_t width, float* out) {
-    return kv::perform(context, [=] {
+    return kv::guarded([&] {
         kv::run_rows(*context, rows, 4 * width, [&](int64_t begin, int64_t end) {
             for (int64_t r = begin; r < end; ++r) {
                 context->kernels.log_softmax(logits + r * stride, out + r * width, width);
@@ -636,7 +637,7 @@ KV_API int kv_sample(Context* context, const float* logits, int64_t stride, int6
                      int64_t width, const float* temperature, const int32_t* top_k,
                      const float* top_p, const float* min_p, const int64_t* seeds,
                      const int32_t* output_indices, const int32_t* positions, int64_t* out) {
-    return kv::perform(context, [=] {
+    return kv::guarded([&] {
         std::atomic<int> failed{0};
         kv::run_rows(*context, rows, 4 * width, [&](int64_t begin, int64_t end) {
             for (int64_t r = begin; r < end; ++r) {

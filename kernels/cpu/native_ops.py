@@ -11,6 +11,7 @@ import ctypes
 import dataclasses
 import logging
 import os
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 
@@ -31,7 +32,16 @@ _MAX_HEAD_DIM = 512
 _PANEL_COLUMNS = 16
 _UNFIT = 2
 
-_Empty = Callable[[Sequence[int], torch.dtype], torch.Tensor]
+
+class _Results(threading.local):
+    """Where the results of a thread's work lie; each thread has its own `empty`.
+
+    Only the thread that records may take from the arena: what lies there is overwritten when a tape
+    plays.
+    """
+
+    def __init__(self) -> None:
+        self.empty: Callable[[Sequence[int], torch.dtype], torch.Tensor] = _new
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -112,8 +122,7 @@ class NativeOps:
             _logger.warning("the system gave %d threads of %d", self.threads, wanted)
         self._context: int = context
         self._arena = Arena()
-        self._empty: _Empty = _new
-        """Where results lie: while work is recorded, on the arena."""
+        self._results = _Results()
         weakref.finalize(self, self._library.kv_destroy, context)
         # Looked up once: attribute access on a CDLL is slow the first time only, but not free.
         self._linear = self._library.kv_linear
@@ -128,14 +137,14 @@ class NativeOps:
         if handle is None:
             raise MemoryError("no memory for a tape")
         tape = Tape(library, handle, work)
-        self._empty = self._arena.empty
+        self._results.empty = self._arena.empty
         try:
             with ViewsOnly():  # type: ignore[no-untyped-call]
                 result = work()
         except CannotRecordError:
             return None
         finally:
-            self._empty = _new
+            self._results.empty = _new
             library.kv_recorded()
 
         def play() -> torch.Tensor:
@@ -225,7 +234,7 @@ class NativeOps:
         self, x: torch.Tensor, weight: torch.Tensor, eps: float, *, weight_offset: float = 0.0
     ) -> torch.Tensor:
         rows, width = x.shape
-        out = self._empty((rows, width), x.dtype)
+        out = self._results.empty((rows, width), x.dtype)
         _check(
             self._norm(
                 self._context,
@@ -255,7 +264,7 @@ class NativeOps:
         weight_offset: float = 0.0,
     ) -> torch.Tensor:
         rows, width = x.shape
-        out = self._empty((rows, width), x.dtype)
+        out = self._results.empty((rows, width), x.dtype)
         _check(
             self._norm(
                 self._context,
@@ -298,7 +307,7 @@ class NativeOps:
         _check_head_dim(head_dim)
         tokens, width = qkv.shape
         num_heads = width // head_dim - 2 * num_kv_heads
-        out = self._empty((tokens, num_heads, head_dim), qkv.dtype)
+        out = self._results.empty((tokens, num_heads, head_dim), qkv.dtype)
         _check(
             self._rope_store(
                 self._context,
@@ -390,7 +399,7 @@ class NativeOps:
         soft_cap: float | None = None,
         sinks: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        lse = self._empty(query.shape[:2], torch.float32)
+        lse = self._results.empty(query.shape[:2], torch.float32)
         out = self._attend(
             query, pages, page_tables, seq_lens, query_starts, scale, window, soft_cap, sinks, lse
         )
@@ -412,7 +421,7 @@ class NativeOps:
         _, num_kv_heads, page_size, head_dim = pages.keys.shape
         _check_head_dim(head_dim)
         tokens, num_heads, _ = query.shape
-        out = self._empty((tokens, num_heads, head_dim), query.dtype)
+        out = self._results.empty((tokens, num_heads, head_dim), query.dtype)
         _check(
             self._attention(
                 self._context,
@@ -446,8 +455,8 @@ class NativeOps:
     def merge_state(
         self, out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        out = self._empty(out_a.shape, out_a.dtype)
-        lse = self._empty(lse_a.shape, torch.float32)
+        out = self._results.empty(out_a.shape, out_a.dtype)
+        lse = self._results.empty(lse_a.shape, torch.float32)
         _check(
             self._library.kv_merge_states(
                 self._context,
@@ -566,7 +575,7 @@ class NativeOps:
     def _run_linear(self, x: torch.Tensor, weight: Linear, dtype: torch.dtype) -> torch.Tensor:
         linear = _own(weight)
         rows = x.shape[0]
-        out = self._empty((rows, linear.out_features), dtype)
+        out = self._results.empty((rows, linear.out_features), dtype)
         _check(
             self._linear(
                 self._context,
@@ -587,7 +596,7 @@ class NativeOps:
 
     def _gated(self, gate_up: torch.Tensor, gate: int) -> torch.Tensor:
         rows, width = gate_up.shape
-        out = self._empty((rows, width // 2), gate_up.dtype)
+        out = self._results.empty((rows, width // 2), gate_up.dtype)
         _check(
             self._gated_rows(
                 self._context,

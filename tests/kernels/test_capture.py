@@ -135,13 +135,14 @@ sys.exit("torch._dynamo" in sys.modules)
 
 
 def test_other_threads_work_is_done_meanwhile(ops: registry.Ops) -> None:
-    work, other = Work(ops), Work(ops)
-    logits = torch.randn(3, 50)
-    wanted = ops.log_softmax(logits)
+    """And lies where no tape writes, though the tape has room that nothing refers to any more."""
+    work, x = Work(ops), torch.randn(5, WIDTH)
+    wanted = ops.linear(x, work.up)
     found: list[torch.Tensor] = []
 
     def both() -> torch.Tensor:
-        thread = threading.Thread(target=lambda: found.append(ops.log_softmax(logits)))
+        work()
+        thread = threading.Thread(target=lambda: found.append(ops.linear(x, work.up)))
         thread.start()
         thread.join()
         return work()
@@ -149,8 +150,25 @@ def test_other_threads_work_is_done_meanwhile(ops: registry.Ops) -> None:
     captured = ops.capture(both)
     assert captured is not None
     assert torch.equal(found[0], wanted)
-    del other
     captured()
+    assert torch.equal(found[0], wanted)
+
+
+@pytest.mark.parametrize("part", ["rows", "log_softmax", "sample"])
+def test_what_ends_a_step_cannot_be_captured(ops: registry.Ops, part: str) -> None:
+    """Its results are no part of the arena; such work is launched as before."""
+    weight = ops.prepare_linear(torch.randn(50, WIDTH))
+    logits, ids = torch.randn(3, 50), torch.tensor([1, 49])
+    ones, zeros = torch.ones(3), torch.zeros(3, dtype=torch.int32)
+    drawn = (ones, zeros, ones, torch.zeros(3), torch.arange(3), zeros, zeros)
+    work = {
+        "rows": lambda: weight.rows(ids),
+        "log_softmax": lambda: ops.log_softmax(logits),
+        "sample": lambda: ops.sample(logits, *drawn),
+    }[part]
+    wanted = work()
+    assert ops.capture(work) is None
+    assert torch.equal(work(), wanted)
 
 
 def test_the_arena_gives_memory_out_again_when_the_last_view_is_gone() -> None:
