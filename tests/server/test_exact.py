@@ -1,10 +1,11 @@
-"""Cached equals computed, over HTTP: whole servers on tiny checkpoints of all families.
+"""Cached equals computed, over HTTP: whole servers, of processes, on tiny checkpoints.
 
-A round draws a checkpoint, requests and limits, and asks three servers: one with room for
-everything, one with hardly any (one thread, small chunks, plans made ahead, pages that do not
-suffice), and the first one started again over its disk cache. What each says of a request must be
-the same to the last digit. That hits, mates, chunks, preemptions and loads happened is read from
-usage and from the servers' recordings, which must make the same decisions again.
+Every family and its logits: `test_exact_families.py`. A round here draws a checkpoint of any
+family, requests and limits, and asks three servers: one with room for everything, one with hardly
+any (one thread, small chunks, plans made ahead, pages that do not suffice), and the first one
+started again over its disk cache. What each says of a request must be the same to the last digit.
+That hits, mates, chunks, preemptions and loads happened is read from usage and from the servers'
+recordings, which must make the same decisions again.
 
 `EXACT_ROUNDS=40 pytest tests/server/test_exact.py` runs as many; `EXACT_SEED` repeats one run.
 """
@@ -16,11 +17,9 @@ import json
 import os
 import random
 import re
-import secrets
 import subprocess
 import sys
 import threading
-import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ import httpx
 import pytest
 import tiny_text
 import torch
+from exact_orders import DTYPES, MAX_MODEL_LEN, SEEDS, order, pool_bytes
 
 from kernels import registry
 from kvpaging.execution.model_config import ModelConfig, read_model_config
@@ -41,12 +41,6 @@ from kvpaging.scheduling.plan import StepPlan
 
 COMMAND = (sys.executable, "-P", "-m", "server", "serve", "--port", "0", "--device", "cpu")
 ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("KVPAGING_")}
-ITEM_BYTES = {"float32": 4, "bfloat16": 2}
-ROUNDS = int(os.environ.get("EXACT_ROUNDS", "1"))
-# Afresh in each run, and the same in all of its workers: it is part of the tests' names.
-_RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID", secrets.token_hex(8))
-SEED = int(os.environ.get("EXACT_SEED", zlib.crc32(_RUN.encode())))
-MAX_MODEL_LEN = 112
 
 pytestmark = [
     pytest.mark.slow,
@@ -144,31 +138,14 @@ def serving(model: Path, record: Path, *flags: str) -> Iterator[Server]:
         server.process.wait()
 
 
-def order(rng: random.Random) -> dict[str, Any]:
-    """A request's body. Two of them need more pages than the small server has."""
-    return {
-        "prompt": [rng.randrange(3, 128) for _ in range(rng.randint(30, 45))],
-        "max_new_tokens": rng.randint(40, 60),
-        "temperature": rng.choice([0.0, 0.8, 1.3]),
-        "top_p": rng.choice([1.0, 0.9]),
-        "repetition_penalty": rng.choice([1.0, 1.2]),
-        "frequency_penalty": rng.choice([0.0, 0.5]),
-        "seed": rng.getrandbits(63),
-        "n": rng.choice([1, 1, 1, 2]),
-        "logprobs": 3,
-        "ignore_eos": True,
-    }
-
-
 def pool(model: ModelConfig, page_size: int, num_pages: int, dtype: str) -> tuple[str, ...]:
     """Flags for a pool of so many pages."""
-    page = 2 * model.num_layers * model.num_kv_heads * page_size * model.head_dim
-    num_bytes = (num_pages + 1) * page * ITEM_BYTES[dtype]
+    num_bytes = pool_bytes(model, page_size, num_pages, dtype)
     return "--page-size", str(page_size), "--kv-cache-memory", str(num_bytes)
 
 
-@pytest.mark.parametrize("seed", [f"{SEED}-{i}" for i in range(ROUNDS)])
-@pytest.mark.parametrize("dtype", ITEM_BYTES)
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_three_servers_say_the_same(dtype: str, seed: str, tmp_path: Path) -> None:
     rng = random.Random(f"{dtype} {seed}")
     case = rng.choice(checkpoints.CASES)
