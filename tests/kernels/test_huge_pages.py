@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
 
 import pytest
@@ -27,9 +28,19 @@ def test_it_is_zeros_and_ours_to_write(num_bytes: int) -> None:
     not SETTING.exists() or "[never]" in SETTING.read_text(), reason="no huge pages here"
 )
 def test_touched_memory_is_in_huge_pages() -> None:
-    memory = untouched(16 * HUGE_PAGE_BYTES)
-    memory.fill_(1)
-    assert _huge_bytes_at(memory.data_ptr()) >= 8 * HUGE_PAGE_BYTES
+    """Where the system's memory is in pieces, it has none to give: it is asked by itself, too."""
+    for _ in range(5):
+        memory = untouched(16 * HUGE_PAGE_BYTES)
+        memory.fill_(1)
+        if _huge_bytes_at(memory.data_ptr()) >= 8 * HUGE_PAGE_BYTES:
+            return
+    plain = mmap.mmap(-1, 18 * HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    plain.madvise(mmap.MADV_HUGEPAGE)
+    plain.write(b"\1" * (18 * HUGE_PAGE_BYTES))
+    area = torch.frombuffer(plain, dtype=torch.uint8)
+    given = _huge_bytes_at(area.data_ptr()) // HUGE_PAGE_BYTES
+    assert given < 8, "the system gives huge pages, and ours are none"
+    pytest.skip(f"the system has {given} huge pages of 16 to give")
 
 
 def _huge_bytes_at(address: int) -> int:

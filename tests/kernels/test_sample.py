@@ -73,8 +73,9 @@ def test_all_paths_draw_the_same_tokens(exact_ops, width):
     )
     drawn = exact_ops.sample(logits, **choice)
     expected = TorchOps().sample(logits, **choice)
-    # float32 against float64 sums: a number this close to an edge comes up once in a million.
-    assert (drawn != expected).sum() <= 0 + (rows >= 1_000_000)
+    # Weights are float32 on one side and float64 on the other: a number so close to an edge that
+    # they disagree comes up once in a million rows, and two of them in 64 once in 10^9 such tests.
+    assert (drawn != expected).sum() <= 1
 
 
 def test_draws_follow_the_distribution(ops):

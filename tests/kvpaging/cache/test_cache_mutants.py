@@ -147,7 +147,7 @@ MUTANTS: list[Patch] = [
 def test_the_machine_sees(mutant: Patch, monkeypatch: pytest.MonkeyPatch) -> None:
     mutant(monkeypatch)
     search = settings(
-        max_examples=3000,
+        max_examples=30_000,  # the shyest shows once in some 1,000
         stateful_step_count=30,
         deadline=None,
         database=None,

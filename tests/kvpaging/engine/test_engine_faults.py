@@ -117,6 +117,19 @@ class World:
     def count(self, name: str, amount: int) -> None:
         self.totals[name] = self.totals.get(name, 0) + amount
 
+    def missing(self) -> list[str]:
+        """What a soak must have met and has not, up to the last stop or kill.
+
+        Not every seed fills the disk; what a full one does is held by the tests of levels.
+        """
+        least = dict.fromkeys(("host hits", "disk hits", "remote hits", "ended"), 20 * SOAK_HOURS)
+        names = ("preemptions", "disk corrupt", "remote corrupt", "disk failures")
+        return [
+            name
+            for name, number in (least | dict.fromkeys(names, 0)).items()
+            if self.totals[name] <= number
+        ]
+
     def step(self, events: list[Event]) -> None:
         self.num_steps += 1
         self.now_s += STEP_S
@@ -239,27 +252,33 @@ def resident_bytes() -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.usefixtures("small_queues")
 @pytest.mark.parametrize("seed", [SEED])
 def test_an_hour_of_steps_with_faults_leaves_nothing_behind(seed: int, tmp_path: Path) -> None:
     world = World(tmp_path / "pages", random.Random(seed))
     num_rounds = 24
+    num_steps = int(SOAK_HOURS * 3600 / STEP_S / num_rounds)
     seen: list[tuple[int, int, int]] = []
     while world.now_s < SOAK_HOURS * 3600:
-        world.busy(int(SOAK_HOURS * 3600 / STEP_S / num_rounds), strikes=0.02)
+        world.busy(num_steps, strikes=0.02)
         world.rest()
         gc.collect()
         files = len(list(Path("/proc/self/fd").iterdir()))
         seen.append((resident_bytes(), files, threading.active_count()))
         if world.rng.random() < 0.3:
             world.kill()
+    world.kill()  # counts
+    # A rare seed takes longer until it has met everything.
+    for _ in range(5 * num_rounds):
+        if not (missing := world.missing()):
+            break
+        world.busy(num_steps, strikes=0.02)
+        world.rest()
+        world.kill()
     world.stop()
-    settled = seen[len(seen) // 4 :]
-    assert max(files for _, files, _ in settled) <= seen[0][1] + 4
-    assert max(threads for _, _, threads in settled) <= seen[0][2] + 4
+    assert not missing, (missing, world.totals)
+    first, settled = seen[: len(seen) // 4], seen[len(seen) // 4 :]
+    assert max(files for _, files, _ in settled) <= max(files for _, files, _ in first) + 4
+    assert max(threads for _, _, threads in settled) <= max(threads for *_, threads in first) + 4
     assert settled[-1][0] < settled[0][0] + 24 * 2**20
-    for name in ("host hits", "disk hits", "remote hits", "ended"):
-        assert world.totals[name] > 20 * SOAK_HOURS, (name, world.totals)
-    # Not every seed fills the disk; what a full one does is held by the tests of levels.
-    for name in ("preemptions", "disk corrupt", "remote corrupt", "disk failures"):
-        assert world.totals[name] > 0, (name, world.totals)
