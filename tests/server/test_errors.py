@@ -262,9 +262,12 @@ def test_bodies_that_arrive_together_are_bounded_together() -> None:
 
     async def scenario() -> tuple[list[int], httpx.Response, httpx.Response]:
         release = asyncio.Event()
+        num_begun = 0
 
         async def slowly() -> Any:
+            nonlocal num_begun
             yield b'{"prompt": "x"' + b" " * 900
+            num_begun += 1  # more is asked for: the server has this
             await release.wait()
             yield b"}"
 
@@ -272,7 +275,9 @@ def test_bodies_that_arrive_together_are_bounded_together() -> None:
             transport=httpx.ASGITransport(app), base_url="http://test"
         ) as http:
             first = [asyncio.create_task(http.post("/generate", content=slowly())) for _ in "ab"]
-            await asyncio.sleep(0.05)
+            async with asyncio.timeout(60):
+                while num_begun < 2:
+                    await asyncio.sleep(0)
             refused = await http.post("/generate", content=b'{"prompt": "x"}' + b" " * 900)
             release.set()
             statuses = [(await task).status_code for task in first]

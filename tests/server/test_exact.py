@@ -107,7 +107,7 @@ class Server:
         threading.Thread(target=self.process.stdout.read, daemon=True).start()
 
     def ask(self, body: dict[str, Any], **more: Any) -> Answer:
-        response = httpx.post(f"{self._url}/generate", json=body | more, timeout=120)
+        response = httpx.post(f"{self._url}/generate", json=body | more, timeout=600)
         return answered(response.status_code, response.content)
 
     def ask_all(self, bodies: Sequence[dict[str, Any]], **more: Any) -> list[Answer]:
@@ -115,7 +115,7 @@ class Server:
         address = self._url.removeprefix("http://")
         with contextlib.ExitStack() as stack:
             connections = [
-                stack.enter_context(contextlib.closing(HTTPConnection(address, timeout=120)))
+                stack.enter_context(contextlib.closing(HTTPConnection(address, timeout=600)))
                 for _ in bodies
             ]
             for connection in connections:
@@ -127,14 +127,14 @@ class Server:
 
     def num_preemptions(self) -> int:
         """So far."""
-        text = httpx.get(f"{self._url}/metrics", timeout=120).text
+        text = httpx.get(f"{self._url}/metrics", timeout=600).text
         found = re.search(r"^kvpaging_num_preemptions_total (\S+)", text, re.MULTILINE)
         assert found is not None
         return int(float(found[1]))
 
     def told(self) -> Told:
         self.process.terminate()
-        assert self.process.wait(60) == 0
+        assert self.process.wait(600) == 0
         plans: list[StepPlan] = []
         outcome = rerun(self._record, on_plan=plans.append)
         assert outcome.first_difference is None, "the recording decides otherwise now"

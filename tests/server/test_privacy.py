@@ -100,8 +100,8 @@ class Server:
 
     def close(self) -> None:
         self.process.terminate()
-        self.process.wait(30)
-        self._reader.join(10)
+        self.process.wait(300)
+        self._reader.join(60)
 
 
 @dataclass
@@ -120,7 +120,7 @@ class Client:
     """One tenant, on one connection. As lean as possible: what it takes itself is noise."""
 
     def __init__(self, address: str, key: str):
-        self._connection = http.client.HTTPConnection(address, timeout=60)
+        self._connection = http.client.HTTPConnection(address, timeout=600)
         self._headers = {"Authorization": f"Bearer {key}"}
 
     def request(

@@ -53,7 +53,7 @@ def resolve_in_process(name: str, hub: Path, **environment: str) -> list[str]:
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=600,
     ).stdout.splitlines()
 
 

@@ -117,7 +117,7 @@ def shown(tmp_path: Any, pause_s: float, *caches: dict[str, Any]) -> dict[str, s
         capture_output=True,
         text=True,
         check=True,
-        timeout=30,
+        timeout=600,
     )
     elements = json.loads(done.stdout)
     assert elements["note"]["textContent"] == "Point at a page."
