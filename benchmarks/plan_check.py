@@ -1,8 +1,10 @@
 """What `kvpaging plan` predicts beside what happens: the demo model on this machine, three loads.
 
-Measures step times first, then runs made-up conversations through a live engine in real time and
-through the simulation, at each rate. Prints medians of the time to first token, tokens a second,
-and hit ratios, predicted and measured. Other work on the machine is part of the error.
+At each rate, runs made-up conversations through a live engine in real time, with step times
+measured right before and right after, since a machine's speed changes; and through the simulation
+with these step times. Prints medians of the time to first token, tokens a second, hit ratios, and
+what the live run's steps took beside what the step times say of the same steps: the rest of the
+error is not theirs. Other work on the machine is part of it.
 
     python benchmarks/plan_check.py [--rate 2 --rate 6 --rate 12] [--requests 60] [--threads 1]
 """
@@ -12,7 +14,6 @@ from __future__ import annotations
 import argparse
 import os
 import random
-import statistics
 import time
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -21,8 +22,9 @@ from pathlib import Path
 from kvpaging.base.config import EngineOptions
 from kvpaging.base.ids import RequestId
 from kvpaging.engine.engine import Engine
-from kvpaging.engine.step_times import measure
-from kvpaging.replay.full_mode import Limits, Simulation
+from kvpaging.engine.step_times import MeasuredEngine, fit, measure_points
+from kvpaging.execution.loading import load_executor
+from kvpaging.replay.full_mode import Limits, Simulation, StepTimes, quantile
 from kvpaging.replay.synthetic import conversations
 from kvpaging.replay.trace import MOONCAKE_BLOCK_SIZE, Trace, TraceRequest
 from kvpaging.scheduling.events import Arrival
@@ -60,6 +62,12 @@ def tokens(request: TraceRequest, vocab: int) -> tuple[int, ...]:
     return tuple(found[: request.num_prompt_tokens])
 
 
+def total_s(engine: MeasuredEngine, times: StepTimes) -> tuple[float, float]:
+    """What the engine's steps took, and what the times say of them."""
+    points = engine.points
+    return sum(point.seconds for point in points), sum(times.of_work(p.work) for p in points)
+
+
 def live(engine: Engine, trace: list[TraceRequest]) -> Seen:
     """Requests at their time, each as soon as a step can take it."""
     vocab = engine.config.vocab_size
@@ -90,7 +98,7 @@ def live(engine: Engine, trace: list[TraceRequest]) -> Seen:
     waits = [first[RequestId(str(i))] - request.arrival_s for i, request in enumerate(trace)]
     stats = engine.stats()
     return Seen(
-        statistics.median(waits),
+        quantile(waits, 0.5),
         num_tokens / seconds,
         stats.prefix_hit_tokens / max(1, stats.prefix_queried_tokens),
     )
@@ -111,17 +119,19 @@ def main() -> None:
         max_num_batched_tokens=512,
         kv_cache_memory_bytes=64 << 20,
     )
-    times = measure(options).times
-    print(times)
     print(f"{'req/s':>6} {'':>10} {'ttft p50 ms':>11} {'tokens/s':>9} {'hit ratio':>9}")
     for rate in arguments.rate or (2.0, 6.0, 12.0):
         made = requests(arguments.requests, rate)
         trace = Trace(Path(os.devnull), BLOCK, lambda _, made=made: iter(made))
-        engine = Engine.from_options(options)
+        _, before = measure_points(options)
+        engine = MeasuredEngine(*load_executor(options))
         engine.generate([[1] * 8], SamplingParams(max_new_tokens=2, seed=0))  # warm up
+        engine.points.clear()
         measured = live(engine, made)
         scheduler = engine.config.scheduler
         engine.close()
+        _, after = measure_points(options)
+        times, _ = fit([*before, *after])
         outcome = Simulation(
             trace,
             "lru",
@@ -141,6 +151,12 @@ def main() -> None:
                 f"{rate:6.1f} {name:>10} {seen.ttft_p50_s * 1e3:11.1f} {seen.tokens_per_s:9.1f} "
                 f"{seen.hit_ratio:9.4f}"
             )
+        steps_s, fitted_s = total_s(engine, times)
+        speeds = [total_s(engine, fit(points)[0])[1] / steps_s for points in (before, after)]
+        print(
+            f"{rate:6.1f} its {len(engine.points)} steps took {steps_s:.2f} s; by their times "
+            f"{fitted_s / steps_s:.2f} of that (before {speeds[0]:.2f}, after {speeds[1]:.2f})"
+        )
 
 
 if __name__ == "__main__":

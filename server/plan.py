@@ -54,6 +54,7 @@ def bench(options: Namespace) -> Iterator[str]:
     yield f"  each new token       {times.per_new_token_s * 1e6:10.2f} us"
     yield f"  each token of context{times.per_context_token_s * 1e6:10.4f} us"
     yield f"  each pair of these    {times.per_pair_s * 1e9:10.3f} ns"
+    yield f"  each sequence        {times.per_sequence_s * 1e6:10.2f} us"
     yield f"  median error of the fit {measured.error_ratio:.0%}"
 
 

@@ -68,6 +68,7 @@ def add_flags(parser: FlagParser) -> None:
         ("--step-token-s", times.per_new_token_s, "full: seconds for each new token"),
         ("--step-context-s", times.per_context_token_s, "full: seconds for each token read"),
         ("--step-pair-s", times.per_pair_s, "full: seconds for each new token with each it sees"),
+        ("--step-sequence-s", times.per_sequence_s, "full: seconds for each sequence"),
     ):
         parser.add_argument(
             name,
@@ -168,6 +169,7 @@ def _run(options: Namespace, trace: Trace, policy: str, capacity: int | None) ->
             options.step_token_s,
             options.step_context_s,
             options.step_pair_s,
+            options.step_sequence_s,
         ),
         sizes=_levels(options),
     ).run()

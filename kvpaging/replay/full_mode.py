@@ -47,6 +47,7 @@ class StepWork(NamedTuple):
     """Read once for each sequence."""
     num_pairs: int
     """Of a new token and one that it sees."""
+    num_sequences: int
 
     @classmethod
     def of(cls, plan: StepPlan) -> StepWork:
@@ -57,7 +58,7 @@ class StepWork(NamedTuple):
             num_new += num
             num_context += entry.start
             num_pairs += num * entry.start + num * (num + 1) // 2
-        return cls(num_new, num_context, num_pairs)
+        return cls(num_new, num_context, num_pairs, len(plan.scheduled))
 
 
 class StepTimes(msgspec.Struct, frozen=True):
@@ -72,17 +73,23 @@ class StepTimes(msgspec.Struct, frozen=True):
     per_context_token_s: float = 4.4e-8
     per_pair_s: float = 1.3e-9
     """Attention: a new token with one that it sees."""
+    per_sequence_s: float = 0.0
+    """Whatever is done once for each: bookkeeping, logits, sampling."""
 
     def of(self, plan: StepPlan) -> float:
         """The step's time; nothing where nothing is computed."""
         if not plan.scheduled:
             return 0.0
-        work = StepWork.of(plan)
+        return self.of_work(StepWork.of(plan))
+
+    def of_work(self, work: StepWork) -> float:
+        """The time of a step that does this."""
         return (
             self.fixed_s
             + work.num_new_tokens * self.per_new_token_s
             + work.num_context_tokens * self.per_context_token_s
             + work.num_pairs * self.per_pair_s
+            + work.num_sequences * self.per_sequence_s
         )
 
 
@@ -253,9 +260,7 @@ class Simulation:
             num_recomputed_tokens=self.scheduler.counters.recomputed_tokens,
             num_output_tokens=num_outputs,
             num_level_hit_pages=hits_by_level(self._levels),
-            latencies=Latencies(
-                _quantile(self._ttfts_s, 0.5), _quantile(self._ttfts_s, 0.99), now_s
-            ),
+            latencies=Latencies(quantile(self._ttfts_s, 0.5), quantile(self._ttfts_s, 0.99), now_s),
         )
 
     @property
@@ -320,5 +325,12 @@ def _measure(trace: Trace, page_size: int) -> tuple[int, int, int, int]:
     return num_unique, num_output_pages, longest, first_free
 
 
-def _quantile(values: list[float], share: float) -> float:
-    return sorted(values)[int(share * (len(values) - 1))] if values else 0.0
+def quantile(values: Sequence[float], share: float) -> float:
+    """Between the two values nearest to it in order, as `numpy.quantile` has it; 0 of none."""
+    if not values:
+        return 0.0
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
