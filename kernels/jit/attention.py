@@ -83,6 +83,8 @@ def choose_tiles(
             return AttentionTiles(tiles(32, tile, 8, 3), tiles(32, tile, 8, 2))
         if target.arch == "sm_90":  # one warp group for 64 rows, two for 128
             tile = 64 if width <= 64 else 32
+            if quantised:  # two warp groups for 64 rows: each has half of the columns
+                return AttentionTiles(tiles(64, tile, 8, 3), tiles(64, tile, 8, 2))
             return AttentionTiles(tiles(64, tile, 4, 3), tiles(128, tile, 8, 2))
         if quantised and target.has_large_tile_instructions:
             return AttentionTiles(tiles(64, 32, 8, 2), tiles(64, 32, 8, 1))

@@ -6,6 +6,7 @@ what they would launch. Numbers move between Triton versions: bounds are asserte
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from itertools import product
@@ -38,13 +39,13 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 I8, F8 = torch.int8, torch.float8_e4m3fn
 
 
-def pages_of(kv_heads: int, head_dim: int, dtype: torch.dtype) -> KVPages:
+def pages_of(kv_heads: int, head_dim: int, dtype: torch.dtype, page_size: int = 16) -> KVPages:
     """Of one layer of two, page-major."""
-    pool = empty(512, 2, 2, kv_heads, 16, head_dim, dtype=dtype)
+    pool = empty(512, 2, 2, kv_heads, page_size, head_dim, dtype=dtype)
     keys, values = pool[:, 0, 0], pool[:, 0, 1]
     if dtype not in QUANTISED:
         return KVPages(keys, values)
-    scales = empty(512, 2, 2, kv_heads, 16, dtype=torch.float32)
+    scales = empty(512, 2, 2, kv_heads, page_size, dtype=torch.float32)
     return KVPages(keys, values, scales[:, 0, 0], scales[:, 0, 1])
 
 
@@ -54,17 +55,22 @@ def attention(
     featured: bool = False,
     heads: int = 32,
     kv_heads: int = 8,
-    page_dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype = torch.bfloat16,
+    page_dtype: torch.dtype | None = None,
+    page_size: int = 16,
     state: bool = False,
     queries: int = 2000,
 ) -> Callable[[TritonOps], object]:
-    """A mixed batch: all three kernels. Heads as in Llama 3 8B, if not given."""
+    """A mixed batch: all three kernels. Heads as in Llama 3 8B, if not given.
+
+    With no more queries than the 64 sequences it is a step of decode: two kernels, other ones.
+    """
 
     def call(ops: TritonOps) -> object:
         attend = ops.paged_attention_state if state else ops.paged_attention
         return attend(
-            empty(queries, heads, head_dim),
-            pages_of(kv_heads, head_dim, page_dtype),
+            empty(queries, heads, head_dim, dtype=dtype),
+            pages_of(kv_heads, head_dim, page_dtype or dtype, page_size),
             empty(64, 256, dtype=torch.int32),
             empty(64, dtype=torch.int32),
             empty(65, dtype=torch.int32),
@@ -77,9 +83,25 @@ def attention(
     return call
 
 
-def linear(rows: int, out_features: int) -> Callable[[TritonOps], object]:
+decode = partial(attention, queries=64)
+"""As each step of decode launches it."""
+
+
+def linear(
+    rows: int, out_features: int, dtype: torch.dtype = torch.bfloat16
+) -> Callable[[TritonOps], object]:
     def call(ops: TritonOps) -> torch.Tensor:
-        return ops.linear(empty(rows, 4096), ops.prepare_linear(empty(out_features, 4096)))
+        weight = ops.prepare_linear(empty(out_features, 4096, dtype=dtype))
+        return ops.linear(empty(rows, 4096, dtype=dtype), weight)
+
+    return call
+
+
+def head(rows: int) -> Callable[[TritonOps], object]:
+    """Logits in float32; what computes them without `exact` too."""
+
+    def call(ops: TritonOps) -> torch.Tensor:
+        return ops.linear_float32(empty(rows, 4096), ops.prepare_linear(empty(128256, 4096)))
 
     return call
 
@@ -154,21 +176,43 @@ MATRIX_CALLS = {
     "attention 128 state": attention(128, state=True),
     "attention 256 window cap sinks": attention(256, featured=True),
     "attention 128 of 64 heads on one": attention(128, heads=64, kv_heads=1),
-    "attention 96": attention(96),
-    "attention 192 of 16 heads on 8": attention(192, heads=16),
     "attention 64 int8": attention(64, page_dtype=I8),
     "attention 128 int8": attention(128, page_dtype=I8),
+    "attention 128 window cap sinks int8": attention(128, featured=True, page_dtype=I8),
     "attention 256 window cap sinks int8": attention(256, featured=True, page_dtype=I8),
+    "decode 128": decode(128),
     "linear 1 narrow": linear(1, 4096),
     "linear 32 wide": linear(32, 28672),
     "linear 200": linear(200, 4096),
     "linear 4096": linear(4096, 4096),
+    "head 1": head(1),
+    "head 512": head(512),
     "grouped linear": grouped,
     "int8 linear 1": int8_linear(1),
     "int8 linear 4096": int8_linear(4096),
     "int8 grouped linear": int8_grouped,
 }
+MORE_CALLS = {
+    "attention 64 window cap sinks int8": attention(64, featured=True, page_dtype=I8),
+    "attention 96": attention(96),
+    "attention 192 of 16 heads on 8": attention(192, heads=16),
+    "attention 128 pages of 64": attention(128, page_size=64),
+    "attention 128 float16": attention(128, dtype=torch.float16),
+    "decode 64": decode(64),
+    "decode 128 window cap sinks": decode(128, featured=True),
+    "decode 128 pages of 128": decode(128, page_size=128),
+    "decode 128 int8": decode(128, page_dtype=I8),
+    "decode 128 window cap sinks int8": decode(128, featured=True, page_dtype=I8),
+    "decode 256 window cap sinks": decode(256, featured=True),
+    "linear 4096 float16": linear(4096, 4096, torch.float16),
+    "head 256": head(256),
+}
+"""For sm_90, which is measured first; for every target with KVPAGING_EVERY_TARGET=1."""
+MORE_TARGETS = TARGETS if os.environ.get("KVPAGING_EVERY_TARGET") == "1" else ("sm_90",)
 OTHER_CALLS = {
+    "attention 128 float32": attention(128, dtype=torch.float32),
+    "decode 128 float32": decode(128, dtype=torch.float32),
+    "linear 4096 float32": linear(4096, 4096, torch.float32),
     "rope_store": rope_store,
     "rope_store int8": partial(rope_store, page_dtype=I8),
     "store_kv": store_kv,
@@ -179,6 +223,9 @@ OTHER_CALLS = {
 FP8_CALLS = {
     "attention 64 fp8": attention(64, page_dtype=F8),
     "attention 128 fp8": attention(128, page_dtype=F8),
+    "attention 128 window cap sinks fp8": attention(128, featured=True, page_dtype=F8),
+    "decode 128 fp8": decode(128, page_dtype=F8),
+    "decode 128 window cap sinks fp8": decode(128, featured=True, page_dtype=F8),
     "attention 256 window cap sinks fp8": attention(256, featured=True, page_dtype=F8),
     "rope_store fp8": partial(rope_store, page_dtype=F8),
 }
@@ -203,7 +250,8 @@ def check_budget(launch: Launch, compiled: Compiled, target: Target) -> None:
 
 def matrix_instruction(launch: Launch, target: Target) -> str:
     if target.backend == "hip":
-        return "v_mfma_f32_16x16x16_bf16"
+        rows = launch.arguments.get("query", launch.arguments.get("x"))
+        return f"v_mfma_f32_16x16x16_{'f16' if rows.dtype == torch.float16 else 'bf16'}"
     large = launch.arguments["BLOCK_M"] >= 64
     if target.arch == "sm_90" and large:
         return "HGMMA"
@@ -214,9 +262,19 @@ def matrix_instruction(launch: Launch, target: Target) -> str:
 @pytest.mark.parametrize("arch", TARGETS)
 @pytest.mark.parametrize("name", MATRIX_CALLS)
 def test_exact_kernels_use_matrix_instructions_and_spill_nothing(arch: str, name: str) -> None:
-    target = TARGETS[arch]
+    check_exact(TARGETS[arch], MATRIX_CALLS[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", MORE_TARGETS)
+@pytest.mark.parametrize("name", MORE_CALLS)
+def test_more_exact_kernels_do_likewise(arch: str, name: str) -> None:
+    check_exact(TARGETS[arch], MORE_CALLS[name])
+
+
+def check_exact(target: Target, call: Callable[[TritonOps], object]) -> None:
     used = []
-    for launch in record(target, MATRIX_CALLS[name], exact=True):
+    for launch in record(target, call, exact=True):
         compiled = compile_launch(launch, target)
         check_budget(launch, compiled, target)
         if "BLOCK_M" in launch.arguments:
@@ -236,6 +294,9 @@ def test_exact_kernels_use_matrix_instructions_and_spill_nothing(arch: str, name
         "attention 256 window cap sinks",
         "attention 128 int8",
         "attention 256 window cap sinks int8",
+        "decode 128",
+        "head 1",
+        "head 512",
     ],
 )
 def test_kernels_without_exact_spill_nothing(arch: str, name: str) -> None:
