@@ -16,76 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from model_shapes import COMMON, SHAPES, parameters
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-
-SHAPES: dict[str, dict[str, Any]] = {
-    "qwen3-0.6b": {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "hidden_size": 1024,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "intermediate_size": 3072,
-        "tie_word_embeddings": True,
-    },
-    "llama-3-8b": {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": 4096,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "intermediate_size": 14336,
-        "tie_word_embeddings": False,
-    },
-}
-COMMON: dict[str, Any] = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "max_position_embeddings": 40960,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1_000_000.0,
-    "torch_dtype": "bfloat16",
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "use_cache": True,
-}
 
 
 def tensors(config: dict[str, Any], seed: int) -> Iterator[tuple[str, torch.Tensor]]:
     """Each weight by its name in the checkpoint, in bfloat16."""
     random = torch.Generator().manual_seed(seed)
-    hidden, inner, size = config["hidden_size"], config["intermediate_size"], config["head_dim"]
-    queries, keys = config["num_attention_heads"] * size, config["num_key_value_heads"] * size
-
-    def normal(rows: int, columns: int) -> torch.Tensor:
-        return (torch.randn(rows, columns, generator=random) * columns**-0.5).bfloat16()
-
-    def ones(count: int) -> torch.Tensor:
-        return torch.ones(count, dtype=torch.bfloat16)
-
-    yield "model.embed_tokens.weight", normal(config["vocab_size"], hidden)
-    for index in range(config["num_hidden_layers"]):
-        at = f"model.layers.{index}."
-        yield at + "input_layernorm.weight", ones(hidden)
-        yield at + "self_attn.q_proj.weight", normal(queries, hidden)
-        yield at + "self_attn.k_proj.weight", normal(keys, hidden)
-        yield at + "self_attn.v_proj.weight", normal(keys, hidden)
-        yield at + "self_attn.o_proj.weight", normal(hidden, queries)
-        if config["model_type"] == "qwen3":
-            yield at + "self_attn.q_norm.weight", ones(size)
-            yield at + "self_attn.k_norm.weight", ones(size)
-        yield at + "post_attention_layernorm.weight", ones(hidden)
-        yield at + "mlp.gate_proj.weight", normal(inner, hidden)
-        yield at + "mlp.up_proj.weight", normal(inner, hidden)
-        yield at + "mlp.down_proj.weight", normal(hidden, inner)
-    yield "model.norm.weight", ones(hidden)
-    if not config["tie_word_embeddings"]:
-        yield "lm_head.weight", normal(config["vocab_size"], hidden)
+    for name, shape in parameters(config):
+        if len(shape) == 1:
+            yield name, torch.ones(shape, dtype=torch.bfloat16)
+        else:
+            yield name, (torch.randn(shape, generator=random) * shape[1] ** -0.5).bfloat16()
 
 
 def write(directory: Path, shape: str, vocab_size: int, seed: int) -> int:

@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -24,12 +23,22 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-import triton
-from triton.runtime.errors import OutOfResources
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "support"))
 
 import jit_cases
+from answers import answers
+from peers import Problem, peers
+from report import (
+    FAILED,
+    Machine,
+    Row,
+    attempt,
+    describe_machine,
+    finish,
+    measure_limits,
+    print_table,
+)
 
 from kernels import splits
 from kernels.jit import TritonOps, attention, linear
@@ -38,66 +47,9 @@ from kernels.jit.launch import Schedule, current_target, runner_for
 from kernels.ops import KVPages
 
 TIME_LIMIT_S = 8 * 60 - 20
-Row = dict[str, Any]
 
 
-@dataclasses.dataclass(frozen=True)
-class Machine:
-    """Where it runs, and how large the problems may be."""
-
-    device: str
-    is_tiny: bool
-    copy_gb_s: float = 0.0
-    matrix_tflop_s: float = 0.0
-
-    def pick(self, full: Any, tiny: Any) -> Any:
-        """The problem for a card, or the one to find mistakes with."""
-        return tiny if self.is_tiny else full
-
-    def synchronize(self) -> None:
-        """Wait for the card."""
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-
-    def time_ms(self, run: Callable[[], object]) -> float:
-        """Median of single calls, the caches swept between them."""
-        if self.is_tiny:
-            begin = time.perf_counter()
-            run()
-            return (time.perf_counter() - begin) * 1e3
-        return float(triton.testing.do_bench(run, warmup=10, rep=60, return_mode="median"))
-
-    def graph_ms(self, run: Callable[[], object]) -> float:
-        """The same from a CUDA graph: without the host's part."""
-        if self.is_tiny:
-            return self.time_ms(run)
-        return float(triton.testing.do_bench_cudagraph(run, rep=40, return_mode="median"))
-
-    def random(self, *shape: int) -> torch.Tensor:
-        """Normal numbers in bfloat16."""
-        return torch.randn(*shape, device=self.device, dtype=torch.bfloat16)
-
-
-# --- limits and checks ----------------------------------------------------------------------------
-
-
-def measure_limits(machine: Machine) -> tuple[Machine, list[Row]]:
-    """What every rate is compared with: a large copy, and a large square product."""
-    size = machine.pick(1 << 31, 1 << 16)
-    source = torch.empty(size, dtype=torch.uint8, device=machine.device)
-    target = torch.empty_like(source)
-    copy_ms = min(machine.time_ms(lambda: target.copy_(source)) for _ in range(3))
-    side = machine.pick(8192, 64)
-    a, b = machine.random(side, side), machine.random(side, side)
-    matrix_ms = min(machine.time_ms(lambda: a @ b) for _ in range(3))
-    measured = dataclasses.replace(
-        machine,
-        copy_gb_s=2 * size / copy_ms / 1e6,
-        matrix_tflop_s=2 * side**3 / matrix_ms / 1e9,
-    )
-    return measured, [
-        {"copy GB/s": measured.copy_gb_s, "bf16 matrix TFLOP/s": measured.matrix_tflop_s}
-    ]
+# --- checks ---------------------------------------------------------------------------------------
 
 
 def run_checks(machine: Machine) -> Iterator[Row]:
@@ -138,21 +90,6 @@ def run_checks(machine: Machine) -> Iterator[Row]:
         yield attempt({"check": name}, checked)
 
 
-def attempt(labels: Row, measure: Callable[[], Row]) -> Row:
-    """A row of its own, so that the others still count where this one fails.
-
-    A choice of tiles that the card has no room for is an answer, not a failure.
-    """
-    try:
-        return {**labels, **measure()}
-    except OutOfResources as error:
-        return {**labels, "no room": str(error)[:60]}
-    except Exception as error:  # noqa: BLE001  (the row says which, and the exit status)
-        return {**labels, FAILED: f"{type(error).__name__}: {str(error)[:300]}"}
-
-
-FAILED = "FAILED"
-"""The column of what went wrong."""
 FEATURES: dict[str, Any] = {"window": 100, "soft_cap": 20.0, "has_sinks": True}
 
 
@@ -238,15 +175,21 @@ def default_tiles(batch: Batch, *, exact: bool) -> AttentionTiles:
     )
 
 
-def dense_attention(machine: Machine, batch: Batch) -> Callable[[], object]:
-    """The attention of torch on dense K and V: no pages to look up."""
-    kv_shape = (batch.num_seqs, batch.kv_heads, batch.seq_len, batch.head_dim)
-    key, value = machine.random(*kv_shape), machine.random(*kv_shape)
-    query = machine.random(batch.num_seqs, batch.heads, batch.num_queries, batch.head_dim)
-    causal = batch.num_queries == batch.seq_len and batch.num_queries > 1
-    return lambda: F.scaled_dot_product_attention(
-        query, key, value, is_causal=causal, enable_gqa=True
-    )
+def timed_peers(
+    machine: Machine,
+    batch: Batch,
+    inputs: Inputs,
+    kind: str,
+    row: Callable[[Machine, Batch, str, Callable[[], object]], Row],
+) -> Iterator[Row]:
+    """A `row` of each other package's attention on the same problem."""
+
+    def prepared_row(name: str, prepare: Callable[[], Callable[[], object]]) -> Row:
+        return row(machine, batch, name, prepare())
+
+    problem = Problem(inputs.query, inputs.pages, inputs.page_tables, batch.seq_len)
+    for name, prepare in peers(problem):
+        yield attempt({kind: name}, partial(prepared_row, name, prepare))
 
 
 def decode_row(machine: Machine, batch: Batch, name: str, run: Callable[[], object]) -> Row:
@@ -258,6 +201,7 @@ def decode_row(machine: Machine, batch: Batch, name: str, run: Callable[[], obje
         "sequences": batch.num_seqs,
         "keys": batch.seq_len,
         "page": batch.page_size,
+        "KV GB": batch.kv_bytes / 1e9,
         "us": took_ms * 1e3,
         "KV GB/s": rate,
         "of copy %": 100 * rate / machine.copy_gb_s,
@@ -265,7 +209,7 @@ def decode_row(machine: Machine, batch: Batch, name: str, run: Callable[[], obje
 
 
 def bench_decode(machine: Machine) -> Iterator[Row]:
-    """Our two settings against torch's attention on dense keys."""
+    """Our two settings against what other packages are installed, and torch's on dense keys."""
     shapes = [(1, 2048), (1, 32768), (8, 4096), (64, 512), (64, 4096), (256, 2048)]
     for num_seqs, seq_len in machine.pick(shapes, [(2, 300)]):
         for page_size in machine.pick((16, 64), (16,)):
@@ -275,7 +219,7 @@ def bench_decode(machine: Machine) -> Iterator[Row]:
                 tiles = default_tiles(batch, exact=exact)
                 run, _ = attend_with(machine, inputs, tiles, exact=exact)
                 yield decode_row(machine, batch, "exact" if exact else "not exact", run)
-        yield decode_row(machine, batch, "torch, dense", dense_attention(machine, batch))
+        yield from timed_peers(machine, batch, inputs, "decode", decode_row)
 
 
 TINY_HEADS = {"heads": 2, "kv_heads": 1, "head_dim": 16}
@@ -347,7 +291,7 @@ def prefill_row(machine: Machine, batch: Batch, name: str, run: Callable[[], obj
 
 
 def bench_prefill(machine: Machine) -> Iterator[Row]:
-    """Whole prompts, then chunks at the end of a long one, against torch's attention."""
+    """Whole prompts, then chunks at the end of a long one, against the same."""
     shapes = [(8, 1024, 1024), (1, 8192, 8192), (1, 32768, 32768), (1, 32768, 2048), (1, 8192, 512)]
     for num_seqs, seq_len, num_queries in machine.pick(shapes, [(1, 40, 40)]):
         batch = Batch(num_seqs, seq_len, num_queries, **machine.pick({}, TINY_HEADS))
@@ -355,8 +299,7 @@ def bench_prefill(machine: Machine) -> Iterator[Row]:
         for exact in (True, False):
             run, _ = attend_with(machine, inputs, default_tiles(batch, exact=exact), exact=exact)
             yield prefill_row(machine, batch, "exact" if exact else "not exact", run)
-        if num_queries == seq_len:
-            yield prefill_row(machine, batch, "torch, dense", dense_attention(machine, batch))
+        yield from timed_peers(machine, batch, inputs, "prefill", prefill_row)
 
 
 def sweep_prefill(machine: Machine) -> Iterator[Row]:
@@ -552,46 +495,6 @@ PARTS: dict[str, Callable[[Machine], Iterator[Row]]] = {
 """In the order of worth: when time runs out, the last ones are missing."""
 
 
-def describe_machine(machine: Machine) -> Row:
-    """Card, driver and versions."""
-    versions = {"torch": torch.__version__, "triton": triton.__version__}
-    if machine.device != "cuda":
-        return {"card": "none (interpreter)", **versions}
-    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    try:
-        found = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout
-        driver = found.splitlines()[0].split(",")[-1].strip()
-    except (OSError, IndexError, subprocess.TimeoutExpired):
-        driver = "unknown"
-    return {
-        "card": torch.cuda.get_device_name(),
-        "driver": driver,
-        "cuda": torch.version.cuda or torch.version.hip,
-        "target": current_target().arch,
-        **versions,
-    }
-
-
-def print_table(title: str, rows: list[Row]) -> None:
-    """Rows may have different columns."""
-    print(f"\n== {title}")
-    if not rows:
-        print("(nothing to measure here)")
-        return
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    cells = [
-        [
-            f"{value:.4g}" if isinstance(value, float) else str(value)
-            for value in (row.get(column, "") for column in columns)
-        ]
-        for row in rows
-    ]
-    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
-    for line in (columns, *cells):
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
-    sys.stdout.flush()
-
-
 def collect(
     part: Callable[[Machine], Iterator[Row]], machine: Machine, ends_at: float
 ) -> list[Row]:
@@ -637,11 +540,9 @@ def main() -> int:
             results[name] = collect(PARTS[name], machine, ends_at)
         print_table(name, results[name])
         options.out.write_text(json.dumps(results, indent=1))
-    print(f"\nwritten to {options.out}")
-    num_failed = sum(FAILED in row for rows in results.values() for row in rows)
-    if num_failed:
-        print(f"{num_failed} rows FAILED", file=sys.stderr)
-    return 1 if num_failed else 0
+    results["answers"] = list(answers(results))
+    print_table("answers", results["answers"])
+    return finish(results, options.out)
 
 
 if __name__ == "__main__":
