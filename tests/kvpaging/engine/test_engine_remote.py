@@ -15,15 +15,13 @@ from redis_servers import redis_server
 from kvpaging.base.config import EngineOptions
 from kvpaging.base.errors import ConfigError
 from kvpaging.engine.engine import Engine
-from kvpaging.execution import loading
 from kvpaging.execution.page_mover import PageMover
-from kvpaging.levels.remote import RemoteLevel
 from kvpaging.scheduling.request import SamplingParams
 
 
 def make(url: str, secret: Path | None, **changes: object) -> Engine:
     # A machine that does much else answers late, too.
-    options = {"kv_cache_memory_bytes": 1 << 24, "remote_cache_deadline_s": 2.0, **changes}
+    options = {"kv_cache_memory_bytes": 1 << 24, "remote_cache_deadline_s": 30.0, **changes}
     return Engine.from_options(
         EngineOptions(
             model=str(files("kvpaging") / "demo_model"),
@@ -39,8 +37,6 @@ def make(url: str, secret: Path | None, **changes: object) -> Engine:
 @pytest.fixture(autouse=True)
 def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """A slow machine is no slow server: what is late there is the level's own tests' matter."""
-    monkeypatch.setitem(RemoteLevel.__init__.__kwdefaults__, "batch_deadline_s", 60.0)
-    monkeypatch.setattr(loading, "REMOTE_BATCH_S", 60.0)
     monkeypatch.setitem(PageMover.__init__.__kwdefaults__, "give_up_s", 60.0)
 
 
