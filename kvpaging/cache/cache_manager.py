@@ -26,7 +26,7 @@ from kvpaging.cache.explanation import (
     explain,
     missed_pages,
 )
-from kvpaging.cache.lower_levels import Held, LowerLevels, PageStore
+from kvpaging.cache.lower_levels import Held, LowerLevels, PagesLost, PageStore, PageTouch
 from kvpaging.cache.page_lease import PageLease
 from kvpaging.cache.pins import Pins
 from kvpaging.cache.prefix_index import PrefixIndex
@@ -166,6 +166,7 @@ class CacheManager:
         self.pins = Pins(max_pinned_pages)
         self.policy = ByPriority(policy, self.retained.priority)
         self._stores = StoreQueue(levels)
+        self._touches: list[PageTouch] = []
         self._cached = _CachedPages(
             self.index, self.policy, self.evictions, self._stores, self.retained, self.budgets
         )
@@ -324,6 +325,30 @@ class CacheManager:
         if self.retained or retention != AS_IT_IS:
             self._ask(matched, retention)
         return self._lease([*matched, *taken], len(matched), retention, budget)
+
+    def touch(self, chain: PrefixChain, matched: Sequence[PageId]) -> None:
+        """A sequence was placed on these pages: levels that keep what is used shall hear of it."""
+        if matched and self._store_at_uses:
+            links = tuple(chain.links[: len(matched)])
+            num_uses: tuple[int, ...] = (1,) * len(links)
+            if self._counts_uses:
+                num_uses = tuple(self._cached.num_uses.get(link.key, 0) for link in links)
+            self._touches.append(PageTouch(tuple(matched), links, num_uses))
+
+    def take_touches(self) -> tuple[PageTouch, ...]:
+        """What was used again since the last call."""
+        taken, self._touches = tuple(self._touches), []
+        return taken
+
+    def store_again(self, lost: PagesLost) -> None:
+        """Copy down what a level has lost, where it is on the device still and may go down."""
+        for page_id in () if self.is_emptying else lost.page_ids:
+            if page_id in self.index:
+                parent, link = self.index.entry(page_id)
+                is_proven = link.key not in self._cached.unproven
+                if is_proven and not self.retained.has_end(link.key):
+                    num_uses = self._cached.num_uses.get(link.key, 1)
+                    self._stores.add(PageStore(page_id, parent, link, num_uses))
 
     def _take(self, num_pages: int, budget: Budget | None) -> list[PageId]:
         """New pages. Who pays for more than it may gives its own cached ones up first."""

@@ -46,6 +46,28 @@ class PageLoad(msgspec.Struct, frozen=True, gc=False):
     links: tuple[ChainLink, ...]
 
 
+class PageTouch(msgspec.Struct, frozen=True, gc=False):
+    """These pages, the beginning of a chain, are used again on the device.
+
+    Levels that take pages at their use keep them as long as if they had been asked for them.
+    Decides nothing; a `PagesLost` may answer it.
+    """
+
+    page_ids: tuple[PageId, ...]
+    links: tuple[ChainLink, ...]
+    num_uses: tuple[int, ...]
+    """Of each, before this one: a level that takes pages after more has not missed them."""
+
+
+class PagesLost(msgspec.Struct, frozen=True, tag=True):
+    """A level has pages of a `PageTouch` no longer that it takes.
+
+    They may have left the device since, and these page ids may hold others.
+    """
+
+    page_ids: tuple[PageId, ...]
+
+
 class LevelFlush(msgspec.Struct, frozen=True, gc=False):
     """Empty these levels, after all stores that were ordered before. Answered by `LevelsFlushed`.
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from kvpaging.base.clock import monotonic
 from kvpaging.base.config import EngineConfig, EngineOptions
-from kvpaging.cache.lower_levels import LevelsFlushed, LowerLevels, PagesLoaded
+from kvpaging.cache.lower_levels import LevelsFlushed, LowerLevels, PagesLoaded, PagesLost
 from kvpaging.engine.engine import Engine
 from kvpaging.execution.executor import Executor, RunningStep
 from kvpaging.levels.level import BelowStats
@@ -93,7 +93,7 @@ class _Watched:
     def below(self) -> BelowStats:
         return self._executor.below()
 
-    def completions(self) -> Sequence[PagesLoaded | LevelsFlushed]:
+    def completions(self) -> Sequence[PagesLoaded | PagesLost | LevelsFlushed]:
         return self._executor.completions()
 
     def wait(self, timeout_s: float) -> None:

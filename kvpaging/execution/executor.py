@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from kvpaging.cache.lower_levels import LevelsFlushed, LowerLevels, PagesLoaded
+from kvpaging.cache.lower_levels import LevelsFlushed, LowerLevels, PagesLoaded, PagesLost
 from kvpaging.levels.level import BelowStats
 from kvpaging.scheduling.plan import StepPlan, StepResult
 
@@ -40,8 +40,11 @@ class Executor(Protocol):
         Changes the KV pool and the runner's rows. Loads only begin. Raises as `result` does.
         """
 
-    def completions(self) -> Sequence[PagesLoaded | LevelsFlushed]:
-        """Loads and flushes that ended since the last call, each once. Does not wait."""
+    def completions(self) -> Sequence[PagesLoaded | PagesLost | LevelsFlushed]:
+        """Loads and flushes that ended since the last call, each once, and what levels have lost.
+
+        Does not wait.
+        """
 
     def wait(self, timeout_s: float) -> None:
         """Wait until a load has ended, at most so long; for steps that have nothing else to do."""

@@ -13,7 +13,7 @@ from kernels.ops import Ops
 from kvpaging.base.clock import monotonic
 from kvpaging.base.errors import LawBroken
 from kvpaging.base.ids import StepId
-from kvpaging.cache.lower_levels import LevelsFlushed, LowerLevels, PagesLoaded
+from kvpaging.cache.lower_levels import LevelsFlushed, LowerLevels, PagesLoaded, PagesLost
 from kvpaging.execution.decode_graphs import PADDED, Capture, Sizes
 from kvpaging.execution.executor import RunningStep
 from kvpaging.execution.kv_pool import KVPool
@@ -95,7 +95,7 @@ class LocalExecutor:
         """The levels' totals; see `executor.Executor.below`."""
         return BelowStats() if self._mover is None else self._mover.stats()
 
-    def completions(self) -> Sequence[PagesLoaded | LevelsFlushed]:
+    def completions(self) -> Sequence[PagesLoaded | PagesLost | LevelsFlushed]:
         """Loads and flushes that ended; see `executor.Executor.completions`."""
         return () if self._mover is None else self._mover.completions()
 
@@ -146,6 +146,7 @@ class LocalExecutor:
         if self._mover is None:
             return
         self._mover.store(plan.stores)
+        self._mover.touch(plan.touches)
         for flush in plan.flushes:
             self._mover.flush(flush)
         for load in plan.loads:

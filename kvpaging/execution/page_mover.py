@@ -38,7 +38,9 @@ from kvpaging.cache.lower_levels import (
     LevelsFlushed,
     PageLoad,
     PagesLoaded,
+    PagesLost,
     PageStore,
+    PageTouch,
 )
 from kvpaging.cache.prefix_key import ChainLink
 from kvpaging.execution.kv_pool import KVPool
@@ -57,6 +59,8 @@ STEP_BYTES: Final = 16 * 1024 * 1024
 MAX_QUEUED_BYTES: Final = 512 * 1024 * 1024
 """Copied out of the pool and not yet written, in all. Each level that takes pages from there has an
 equal share; those beyond that it does not get."""
+MAX_QUEUED_TOUCHES: Final = 65_536
+"""Pages used again that one level has still to hear of; of more it does not hear."""
 CLOSE_S: Final = 8.0
 """At the end what is on its way is written for at most so long; `server.supervisor` waits longer.
 """
@@ -128,12 +132,14 @@ class _Lane:
     """One level and the work that waits for it. A barrier is where lanes meet to be emptied."""
 
     setting: LevelSetting
-    stores: queue.SimpleQueue[_StoreOrder | threading.Barrier | None] = field(
+    stores: queue.SimpleQueue[_StoreOrder | PageTouch | threading.Barrier | None] = field(
         default_factory=queue.SimpleQueue
     )
     loads: queue.SimpleQueue[_Fetch | None] = field(default_factory=queue.SimpleQueue)
     num_queued_bytes: int = 0
     """Of the orders in `stores`, the one it works on included."""
+    num_queued_touches: int = 0
+    """Pages of the touches in `stores`, likewise."""
 
     @property
     def level(self) -> Level:
@@ -180,6 +186,7 @@ class PageMover:
         self._news = threading.Event()
         self._flush_lock = threading.Lock()
         self._num_flushes = 0
+        self._lost: queue.SimpleQueue[PagesLost] = queue.SimpleQueue()
         self._flushed: queue.SimpleQueue[LevelsFlushed] = queue.SimpleQueue()
         self.num_dropped_stores = 0
         """Pages that a level did not get because its writing could not follow."""
@@ -263,6 +270,22 @@ class PageMover:
                 ]
                 self._queue(pages, takers, coming)
 
+    def touch(self, touches: Sequence[PageTouch]) -> None:
+        """Tell levels that take pages at their use what is used again, beside the steps.
+
+        One that takes what leaves the device gets it when it leaves.
+        """
+        for touch in touches:
+            for lane in self._lanes:
+                if not lane.setting.min_uses:
+                    continue
+                with self._queued_lock:
+                    num_queued = lane.num_queued_touches + len(touch.links)
+                    if num_queued > MAX_QUEUED_TOUCHES:
+                        continue
+                    lane.num_queued_touches = num_queued
+                lane.stores.put(touch)
+
     def begin(self, load: PageLoad) -> None:
         """Begin a load; `completions` tells its end."""
         found: list[StoredPage | None] = [None] * len(load.links[:BATCH_PAGES])
@@ -281,11 +304,13 @@ class PageMover:
             for lane in lanes:
                 lane.stores.put(meeting)
 
-    def completions(self) -> tuple[PagesLoaded | LevelsFlushed, ...]:
-        """What ended since the last call; loads that took too long are given up."""
+    def completions(self) -> tuple[PagesLoaded | PagesLost | LevelsFlushed, ...]:
+        """What ended or was lost since the last call; loads that took too long are given up."""
         self._news.clear()
         now = self._clock()
-        ended: list[PagesLoaded | LevelsFlushed] = []
+        ended: list[PagesLoaded | PagesLost | LevelsFlushed] = []
+        while not self._lost.empty():
+            ended.append(self._lost.get())
         while not self._flushed.empty():
             ended.append(self._flushed.get())
         for fetch in self._fetches.copy():
@@ -333,6 +358,11 @@ class PageMover:
             if isinstance(order, threading.Barrier):
                 order.wait()
                 continue
+            if isinstance(order, PageTouch):
+                self._guarded(partial(self._touch, lane, order))
+                with self._queued_lock:
+                    lane.num_queued_touches -= len(order.links)
+                continue
             if order.coming is not None:
                 order.coming.wait()
             self._guarded(partial(lane.level.store, order.pages, STORE_DEADLINE_S))
@@ -341,6 +371,16 @@ class PageMover:
                 order.num_takers -= 1
                 if not order.num_takers:
                     self.num_queued_bytes -= order.num_bytes
+
+    def _touch(self, lane: _Lane, touch: PageTouch) -> None:
+        here = lane.level.touch([link.key for link in touch.links])
+        lost = tuple(
+            page_id
+            for page_id, num_uses, is_here in zip(touch.page_ids, touch.num_uses, here, strict=True)
+            if not is_here and lane.takes(num_uses)
+        )
+        if lost:
+            self._lost.put(PagesLost(lost))
 
     def _flush(self, order: LevelFlush) -> None:
         pages: dict[str, int | None] = {}

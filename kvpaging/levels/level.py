@@ -108,6 +108,12 @@ class Level(Protocol):
         their children: what does not fit is left out from the end.
         """
 
+    def touch(self, keys: Sequence[PageKey]) -> list[bool]:
+        """These pages, the beginning of a chain, are used elsewhere: keep them as if loaded here.
+
+        Returns which of them are here; of what would have to be asked for again, that it is.
+        """
+
     def clear(self) -> None:
         """Forget every page. Raises whatever it likes where it may have some still."""
 

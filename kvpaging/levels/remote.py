@@ -19,7 +19,7 @@ import hashlib
 import hmac
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Final, Literal
 
 from kvpaging.base.clock import Clock, monotonic
@@ -45,6 +45,10 @@ _CLEAR_S: Final = 30.0
 _MISS_LASTS_S: Final = 2.0
 """How long a page that was not there is not asked for again."""
 _MAX_REMEMBERED: Final = 100_000
+_RENEW_EVERY_S: Final = 600.0
+"""A page that is used all the time is renewed so often, or eight times in its time to live."""
+_MAX_RENEWED: Final = 8192
+"""Pages renewed at once; of a longer chain the others are, the next time."""
 _MAC_BYTES: Final = 32
 
 
@@ -164,6 +168,9 @@ class RemoteLevel:
         self._broken: set[PageKey] = set()
         """Pages whose values on the server are not to be kept."""
         self._missing_until_s: dict[PageKey, float] = {}
+        self._renew_every_s = min(_RENEW_EVERY_S, ttl_s / 8)
+        self._renewed_s: dict[PageKey, float] = {}
+        """When pages were stored or renewed last, from here."""
         self._link = RedisLink(url)
 
     def contains(self, keys: Sequence[PageKey]) -> list[bool]:
@@ -220,6 +227,16 @@ class RemoteLevel:
         if trouble:
             self._counters.add(**{trouble: len(new) - answered})
         return len(known) + stored
+
+    def touch(self, keys: Sequence[PageKey]) -> list[bool]:
+        """Renew the pages that were not renewed lately; which are not there, where that showed."""
+        now_s = self._clock()
+        oldest_s = now_s - self._renew_every_s
+        due = [key for key in keys if self._renewed_s.get(key, oldest_s) <= oldest_s]
+        due = due[:_MAX_RENEWED]
+        known, trouble = self._renew(due, now_s + self._batch_deadline_s)
+        lost = set() if trouble else set(due) - known
+        return [key not in lost for key in keys]
 
     def clear(self) -> None:
         """Delete every page made with this secret, other servers' too, within half a minute.
@@ -349,7 +366,13 @@ class RemoteLevel:
         commands = [(b"PEXPIRE", self._seal.name(key), self._ttl_ms) for key in asked]
         replies, trouble = self._exchange(commands, _COMMAND_BYTES * len(asked), end_s)
         known = {key for key, reply in zip(asked, replies, strict=False) if reply == 1}
+        self._note_renewed(known)
         return known, trouble
+
+    def _note_renewed(self, keys: Collection[PageKey]) -> None:
+        if len(self._renewed_s) + len(keys) > _MAX_REMEMBERED:
+            self._renewed_s.clear()
+        self._renewed_s.update(dict.fromkeys(keys, self._clock()))
 
     def _send(
         self, pages: Sequence[StoredPage], values: Sequence[bytes], end_s: float
@@ -364,6 +387,7 @@ class RemoteLevel:
         for reply in replies:
             if isinstance(reply, Refusal):
                 self._failed(reply.message)
+        self._note_renewed([pages[i].key for i in taken])
         for i in taken:
             self._broken.discard(pages[i].key)
             self._missing_until_s.pop(pages[i].key, None)

@@ -81,11 +81,14 @@ def replay_cache(
             loads = levels.load(links[len(matched) : num_findable])
             num_found += sum(load.num_loaded for load in loads)
         lease = cache.reserve(matched, num_tokens)
+        cache.touch(chain, matched)
         cache.commit_loaded(lease, chain, num_found - len(matched))
         cache.commit(lease, chain, num_tokens)
         cache.prove(lease, chain)
         cache.release(lease)
         if levels is not None:
+            for lost in levels.touch(cache.take_touches()):
+                cache.store_again(lost)
             levels.store(cache.take_stores())
         num_requests += 1
         queried += len(prompt)

@@ -25,6 +25,7 @@ from kvpaging.base.errors import LawBroken
 from kvpaging.base.ids import RequestId, SeqId
 from kvpaging.cache.cache_manager import CacheManager
 from kvpaging.cache.eviction.names import POLICIES
+from kvpaging.cache.lower_levels import PagesLost
 from kvpaging.replay.cache_mode import count_pages, hits_by_level, prompt_pages
 from kvpaging.replay.levels import LevelSize, SimulatedLevels
 from kvpaging.replay.outcome import Latencies, Outcome
@@ -194,6 +195,8 @@ class Simulation:
         self._is_unlimited = capacity_pages is None
         self._executor = _TraceExecutor(self._size, count(self._first_free_id))
         self._held: deque[_Held] = deque()
+        self._lost: list[PagesLost] = []
+        """What the levels are found to have lost, for the next plan."""
         self._max_held = 2 if limits.async_scheduling else 1
         self._device_free_s = 0.0
         self._arrivals: dict[RequestId, float] = {}
@@ -214,6 +217,8 @@ class Simulation:
             if upcoming is not None and not self._has_work:
                 now_s = max(now_s, upcoming[1].arrival_s)
             events: list[Event] = [*self._levels.completions(now_s)] if self._levels else []
+            events += self._lost
+            self._lost = []
             while upcoming is not None and upcoming[1].arrival_s <= now_s:
                 index, request = upcoming
                 events.append(self._arrive(index, request, executor))
@@ -285,6 +290,7 @@ class Simulation:
         """Carry out what a plan moves."""
         if self._levels is not None:
             self._levels.store(plan.stores)
+            self._lost += self._levels.touch(plan.touches)
             for load in plan.loads:
                 self._levels.begin(load, now_s)
 

@@ -20,7 +20,15 @@ import msgspec
 from kvpaging.base.errors import ConfigError
 from kvpaging.base.evictions import Evicted
 from kvpaging.base.ids import PageKey
-from kvpaging.cache.lower_levels import Held, LevelLoad, PageLoad, PagesLoaded, PageStore
+from kvpaging.cache.lower_levels import (
+    Held,
+    LevelLoad,
+    PageLoad,
+    PagesLoaded,
+    PagesLost,
+    PageStore,
+    PageTouch,
+)
 from kvpaging.cache.prefix_key import ChainLink
 from kvpaging.levels.chain_order import ChainOrder
 
@@ -124,6 +132,18 @@ class SimulatedLevels:
             for level in self._levels:
                 if level.is_disk is not is_eviction:
                     level.store(pages)
+
+    def touch(self, touches: Iterable[PageTouch]) -> list[PagesLost]:
+        """The disk hears what is used again; what it has lost of that."""
+        lost = []
+        for touch in touches:
+            for level in self._levels:
+                if level.is_disk:
+                    level.order.use([link.key for link in touch.links])
+                    pages = zip(touch.page_ids, touch.links, strict=True)
+                    gone = tuple(page_id for page_id, link in pages if link.key not in level)
+                    lost += [PagesLost(gone)] if gone else []
+        return lost
 
     def load(self, links: Sequence[ChainLink]) -> list[LevelLoad]:
         """Find these pages, from the first on without a gap; what each level did and took."""

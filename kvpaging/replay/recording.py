@@ -26,7 +26,7 @@ from kvpaging.base.config import SchedulerConfig
 from kvpaging.base.errors import ConfigError
 from kvpaging.base.evictions import Evicted
 from kvpaging.base.ids import PageKey, RequestId
-from kvpaging.cache.lower_levels import Held, LevelsFlushed, LowerLevels, PagesLoaded
+from kvpaging.cache.lower_levels import Held, LevelsFlushed, LowerLevels, PagesLoaded, PagesLost
 from kvpaging.cache.prefix_key import ChainLink, PrefixChain, root_key
 from kvpaging.cache.retention import AS_IT_IS, Retention
 from kvpaging.replay.trace import TraceRequest
@@ -124,6 +124,7 @@ RecordedEvent = (
     | RecordedFinish
     | RecordedFlush
     | PagesLoaded
+    | PagesLost
     | LevelsFlushed
 )
 
@@ -338,7 +339,7 @@ class Recorder:
 
     def _event(self, event: Event, refused: deque[Rejection]) -> RecordedEvent | None:
         match event:
-            case PagesLoaded() | LevelsFlushed():
+            case PagesLoaded() | PagesLost() | LevelsFlushed():
                 return event
             case Flush(query_id, level):
                 return RecordedFlush(query_id, level)

@@ -19,7 +19,7 @@ from kvpaging.base.evictions import Evicted
 from kvpaging.base.ids import PageKey, RequestId, SeqId
 from kvpaging.cache.cache_manager import CacheManager
 from kvpaging.cache.eviction.names import POLICIES
-from kvpaging.cache.lower_levels import Held, LevelsFlushed, PagesLoaded
+from kvpaging.cache.lower_levels import Held, LevelsFlushed, PagesLoaded, PagesLost
 from kvpaging.cache.prefix_key import ChainLink
 from kvpaging.replay.full_mode import FILLER, VOCAB_SIZE, page_tokens
 from kvpaging.replay.recording import (
@@ -235,7 +235,7 @@ def _event(event: RecordedEvent, numbers: PageNumbers, page_size: int) -> Event:
             return Unpin(_id(request))
         case RecordedFinish(request, output_index, num_tokens):
             return Finish(_id(request), output_index, num_tokens)
-        case PagesLoaded() | LevelsFlushed():
+        case PagesLoaded() | PagesLost() | LevelsFlushed():
             return event
 
 

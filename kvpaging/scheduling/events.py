@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from kvpaging.base.ids import RequestId
-from kvpaging.cache.lower_levels import LevelsFlushed, PagesLoaded
+from kvpaging.cache.lower_levels import LevelsFlushed, PagesLoaded, PagesLost
 from kvpaging.scheduling.request import Request
 
 
@@ -45,4 +45,4 @@ class Flush(msgspec.Struct, frozen=True, tag=True):
     level: str | None
 
 
-Event = Arrival | Abort | Finish | Unpin | Flush | PagesLoaded | LevelsFlushed
+Event = Arrival | Abort | Finish | Unpin | Flush | PagesLoaded | PagesLost | LevelsFlushed

@@ -13,7 +13,7 @@ from __future__ import annotations
 import msgspec
 
 from kvpaging.base.ids import PageId, SeqId, StepId
-from kvpaging.cache.lower_levels import LevelFlush, PageLoad, PageStore
+from kvpaging.cache.lower_levels import LevelFlush, PageLoad, PageStore, PageTouch
 from kvpaging.scheduling.request import SamplingParams
 
 
@@ -61,6 +61,7 @@ class StepPlan(msgspec.Struct, frozen=True, gc=False):
     """One step's work, in this order: `removed`, `added`, `stores`, `loads`, `copies`, `scheduled`.
 
     `flushes` come before all of these, and end with a `LevelsFlushed` event.
+    `touches` are told to the levels after `stores`, and may be answered by `PagesLost` events.
     `stores` read their pages before anything is written; `loads` only begin here, and end with a
     `PagesLoaded` event before some later plan.
 
@@ -77,6 +78,7 @@ class StepPlan(msgspec.Struct, frozen=True, gc=False):
     stores: tuple[PageStore, ...] = ()
     loads: tuple[PageLoad, ...] = ()
     flushes: tuple[LevelFlush, ...] = ()
+    touches: tuple[PageTouch, ...] = ()
 
     @property
     def num_new_tokens(self) -> int:

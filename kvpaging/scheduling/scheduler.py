@@ -24,7 +24,14 @@ from kvpaging.cache.allocator import OutOfPages
 from kvpaging.cache.cache_manager import CacheManager
 from kvpaging.cache.explanation import DEVICE, Lookup
 from kvpaging.cache.load_costs import LoadChoices, LoadCosts
-from kvpaging.cache.lower_levels import Held, LevelFlush, LevelsFlushed, PageLoad, PagesLoaded
+from kvpaging.cache.lower_levels import (
+    Held,
+    LevelFlush,
+    LevelsFlushed,
+    PageLoad,
+    PagesLoaded,
+    PagesLost,
+)
 from kvpaging.cache.page_lease import PageLease
 from kvpaging.cache.pins import PinsFull
 from kvpaging.cache.prefix_key import PrefixChain
@@ -230,6 +237,7 @@ class Scheduler:
             copies=tuple(draft.copies),
             scheduled=tuple(entry for _, entry in draft.entries.values()),
             stores=self.cache.take_stores(),
+            touches=self.cache.take_touches(),
             loads=tuple(draft.loads),
             flushes=flushes,
         )
@@ -252,6 +260,8 @@ class Scheduler:
                 self._flush(query_id, level)
             case PagesLoaded():
                 self._take_loaded(event)
+            case PagesLost():
+                self.cache.store_again(event)
             case LevelsFlushed(query_id, pages, failed):
                 pages = self._flushing.pop(query_id) | pages
                 self._flushed.append(Flushed(query_id, pages, failed))
@@ -552,6 +562,7 @@ class Scheduler:
                 return
             self._waiting.pop()
             sequence.lease = self._lease(sequence, matched, num_cached + chunk)
+            self.cache.touch(sequence.chain, matched)
             self._admit(sequence, num_cached, draft.now_s)
             self._put(sequence, chunk, (), draft)
             promised += self.cache.pages_for(num_tokens) - len(sequence.lease.pages)

@@ -84,6 +84,10 @@ class Moody:
             return 0
         return self.level.store(pages, deadline_s)
 
+    def touch(self, keys: Sequence[PageKey]) -> list[bool]:
+        self._strike()
+        return self.level.touch(keys)
+
     def clear(self) -> None:
         self.level.clear()
 
@@ -316,6 +320,7 @@ class MovingExecutor(DigestExecutor):
     def run(self, plan: StepPlan) -> StepResult:
         self.plans.clear()
         self.mover.store(plan.stores)
+        self.mover.touch(plan.touches)
         for load in plan.loads:
             for page_id in load.page_ids:
                 first = page_id * self.page_size

@@ -26,6 +26,7 @@ from kvpaging.levels import segment
 from kvpaging.levels.codec import HEADER_BYTES, read_header
 from kvpaging.levels.disk import DiskLevel
 from kvpaging.levels.level import StoredPage
+from kvpaging.replay.rerun import rerun
 from kvpaging.scheduling.events import Arrival, Event
 from kvpaging.scheduling.request import Request, SamplingParams
 
@@ -205,6 +206,52 @@ def test_what_is_evicted_goes_down_level_by_level_and_comes_back_the_same(
     assert (cold.num_cached_tokens, warm.num_cached_tokens) == (0, 144)
     if it.config.exact:
         assert warm.samples == cold.samples
+
+
+def test_what_every_request_begins_with_stays_on_a_disk_that_others_turn_over(
+    model: Path, tmp_path: Path, prompts: Callable[[int], list[int]]
+) -> None:
+    """The device answers it each time; a kill, and it is on the disk before each one's own part."""
+    options: dict[str, object] = {
+        "disk_cache_dir": str(tmp_path / "pages"),
+        "disk_cache_bytes": 60 * PAGE_BYTES,
+        "max_model_len": 480,
+    }
+    system = prompts(20 * 16)
+    with engine(model, num_pages=60, **options) as it:
+        for i in range(20):
+            tokens = system + prompts(6 * 16 + 3)
+            assert ask(it, tokens).num_cached_tokens == (len(system) if i else 0)
+            settled(it)
+        assert mover(it).stats().levels["disk"].loads == 0
+        assert mover(it).stats().levels["disk"].evicted > 40
+        left = tmp_path / "left"
+        shutil.copytree(tmp_path / "pages", left)
+    with engine(model, **options | {"disk_cache_dir": str(left)}) as again:
+        assert ask(again, tokens).num_cached_tokens == len(system) + 6 * 16
+
+
+def test_what_the_disk_lost_goes_there_again_when_it_is_used_on_the_device(
+    model: Path, tmp_path: Path, prompts: Callable[[int], list[int]]
+) -> None:
+    with engine(model, disk_cache_dir=str(tmp_path / "pages"), record=str(tmp_path / "r")) as it:
+        tokens = prompts(100)
+        ask(it, tokens)
+        assert settled(it) == {"disk": 6}
+        mover(it)._settings[0].level.clear()
+        assert settled(it) == {"disk": 0}
+        for _ in range(50):  # what is lost is known to the next step, and goes with it
+            assert ask(it, [*tokens, 7]).num_cached_tokens == 96
+            if settled(it) == {"disk": 6}:
+                break
+        assert settled(it) == {"disk": 6}
+        stores = mover(it).stats().levels["disk"].stores
+        ask(it, [*tokens, 7])
+        assert settled(it) == {"disk": 6}
+        assert mover(it).stats().levels["disk"].stores == stores
+    found = rerun(tmp_path / "r")
+    assert found.first_difference is None
+    assert '"PagesLost"' in (tmp_path / "r").read_text()
 
 
 def test_an_explanation_says_which_level_a_page_left_last(

@@ -73,6 +73,30 @@ def fill(level: RemoteLevel, numbers: range) -> None:
     assert level.store([page_of(n) for n in numbers], 30.0) == len(numbers)
 
 
+def test_pages_that_are_used_elsewhere_are_renewed_now_and_then(url: str) -> None:
+    now = [0.0]
+    client = redis.Redis.from_url(url)
+    with remote(url, ttl_s=1000.0, clock=lambda: now[0]) as level:
+        fill(level, range(3))
+        keys = [key_of(n) for n in range(4)]
+        names = {n: level._seal.name(key_of(n)) for n in range(3)}
+        for name in names.values():
+            client.pexpire(name, 50_000)
+        assert level.touch(keys) == [True, True, True, False]  # only of the last it had to ask
+        assert all(client.pttl(name) <= 50_000 for name in names.values())
+        now[0] = 126.0
+        client.delete(names[1])
+        assert level.touch(keys) == [True, False, True, False]
+        assert all(client.pttl(names[n]) > 990_000 for n in (0, 2))
+        assert level.touch(keys) == [True, False, True, False]
+
+
+def test_of_a_server_that_is_not_there_nothing_is_known_to_be_lost() -> None:
+    with remote("redis://127.0.0.1:1/0") as level:
+        for _ in range(5):
+            assert level.touch([key_of(1)]) == [True]
+
+
 def test_two_servers_share_pages(url: str) -> None:
     with remote(url) as ours, remote(url, compress=False) as theirs:
         fill(ours, range(300))
