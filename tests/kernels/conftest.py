@@ -39,6 +39,19 @@ def one_torch_thread() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Memory that torch allocates holds NaN (whole numbers: the largest) until it is written.
+
+    So an element that a kernel leaves out can't hold what another call left there.
+    """
+    # What else the switch does to torch's own operations, tests of kernels have no use for.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all(), "torch.utils.deterministic.fill_uninitialized_memory"
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
 def seed() -> int:
     """Printed when a test fails: `torch.manual_seed` of it makes the same numbers."""
     value = secrets.randbits(32)

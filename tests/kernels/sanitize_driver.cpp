@@ -12,14 +12,20 @@
 #include <numeric>
 #include <random>
 #include <string>
+#include <thread>
 #include <vector>
 
 struct Context;
+struct Tape;
 extern "C" {
 int kv_num_isas();
 const char* kv_isa(int);
 Context* kv_create(int, const char*);
 void kv_destroy(Context*);
+Tape* kv_record(Context*);
+void kv_recorded();
+int kv_play(const Tape*);
+void kv_erase(Tape*);
 int64_t kv_packed_bytes(int64_t, int64_t);
 int kv_pack_weight(Context*, const void*, int64_t, int64_t, void*);
 int kv_unpack_rows(Context*, const void*, int64_t, const int64_t*, int64_t, void*);
@@ -310,6 +316,43 @@ void attention(Pair& pair, int dtype) {
     });
 }
 
+// A layer's work recorded and played twice: nothing is done while it is recorded, and its arguments
+// may be gone when it is played. Another thread, and what ends a step, compute meanwhile.
+void tapes(Pair& pair, int dtype) {
+    const int64_t rows = between(1, 40), n = 2 * between(1, 60), k = between(1, 60);
+    Buffer weight(dtype, n * k), x(dtype, rows * k), norm(dtype, k);
+    Buffer panels = packed(pair, weight, n, k);
+    std::vector<float> logits = floats(rows * k, -3, 3);
+    const auto norms = [&](Context* c, Buffer& out) {
+        return kv_norm(c, dtype, x.data(), k, nullptr, 0, rows, k, norm.data(), dtype, 0, 1e-6f,
+                       out.data());
+    };
+    pair.same("tape", Buffer(dtype, rows * n / 2), [&](Context* c, Buffer& out) {
+        Buffer normed(dtype, rows * k), wide(dtype, rows * n), other(dtype, rows * k);
+        const Buffer untouched = normed;
+        std::vector<float> scores(logits.size());
+        Tape* tape = kv_record(c);
+        if (!tape) return 1;
+        int failed = norms(c, normed);
+        failed |= kv_linear(c, dtype, normed.data(), k, rows, panels.data(), nullptr, nullptr, n, k,
+                            wide.data(), 0);
+        failed |= kv_gated(c, dtype, 0, wide.data(), n, rows, n / 2, out.data());
+        failed |= kv_log_softmax(c, logits.data(), k, rows, k, scores.data());
+        std::thread([&] { failed |= norms(c, other); }).join();
+        kv_recorded();
+        if (normed.bytes != untouched.bytes) Pair::fail("tape", "was played while it was recorded");
+        if (scores[0] == 0 && k > 1) Pair::fail("tape", "took log-probabilities in");
+        failed |= kv_play(tape);
+        if (normed.bytes != other.bytes) Pair::fail("tape", "differs from what a thread computes");
+        const Buffer first = out;
+        std::fill(out.bytes.begin(), out.bytes.end(), 0);
+        failed |= kv_play(tape);
+        if (first.bytes != out.bytes) Pair::fail("tape", "differs when it is played again");
+        kv_erase(tape);
+        return failed;
+    });
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -326,6 +369,7 @@ int main(int argc, char** argv) {
                 linears(pair, dtype);
                 row_operations(pair, dtype);
                 attention(pair, dtype);
+                tapes(pair, dtype);
             }
         }
         kv_destroy(pair.one);

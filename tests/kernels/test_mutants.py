@@ -91,7 +91,36 @@ NATIVE = [
         "load(into_values + i) * set1(a);",
         "load(into_values + i);",
     ),
+    Mutant(
+        "missing scales of int8 keys",
+        ATTENTION,
+        "if constexpr (SCALED) s = s * load(key_scales + i);",
+        "",
+    ),
+    Mutant(
+        "missing scales of int8 values",
+        ATTENTION,
+        "Vec scaled = p * load(value_scales + i);",
+        "Vec scaled = p;",
+    ),
+    Mutant(
+        "a head's last element is left out",
+        ATTENTION,
+        "sizeof(T) * static_cast<size_t>(task.head_dim - i));\n        }\n    }\n}",
+        "sizeof(T) * static_cast<size_t>(task.head_dim - i - 1));\n        }\n    }\n}",
+    ),
 ]
+SHARED_KEYS = "all = {(all.begin + kKeys - 1) / kKeys * kKeys, all.end / kKeys * kKeys};"
+PAIRS = [
+    Mutant(
+        "a pair of keys that not all rows see",
+        ATTENTION,
+        SHARED_KEYS,
+        "all = {all.begin / kKeys * kKeys, (all.end + kKeys - 1) / kKeys * kKeys};",
+    ),
+    Mutant("a pair of keys torn apart", ATTENTION, SHARED_KEYS, "all = {all.begin, all.end};"),
+]
+"""Of instruction sets that take two keys in one step."""
 TRITON_FILE = "jit/attention.py"
 TRITON = [
     Mutant(
@@ -172,11 +201,14 @@ class Builder:
 
 def check(one: Ops, three: Ops) -> None:
     """What test_attention.py checks, on a few shapes."""
-    for heads, dtype in (
-        (Heads(4, 2, 32, page_size=4), torch.float32),
-        (Heads(4, 1, 64, window=30), torch.bfloat16),
+    for heads, dtype, kept in (
+        (Heads(4, 2, 32, page_size=4), torch.float32, None),
+        (Heads(4, 1, 64, window=30), torch.bfloat16, None),
+        (Heads(4, 2, 40), torch.float32, torch.int8),
     ):
-        kernel_cases.check_attention(one, heads, dtype)
+        kernel_cases.check_attention(one, heads, dtype, kept)
+    kernel_cases.check_unseen(one, torch.bfloat16, None)
+    kernel_cases.check_order_of_pairs(one, torch.bfloat16)
     kernel_cases.check_attention_bits(one, three, Heads(4, 2, 64), torch.bfloat16, None)
 
 
@@ -190,7 +222,7 @@ def test_every_native_mutant_is_killed(seed: int, tmp_path: pathlib.Path) -> Non
         pytest.skip("no C++ compiler")
     short = next(name for name in ISAS if NAMES.get(name, name) == isa)
     builder = Builder(compiler, short, tmp_path)
-    mutants = [RIGHT, *NATIVE]
+    mutants = [RIGHT, *NATIVE, *(PAIRS if short == "avx512_bf16" else ())]
     survivors = []
     for mutant, built in zip(mutants, in_parallel(builder.build, mutants), strict=True):
         variant = library.open_library(built)

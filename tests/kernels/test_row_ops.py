@@ -131,3 +131,17 @@ def test_rows_without_width(ops, dtype):
 
 def test_swaps(ops):
     check_swaps(ops, "cpu")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        torch.empty_like,
+        lambda x: x.new_empty(x.shape),
+        lambda x: torch.empty(x.shape, dtype=x.dtype),
+    ],
+)
+def test_no_output_begins_as_anything_but_poison(make) -> None:
+    """Of the kernels' tests: each way by which a path gets memory for its results."""
+    assert make(torch.zeros(5, 7, dtype=torch.bfloat16)).isnan().all()
+    assert (make(torch.zeros(5, dtype=torch.int64)) == torch.iinfo(torch.int64).max).all()

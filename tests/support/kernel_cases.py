@@ -227,7 +227,7 @@ def check_attention_bits(
     begin = 0
     while begin < length:
         end = min(length, begin + random.choice([1, 5, 16, 37, 64, 200]))
-        other = dataclasses.replace(heads, page_size=random.choice([1, 4, 16, 64]))
+        other = dataclasses.replace(heads, page_size=random.choice([1, 4, 16, 64, 128]))
         chunks = [Chunk(sequence, begin, end), *mixed_chunks(other, dtype, (3, 290), kept)]
         out = PagedBatch(other, chunks, dtype, kept).attend(random.choice([one, three]))
         assert torch.equal(out[: end - begin], whole[begin:end]), f"{begin}..{end}"
@@ -239,6 +239,48 @@ def check_attention_bits(
         for ops in (one, three):
             out = PagedBatch(heads, [chunk], dtype, kept).attend(ops)
             assert torch.equal(out, whole[position : position + 1]), f"position {position}"
+
+
+def check_unseen(ops: Ops, dtype: torch.dtype, kept: torch.dtype | None) -> None:
+    """Keys behind a query, or before its window, are not touched by its arithmetic.
+
+    They are computed with it all the same, since others of its block see them. What a key leaves
+    untouched begins at an even and at an odd position: kernels may take two keys at once.
+    """
+    for edge, window in itertools.product((30, 31), (None, 12)):
+        heads = Heads(4, 2, 32, window=window)
+        sequence = random_sequence(heads, 60, dtype, kept)
+        clean = PagedBatch(heads, [Chunk(sequence, 0, 60)], dtype, kept).attend(ops)
+        parts = [(slice(edge, None), slice(0, edge))]
+        if window is not None:
+            parts.append((slice(0, edge), slice(edge + window - 1, None)))
+        for spoilt_keys, own_rows in parts:
+            other = Sequence(sequence.query, sequence.key.clone(), sequence.value.clone())
+            other.key[spoilt_keys] = torch.nan
+            other.value[spoilt_keys] = torch.inf
+            spoilt = PagedBatch(heads, [Chunk(other, 0, 60)], dtype, kept).attend(ops)
+            assert torch.equal(spoilt[own_rows], clean[own_rows]), f"{spoilt_keys}, {window}"
+
+
+def check_order_of_pairs(ops: Ops, dtype: torch.dtype) -> None:
+    """Each key's place in the sum, where a kernel may add two keys in one step.
+
+    All weights are 1. Small values lie at even positions, at odd ones a large one comes and goes:
+    what is left of a sum is the last small value, or nothing if that was added before the large
+    one went. The rounding of the result hides no such difference, as it does of random values.
+    """
+    heads, length = Heads(2, 2, 32), 41
+    sequence = random_sequence(heads, length, dtype)
+    sequence.query.zero_()
+    sequence.value *= 2.0**-12
+    large = 2.0**14 * (-1.0) ** torch.arange(length // 2)
+    sequence.value[1::2] = large[:, None, None].to(dtype)
+    steps = [
+        PagedBatch(heads, [Chunk(sequence, at, at + 1)], dtype).attend(ops) for at in range(length)
+    ]
+    for begin in range(8):  # whichever rows a kernel takes together
+        whole = PagedBatch(heads, [Chunk(sequence, begin, length)], dtype).attend(ops)
+        assert torch.equal(whole, torch.cat(steps[begin:])), f"from {begin}"
 
 
 def check_states(

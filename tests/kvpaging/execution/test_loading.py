@@ -38,6 +38,18 @@ def resolved(checkpoint: Path, **options: Any) -> EngineConfig:
     return config
 
 
+@pytest.mark.parametrize("path", cpu_paths())
+def test_torch_has_no_threads_beside_those_of_the_kernels(checkpoint: Path, path: str) -> None:
+    """`threads` is for all of it: torch's own pool would only take cores from the native one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(5)
+    try:
+        assert resolved(checkpoint, kernels=path, threads=3).threads == 3
+        assert torch.get_num_threads() == (1 if path == "native" else 3)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_open_choices_are_closed_and_told(checkpoint: Path) -> None:
     config, executor = load_executor(EngineOptions(model=str(checkpoint), device="cpu"))
     executor.close()
