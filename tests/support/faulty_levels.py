@@ -28,7 +28,7 @@ from kernels.reference import TorchOps
 from kvpaging.base.evictions import Evicted
 from kvpaging.base.ids import PageKey
 from kvpaging.base.kv_spec import KVSpec
-from kvpaging.cache.lower_levels import PagesLoaded
+from kvpaging.cache.lower_levels import LevelsFlushed, PagesLoaded
 from kvpaging.execution.kv_pool import KVPool
 from kvpaging.execution.page_mover import LevelSetting, PageMover
 from kvpaging.levels.disk import MIN_CAPACITY_BYTES, DiskLevel
@@ -146,6 +146,10 @@ class MoodyServer:
                 return b"OK"
             case (b"PEXPIRE", name, _):
                 return int(name in self.values)
+            case (b"SCAN", *_):
+                return [b"0", list(self.values)]
+            case (b"UNLINK", name):
+                return int(self.values.pop(name, None) is not None)
         raise AssertionError(command)
 
     def _value(self, name: bytes) -> bytes | None:
@@ -326,9 +330,11 @@ class MovingExecutor(DigestExecutor):
                 first = page_id * self.page_size
                 self.slots[first : first + self.page_size] = [GARBAGE] * self.page_size
             self.mover.begin(load)
+        for flush in plan.flushes:
+            self.mover.flush(flush)
         return super().run(plan)
 
-    def completions(self) -> tuple[PagesLoaded, ...]:
+    def completions(self) -> tuple[PagesLoaded | LevelsFlushed, ...]:
         return self.mover.completions()
 
     def wait(self, timeout_s: float) -> None:
