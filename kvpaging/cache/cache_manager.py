@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import islice
 from typing import Final
 
 from kvpaging.base.errors import LawBroken
@@ -38,6 +40,8 @@ from kvpaging.cache.store_queue import StoreQueue
 
 MAX_OVER: Final = 1024
 """Pages whose time is over that are looked at in one step."""
+MAX_ELSEWHERE: Final = 4096
+"""Pages of a prompt that an explanation looks for under each of the other settings."""
 MAX_EMPTIED: Final = 1024
 """Pages that a flush gives up in one step."""
 
@@ -293,9 +297,10 @@ class CacheManager:
         """How many pages of a prompt were missed, by reason. A question; O(pages missed)."""
         return missed_pages(found, self._left(found.links, found.num_matched))
 
-    def explain(self, found: Found) -> CacheExplanation:
-        """Why so much of a prompt was found, and not more. A question."""
-        return explain(found, self._left(found.links, 0))
+    def explain(self, found: Found, chain: PrefixChain) -> CacheExplanation:
+        """Why so much of the chain's prompt was found, and not more. A question."""
+        elsewhere = _elsewhere(self._levels, chain, found.num_matched) if self._levels else {}
+        return explain(replace(found, elsewhere=elsewhere), self._left(found.links, 0))
 
     def _left(self, links: Sequence[ChainLink], first: int) -> dict[str, list[Evicted | None]]:
         """By level, how each of these pages from `first` on left it."""
@@ -611,3 +616,19 @@ class CacheManager:
         )
         self.leases[id(lease)] = lease
         return lease
+
+
+def _elsewhere(levels: LowerLevels, chain: PrefixChain, num_matched: int) -> dict[int, str]:
+    """Pages after the matched ones that a level has under other settings, and which level.
+
+    They are of this chain's namespaces: nothing is told of others. O(pages that are there).
+    """
+    found: dict[int, str] = {}
+    for root in levels.other_roots:
+        for page, key in enumerate(islice(chain.keys_under(root), MAX_ELSEWHERE)):
+            level = levels.holder(key)
+            if level is None:
+                break
+            if page >= num_matched:
+                found.setdefault(page, level)
+    return found

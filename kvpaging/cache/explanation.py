@@ -31,6 +31,8 @@ class MissReason(StrEnum):
 
     NEVER_SEEN = "never_seen"
     """Not under these settings: not by this tenant, or longer ago than evictions are remembered."""
+    OTHER_SETTINGS = "other_settings"
+    """Kept under another numerics identity: other weights, KV dtype, code or device computed it."""
     NOT_THERE = "not_there"
     """Of a level that does not know whether it ever had it."""
     NOT_ASKED = "not_asked"
@@ -213,6 +215,8 @@ class Found:
     level_names: Sequence[str]
     """Below the device, the fastest first."""
     is_enabled: bool
+    elsewhere: Mapping[int, str] = field(default_factory=dict)
+    """Pages that a level has under other settings, and that level."""
 
 
 def explain(found: Found, left: Left) -> CacheExplanation:
@@ -288,6 +292,8 @@ def _why_not_here(
     one = None if gone is None else gone[page]
     if one is not None:
         return MissReason.EVICTED, level, one.cause, one.ago_s
+    if found.elsewhere.get(page) == level:
+        return MissReason.OTHER_SETTINGS, None, None, None
     never = MissReason.NOT_THERE if level in GUESSING else MissReason.NEVER_SEEN
     return never, None, None, None
 
@@ -297,7 +303,8 @@ def _runs(found: Found, left: Left) -> Iterator[MissedRun]:
     size = found.page_size
     num_full = found.num_tokens // size
     first = found.num_matched
-    if found.is_enabled and found.lookup.is_guess and not any(map(any, left.values())):
+    is_new = found.lookup.is_guess and not found.elsewhere and not any(map(any, left.values()))
+    if found.is_enabled and is_new:
         # None is known to have had any: a new prompt of many pages is not gone through one by one.
         num_findable = max(first, (found.num_findable_tokens - 1) // size)
         if num_findable > first:
@@ -326,7 +333,9 @@ def _why(found: Found, page: int, left: Left) -> _Why:
         _, reason = _below(found.lookup, page)
         if reason not in (None, MissReason.NOT_THERE, MissReason.NOT_ASKED):
             return reason, None, None, None
-    last: _Why = MissReason.NEVER_SEEN, None, None, None
+    is_elsewhere = page in found.elsewhere
+    never = MissReason.OTHER_SETTINGS if is_elsewhere else MissReason.NEVER_SEEN
+    last: _Why = never, None, None, None
     last_ago_s = math.inf
     for level, gone in left.items():
         one = gone[page]

@@ -143,3 +143,13 @@ class LowerLevels(Protocol):
 
         A question for explanations; no decision depends on it.
         """
+
+    @property
+    def other_roots(self) -> tuple[PageKey, ...]:
+        """The roots of other numerics identities whose pages were found below at the start.
+
+        Also a question for explanations, as the next one is.
+        """
+
+    def holder(self, key: PageKey) -> str | None:
+        """The fastest level that knows to have this page, of whatever root."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -118,6 +118,16 @@ class PrefixChain:
     def parent_of(self, index: int) -> PageKey:
         """The key before link `index`."""
         return self.links[index - 1].key if index else self._root
+
+    def keys_under(self, root: PageKey) -> Iterator[PageKey]:
+        """What the pages would be called under another root, one after the other, as it is asked.
+
+        The namespaces are this chain's own: it finds nothing of others.
+        """
+        key = root
+        for i, link in enumerate(self.links):
+            key = page_key(key, self._namespace_of((i + 1) * self.page_size), link.tokens)
+            yield key
 
     def fork(self, num_tokens: int) -> PrefixChain:
         """A chain over the same first `num_tokens` tokens that grows on its own."""

@@ -502,7 +502,7 @@ def _levels(
         decisions.append(
             f"disk cache {options.disk_cache_dir}: {disk.stats().num_pages} pages are there"
         )
-        setting = LevelSetting(disk, options.disk_cache_min_uses, 1.0, overflow)
+        setting = LevelSetting(disk, options.disk_cache_min_uses, 1.0, overflow, disk.other_roots)
         levels = _above(setting, levels)
     if options.host_cache_bytes:
         # On the disk a page that is stored again counts as used, and leaving is no use.

@@ -32,6 +32,7 @@ from kvpaging.base.evictions import Evicted
 from kvpaging.base.ids import PageKey
 from kvpaging.base.threads import give_way
 from kvpaging.cache.lower_levels import (
+    GUESSING,
     Held,
     LevelFlush,
     LevelLoad,
@@ -78,6 +79,8 @@ class LevelSetting:
     """For one batch of a load."""
     overflow: Overflow | None = None
     """Where what leaves it for lack of room is on its way to the next level."""
+    other_roots: tuple[PageKey, ...] = ()
+    """Of other numerics identities whose pages were there when it was opened."""
 
 
 @dataclass(slots=True)
@@ -174,6 +177,8 @@ class PageMover:
         self._page_bytes = pool.spec.page_bytes
         self._settings = tuple(settings)
         self._overflows = [s.overflow for s in settings if s.overflow is not None]
+        self.other_roots = tuple(root for setting in settings for root in setting.other_roots)
+        """Of other numerics identities whose pages were in the levels when they were opened."""
         self._give_up_s = give_up_s
         self._clock = clock
         self._lanes = [_Lane(setting) for setting in settings]
@@ -245,6 +250,12 @@ class PageMover:
         """By level, how long ago and why each page left it."""
         levels = (setting.level for setting in self._settings)
         return {level.name: level.evicted(keys) for level in levels}
+
+    def holder(self, key: PageKey) -> str | None:
+        """The fastest level that knows to have this page."""
+        levels = (setting.level for setting in self._settings)
+        known = (level for level in levels if level.name not in GUESSING)
+        return next((level.name for level in known if level.contains([key])[0]), None)
 
     def stats(self) -> BelowStats:
         """Each level's state and totals, and what is on its way."""

@@ -40,7 +40,7 @@ from kvpaging.base.secret_file import read_secret
 from kvpaging.base.threads import give_way
 from kvpaging.levels import segment
 from kvpaging.levels.chain_order import ChainOrder
-from kvpaging.levels.codec import BadValue, OtherRoot, PageCodec
+from kvpaging.levels.codec import HEADER_BYTES, BadValue, OtherRoot, PageCodec, read_header
 from kvpaging.levels.level import Complaints, Counters, LevelStats, StoredPage
 from kvpaging.levels.overflow import Overflow
 from kvpaging.levels.segment import Entry, SegmentWriter
@@ -56,6 +56,7 @@ _MAX_WORKERS: Final = 4
 _ENTRIES_A_STRETCH: Final = 1024
 _MOST_FILLED: Final = 0.5
 """Of a segment whose room is had back: its rest is written again, and room must be gained."""
+_MAX_OTHER_ROOTS: Final = 4
 _INDEX_NAME: Final = "index.sqlite"
 _LOCK_NAME: Final = "lock"
 _SECRET_NAME: Final = "secret"
@@ -177,6 +178,8 @@ class DiskLevel:
         """What the files may come to while pages are appended again."""
         self._pending: list[Entry] = []
         self._index_bytes = 0
+        self._roots: dict[bytes, None] = {}
+        """Of the pages that were here at opening, the latest last."""
         self._is_closed = False
         self._workers = ThreadPoolExecutor(
             min(_MAX_WORKERS, os.cpu_count() or 1), thread_name_prefix="kvpaging-disk"
@@ -367,6 +370,7 @@ class DiskLevel:
             self._newest = segment_id
             for entries in self._recovered(segment_id, size, known.get(segment_id, [])):
                 self._place(segment_id, entries)
+                self._note_root(segment_id, entries)
                 found += [(entry.key, entry.parent) for entry in entries]
         self._measure_index()
         self._recover_order(found)
@@ -427,6 +431,21 @@ class DiskLevel:
             if end <= first_byte:
                 yield entries
                 end = end_byte
+
+    def _note_root(self, segment_id: int, stretch: Sequence[Entry]) -> None:
+        """One server wrote this stretch: the first page says under which root."""
+        if stretch:
+            path = segment.path_of(self._directory, segment_id)
+            with suppress(OSError, BadValue):
+                header = read_header(segment.read(path, stretch[0].offset, HEADER_BYTES))
+                self._roots.pop(header.root, None)
+                self._roots[header.root] = None
+
+    @property
+    def other_roots(self) -> tuple[PageKey, ...]:
+        """Of other numerics identities, whose pages were here at opening: the last ones."""
+        others = [PageKey(root) for root in self._roots if root != self._codec.root]
+        return tuple(others[: -_MAX_OTHER_ROOTS - 1 : -1])
 
     def _torn(self, segment_id: int, offset: int, end: int, *, is_end: bool) -> None:
         """A stretch holds no whole value: cut off where it ends the newest segment."""

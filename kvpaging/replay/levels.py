@@ -125,6 +125,15 @@ class SimulatedLevels:
         """Nothing: nobody asks for explanations here."""
         return {}
 
+    @property
+    def other_roots(self) -> tuple[PageKey, ...]:
+        """Nothing, as above."""
+        return ()
+
+    def holder(self, key: PageKey) -> str | None:
+        """Nothing, as above."""
+        return None
+
     def store(self, stores: Iterable[PageStore]) -> None:
         """Carry a plan's stores out."""
         for is_eviction, orders in groupby(stores, lambda order: order.is_eviction):

@@ -206,6 +206,15 @@ class WatchedLevels:
         """As the levels say; nothing depends on it."""
         return self._levels.evicted(keys)
 
+    @property
+    def other_roots(self) -> tuple[PageKey, ...]:
+        """As the levels say; nothing depends on it."""
+        return self._levels.other_roots
+
+    def holder(self, key: PageKey) -> str | None:
+        """As the levels say; nothing depends on it."""
+        return self._levels.holder(key)
+
 
 @dataclass(slots=True)
 class _Output:

@@ -96,6 +96,15 @@ class _RecordedLevels:
         """Nothing: nobody asks for explanations here."""
         return {}
 
+    @property
+    def other_roots(self) -> tuple[PageKey, ...]:
+        """Nothing, as above."""
+        return ()
+
+    def holder(self, key: PageKey) -> str | None:
+        """Nothing, as above."""
+        return None
+
 
 class _RecordedExecutor:
     """Samples what a step is recorded to have sampled."""

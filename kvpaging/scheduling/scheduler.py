@@ -752,7 +752,7 @@ class Scheduler:
         )
         counters.missed_pages.update(self.cache.missed_pages(found))
         if sequence.request.explain:
-            sequence.explanation = self.cache.explain(found)
+            sequence.explanation = self.cache.explain(found, sequence.chain)
 
     def _added(self, draft: _Draft) -> tuple[AddedSequence, ...]:
         added = []

@@ -219,6 +219,11 @@ class DigestLevels:
     def evicted(self, keys: Sequence[PageKey]) -> dict[str, list[Evicted | None]]:
         return {n: [self.gone.get(n, {}).get(key) for key in keys] for n in self.names}
 
+    other_roots: tuple[PageKey, ...] = ()
+
+    def holder(self, key: PageKey) -> str | None:
+        return "digest" if key in self.pages else None
+
     def carry_out(self, plan: StepPlan, slots: list[int], size: int) -> None:
         for store in plan.stores:
             content = slots[store.page_id * size : (store.page_id + 1) * size]

@@ -114,7 +114,17 @@ def test_weights_swapped_in_place_find_nothing_and_the_old_pages_age_out(
         assert root_key(swapped.config.numerics_identity) != old_root
         stats = mover(swapped).stats().levels["disk"]
         assert stats.num_pages == 6
-        after = ask(swapped, tokens)
+        order = Request(RequestId("why"), tuple(tokens), SAMPLING, explain=True)
+        events: list[Event] = [Arrival(order)]
+        told: list[tuple[MissReason, int]] = []
+        while events or swapped.has_work:
+            for output in swapped.step(events).outputs:
+                if output.finished is not None and output.finished.explanation is not None:
+                    runs = output.finished.explanation.missed
+                    told = [(run.reason, run.num_tokens) for run in runs]
+            events = []
+        assert told == [(MissReason.OTHER_SETTINGS, 96), (MissReason.BELOW_PAGE, 4)]
+        after = ask(swapped, prompts(100))
         assert after.num_cached_tokens == 0
         assert mover(swapped).stats().levels["disk"].hits == 0
         for _ in range(10):

@@ -20,6 +20,7 @@ from level_pages import ROOT, key_of, page_of
 
 from kvpaging.base.errors import ConfigError
 from kvpaging.base.evictions import Evicted, EvictionCause
+from kvpaging.base.ids import PageKey
 from kvpaging.levels.codec import OVERHEAD_BYTES
 from kvpaging.levels.disk import MIN_CAPACITY_BYTES, DiskLevel, kept_secret
 
@@ -670,3 +671,17 @@ def test_a_page_that_was_kept_because_it_was_used_has_not_left(tmp_path: Path) -
     assert level.evicted([key_of(0), key_of(1)])[0] is None
     assert level.evicted([key_of(1)])[0] is not None
     level.close()
+
+
+def test_whose_pages_are_there_is_known_at_opening(tmp_path: Path) -> None:
+    """Also where several servers wrote to one segment."""
+    roots = [PageKey(bytes([n]) * 32) for n in range(7)]
+    for n, root in enumerate(roots):
+        level = opened(tmp_path / "pages", root=root)
+        assert level.other_roots == tuple(reversed(roots[max(0, n - 4) : n]))
+        fill(level, range(10 * n, 10 * n + 3))
+        level.close()
+    assert len(list((tmp_path / "pages").glob("*.pages"))) == 1
+    again = opened(tmp_path / "pages", root=roots[3])
+    assert again.other_roots == (roots[6], roots[5], roots[4], roots[2])
+    again.close()

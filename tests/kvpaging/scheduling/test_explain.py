@@ -15,7 +15,7 @@ from kvpaging.base.ids import RequestId
 from kvpaging.cache import cache_manager
 from kvpaging.cache.explanation import CacheExplanation, LevelMatch, MissedRun, MissReason
 from kvpaging.cache.lower_levels import Held, LevelLoad, PagesLoaded
-from kvpaging.cache.prefix_key import ChainLink
+from kvpaging.cache.prefix_key import ChainLink, root_key
 from kvpaging.engine.engine import Engine
 from kvpaging.scheduling.events import Abort, Arrival, Event, Flush
 from kvpaging.scheduling.outputs import Finished
@@ -28,10 +28,19 @@ SIZE = 4
 class Scene:
     """An engine on the digest model with a clock that is set by hand."""
 
-    def __init__(self, num_pages: int = 16, *, levels: DigestLevels | None = None, **config: bool):
+    def __init__(
+        self,
+        num_pages: int = 16,
+        *,
+        levels: DigestLevels | None = None,
+        identity: bytes = b"",
+        **config: bool,
+    ):
         self.now = 100.0
         self.num_requests = 0
-        settings = digest_config(num_pages, SIZE, **config)
+        settings = msgspec.structs.replace(
+            digest_config(num_pages, SIZE, **config), numerics_identity=identity
+        )
         self.executor = DigestExecutor(num_pages, SIZE, levels)
         self.engine = Engine(settings, self.executor, clock=lambda: self.now)
 
@@ -374,6 +383,62 @@ def test_without_room_a_guess_is_not_asked() -> None:
     told = scene.ask(LONG[:18])
     assert told.missed_by_level["remote"] == (MissedRun(MissReason.NOT_ASKED, 0, 16),)
     assert told.reasons[0] == (MissReason.NEVER_SEEN, 0, 16)
+
+
+def after_other_settings(*prompts: Sequence[int], namespace: bytes = b"a") -> Scene:
+    """These were asked under settings that are no more, and their pages are still below."""
+    levels = DigestLevels(random.Random(0), store_at_uses=(1,), wants_evicted=False, forgets=False)
+    before = Scene(levels=levels)
+    for prompt in prompts:
+        before.ask(prompt, namespace)
+    levels.other_roots = (root_key(b"never written"), before.engine._cache.root)
+    return Scene(num_pages=7, levels=levels, identity=b"other weights")
+
+
+def test_what_is_there_under_other_settings_is_told() -> None:
+    scene = after_other_settings(LONG[:14])
+    told = scene.ask(LONG, b"a")
+    assert told.reasons == [
+        (MissReason.OTHER_SETTINGS, 0, 12),
+        (MissReason.NEVER_SEEN, 12, 8),
+        (MissReason.BELOW_PAGE, 20, 2),
+    ]
+    never = MissReason.NEVER_SEEN
+    assert told.missed_by_level == {
+        "device": (MissedRun(never, 0, 20),),
+        "digest": (MissedRun(MissReason.OTHER_SETTINGS, 0, 12), MissedRun(never, 12, 8)),
+    }
+    assert scene.engine.cache_stats().missed_pages == {"never_seen": 5}
+    assert scene.ask(LONG, b"a").reasons == [(MissReason.BELOW_PAGE, 20, 2)]
+
+
+def test_behind_what_is_found_other_settings_are_told_too() -> None:
+    scene = after_other_settings(LONG)
+    scene.ask(LONG[:10], b"a")
+    assert scene.ask(LONG, b"a").reasons[0] == (MissReason.OTHER_SETTINGS, 8, 12)
+
+
+def test_what_other_tenants_left_under_other_settings_is_not_told() -> None:
+    scene = after_other_settings(LONG, namespace=b"a")
+    assert scene.ask(LONG, b"b").reasons[0] == (MissReason.NEVER_SEEN, 0, 20)
+
+
+def test_a_salt_is_another_chain_under_other_settings_too() -> None:
+    scene = after_other_settings(LONG, namespace=b"a")
+    assert scene.ask(LONG, b"a and its salt").reasons[0] == (MissReason.NEVER_SEEN, 0, 20)
+
+
+def test_what_was_evicted_was_there_under_these_settings() -> None:
+    scene = after_other_settings(PROMPT)
+    scene.ask(PROMPT, b"a")
+    levels = scene.executor.levels
+    assert levels is not None
+    own = scene.engine._cache.chain(b"a")
+    scene.engine._cache.extend(own, PROMPT)
+    scene.ask([7] * 26, b"a")
+    for key in own.keys():  # noqa: SIM118 - a chain is no dict
+        levels.pages.pop(key)
+    assert scene.ask(PROMPT, b"a").reasons[0] == (MissReason.EVICTED, 0, 8)
 
 
 def test_computing_may_be_faster() -> None:

@@ -189,9 +189,9 @@ def test_the_page_knows_every_reason_and_every_field() -> None:
     text = Caller(make_app(Pictured())).get("/pages/view").text
     table = text.split("const MISSED = {")[1].split("};")[0]
     reasons = {str(reason) for reason in MissReason}
-    # No page; of one level only; with its cause.
+    # No page; with its cause; of one level only, or of explanations only.
     reasons -= {MissReason.BELOW_PAGE, MissReason.EVICTED}
-    reasons -= {MissReason.NOT_THERE, MissReason.NOT_ASKED}
+    reasons -= {MissReason.NOT_THERE, MissReason.NOT_ASKED, MissReason.OTHER_SETTINGS}
     reasons |= {f"evicted_{cause}" for cause in EvictionCause}
     assert set(re.findall(r"(\w+): \[", table)) == reasons
     stats = cache_stats()
