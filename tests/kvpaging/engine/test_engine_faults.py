@@ -121,10 +121,9 @@ class World:
             assert num_new_tokens <= limits.max_num_batched_tokens
             assert len(plan.scheduled) <= len(scheduler.running) <= limits.max_num_seqs
             placed = [s for s in scheduler.running if s.seq_id not in before]
-            if placed:
-                first = {rank(s): place(s) for s in reversed([*scheduler._waiting.upcoming()])}
-                for sequence in placed:
-                    assert place(sequence) < first.get(rank(sequence), (1 << 60, 0))
+            for other in scheduler._waiting.upcoming() if placed else ():
+                rivals = [s for s in placed if rank(s) == rank(other)]
+                assert all(place(s) < place(other) for s in rivals), "it was overtaken"
             return plan
 
         scheduler.schedule = checked  # type: ignore[method-assign, assignment]
