@@ -16,6 +16,7 @@ Knows nothing of the tokens' meaning or of who uses the pages.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import itertools
 import logging
@@ -36,7 +37,7 @@ from kvpaging.base.clock import Clock, monotonic
 from kvpaging.base.errors import ConfigError
 from kvpaging.base.evictions import Evicted, EvictionCause, EvictionLog
 from kvpaging.base.ids import PageKey
-from kvpaging.base.secret_file import read_secret
+from kvpaging.base.secret_file import MIN_SECRET_BYTES, read_secret
 from kvpaging.base.threads import give_way
 from kvpaging.levels import segment
 from kvpaging.levels.chain_order import ChainOrder
@@ -60,6 +61,9 @@ _MAX_OTHER_ROOTS: Final = 4
 _INDEX_NAME: Final = "index.sqlite"
 _LOCK_NAME: Final = "lock"
 _SECRET_NAME: Final = "secret"
+_SECRET_DRAFT_NAME: Final = "secret.new"
+
+_logger: Final = logging.getLogger(__name__)
 
 _Item = TypeVar("_Item")
 _Done = TypeVar("_Done")
@@ -157,7 +161,7 @@ class DiskLevel:
         self._clock = clock
         self._counters = Counters()
         self._evictions = EvictionLog()
-        self._complaints = Complaints(logging.getLogger(__name__), clock)
+        self._complaints = Complaints(_logger, clock)
         self._places: dict[PageKey, _Place] = {}
         self._order = ChainOrder()
         """The keys of `_places`, and of the pages that are being written."""
@@ -810,20 +814,43 @@ def _batches(pages: Iterable[StoredPage]) -> Iterator[list[StoredPage]]:
 def kept_secret(directory: Path) -> bytes:
     """The secret that lies with a disk cache's pages, made at the first call. Raises ConfigError.
 
-    For what needs one that lives as long as the pages do, where nobody gave another.
+    For what needs one that lives as long as the pages do, where nobody gave another. It is there as
+    a whole or not at all. A file that is too short to be one, as a crash or a full disk could leave
+    it, was of use to nobody, and a new one takes its place; any other is never changed.
     """
     path = directory / _SECRET_NAME
     try:
         _own_directory(directory)
-        with suppress(FileExistsError):
-            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            try:
-                os.write(file, secrets.token_hex(32).encode())
-            finally:
-                os.close(file)
+        num_bytes = path.stat().st_size if path.exists() else None
+        if num_bytes is None:
+            _make_secret(directory, os.link)
+        elif num_bytes < MIN_SECRET_BYTES and len(path.read_bytes()) < MIN_SECRET_BYTES:
+            _logger.warning("%s has %d bytes, no secret: it is made anew", path, num_bytes)
+            _make_secret(directory, os.replace)
     except OSError as error:
         raise ConfigError(f"the disk cache {directory} can't be used: {error}") from error
     return read_secret(path)
+
+
+def _make_secret(directory: Path, put: Callable[[Path, Path], None]) -> None:
+    """Write a new secret and have the medium hold it, then `put` it in its place.
+
+    `os.link` leaves one that another made meanwhile. Raises OSError.
+    """
+    draft = directory / _SECRET_DRAFT_NAME
+    draft.unlink(missing_ok=True)
+    file = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        secret = secrets.token_hex(32).encode()
+        if os.write(file, secret) < len(secret):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(draft))
+        os.fsync(file)
+    finally:
+        os.close(file)
+    with suppress(FileExistsError):
+        put(draft, directory / _SECRET_NAME)
+    draft.unlink(missing_ok=True)
+    segment.sync(directory)
 
 
 def _own_directory(directory: Path) -> None:
@@ -833,7 +860,7 @@ def _own_directory(directory: Path) -> None:
     if found.st_uid != os.geteuid():
         raise ConfigError(f"the disk cache {directory} belongs to another user")
     names = {path.name for path in directory.iterdir()}
-    if _LOCK_NAME not in names and names - {_SECRET_NAME}:
+    if _LOCK_NAME not in names and names - {_SECRET_NAME, _SECRET_DRAFT_NAME}:
         raise ConfigError(
             f"{directory} holds other files; give the disk cache a directory of its own"
         )

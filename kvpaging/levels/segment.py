@@ -79,6 +79,15 @@ def read(path: Path, offset: int, num_bytes: int) -> memoryview:
         os.close(file)
 
 
+def sync(path: Path) -> None:
+    """Have the medium hold a file, or the names in a directory. Raises OSError."""
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
 class SegmentWriter:
     """The segment that is being appended to. One thread at a time."""
 

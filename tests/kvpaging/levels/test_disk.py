@@ -140,6 +140,39 @@ def test_a_secret_may_lie_there_before_the_first_page(tmp_path: Path) -> None:
     assert kept_secret(tmp_path / "cache") == secret
 
 
+@pytest.mark.parametrize("left", [b"", b"0123456789abcde"])
+def test_a_secret_that_a_crash_cut_off_is_made_anew(tmp_path: Path, left: bytes) -> None:
+    directory = tmp_path / "cache"
+    directory.mkdir(mode=0o700)
+    (directory / "secret").write_bytes(left)
+    (directory / "secret.new").write_bytes(b"torn")
+    secret = kept_secret(directory)
+    assert len(secret) == 64
+    assert kept_secret(directory) == secret
+    assert sorted(path.name for path in directory.iterdir()) == ["secret"]
+    assert stat.S_IMODE((directory / "secret").stat().st_mode) == 0o600
+
+
+def test_a_secret_that_may_be_in_use_is_never_changed(tmp_path: Path) -> None:
+    directory = tmp_path / "cache"
+    directory.mkdir(mode=0o700)
+    (directory / "secret").write_bytes(b"0123456789abcdef")
+    assert kept_secret(directory) == b"0123456789abcdef"
+
+
+def test_a_full_disk_at_the_first_start_leaves_no_part_of_a_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / "cache"
+    write = os.write
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda file, data: write(file, data[:20]))
+        with pytest.raises(ConfigError, match="No space left"):
+            kept_secret(directory)
+    assert not (directory / "secret").exists()
+    assert len(kept_secret(directory)) == 64
+
+
 def test_another_root_is_never_answered(tmp_path: Path) -> None:
     level = opened(tmp_path / "cache")
     fill(level, range(3))
