@@ -284,7 +284,10 @@ class DiskLevel:
     def stats(self) -> LevelStats:
         """State and totals."""
         return self._counters.stats(
-            len(self._places), self._num_bytes + self._index_bytes, self._capacity_bytes
+            len(self._places),
+            self._num_bytes + self._index_bytes,
+            self._capacity_bytes,
+            self._evictions.counts,
         )
 
     def close(self) -> None:
@@ -626,7 +629,6 @@ class DiskLevel:
                     break
                 num_dropped += self._overflow is not None and key not in self._leaving
                 self._forget_locked([(key, place)], EvictionCause.ROOM)
-            self._counters.add(evicted=1)
             if place[0] != self._newest or self._writer is None:
                 filled = (self._filled(place[0]), place[0])
                 least = filled if least is None else min(least, filled)
@@ -738,7 +740,7 @@ class DiskLevel:
             if self._index is not None:
                 self._index.forget([segment_id])
         self._measure_index()
-        self._counters.add(evicted=num_lost, rescued=rescued)
+        self._counters.add(rescued=rescued)
 
     def _rescue(self, pages: list[tuple[PageKey, _Place]]) -> int:
         """Append these pages again, as far as there is room; how many."""

@@ -93,7 +93,6 @@ class HostLevel:
             known=known,
             refused=len(pages) - known - len(new),
             late=len(new) - len(stored),
-            evicted=len(evicted),
             stored_payload_bytes=payload_bytes,
             written_bytes=payload_bytes,
             store_s=self._clock() - started,
@@ -125,7 +124,9 @@ class HostLevel:
         """State and totals."""
         with self._lock:
             num_pages, num_bytes = len(self._pages), self._num_bytes
-        return self._counters.stats(num_pages, num_bytes, self._capacity_bytes)
+        return self._counters.stats(
+            num_pages, num_bytes, self._capacity_bytes, self._evictions.counts
+        )
 
     def close(self) -> None:
         """Give the memory back."""

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import msgspec
 
 from kvpaging.base.clock import Clock
-from kvpaging.base.evictions import Evicted
+from kvpaging.base.evictions import Evicted, EvictionCause
 from kvpaging.base.ids import PageKey
 
 
@@ -49,8 +49,8 @@ class LevelStats(msgspec.Struct, frozen=True):
     """Pages brought; `stored` of them were new and were taken, `known` were there already."""
     stored: int
     known: int
-    evicted: int
-    """Pages that left for lack of room."""
+    evicted: dict[str, int]
+    """Pages that left, by `EvictionCause`; empty where only a server knows."""
     rescued: int
     """Pages that would have left and were kept, because they had been used."""
     refused: int
@@ -136,7 +136,7 @@ class Counters:
     _NAMES = tuple(
         name
         for name in LevelStats.__struct_fields__
-        if name not in ("num_pages", "num_bytes", "capacity_bytes")
+        if name not in ("num_pages", "num_bytes", "capacity_bytes", "evicted")
     )
 
     def __init__(self) -> None:
@@ -150,12 +150,21 @@ class Counters:
                 self._totals[name] += amount
 
     def stats(
-        self, num_pages: int | None, num_bytes: int | None, capacity_bytes: int | None
+        self,
+        num_pages: int | None,
+        num_bytes: int | None,
+        capacity_bytes: int | None,
+        evicted: Mapping[EvictionCause, int],
     ) -> LevelStats:
         """The totals with the state beside them."""
         with self._lock:
             totals = dict(self._totals)
-        state = {"num_pages": num_pages, "num_bytes": num_bytes, "capacity_bytes": capacity_bytes}
+        state = {
+            "num_pages": num_pages,
+            "num_bytes": num_bytes,
+            "capacity_bytes": capacity_bytes,
+            "evicted": {str(cause): count for cause, count in evicted.items()},
+        }
         return msgspec.convert({**state, **totals}, LevelStats, strict=False)
 
 

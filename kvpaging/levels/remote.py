@@ -267,7 +267,7 @@ class RemoteLevel:
 
     def stats(self) -> LevelStats:
         """Totals; how much the server holds only it knows."""
-        return self._counters.stats(None, None, None)
+        return self._counters.stats(None, None, None, {})
 
     def close(self) -> None:
         """Drop the connections. Idempotent."""

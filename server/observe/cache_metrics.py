@@ -103,7 +103,8 @@ def totals(stats: CacheStats) -> Iterator[tuple[str, tuple[str, ...], tuple[str,
     for cause, count in stats.evictions.items():
         yield "evicted_pages", ("level", "reason"), (DEVICE, cause), count
     for name, level_stats in stats.below.levels.items():
-        yield "evicted_pages", ("level", "reason"), (name, "room"), level_stats.evicted
+        for cause, count in level_stats.evicted.items():
+            yield "evicted_pages", ("level", "reason"), (name, cause), count
         yield from _level_totals(name, level_stats)
 
 

@@ -65,7 +65,8 @@ class LevelReport(TypedDict):
     written: TransferReport
     compression_ratio: float | None
     """Bytes of payload for each byte that is kept."""
-    evicted_pages: int
+    evicted_pages: dict[str, int]
+    """By cause; empty where only its server knows."""
     late_pages: int
     refused_pages: int
     corrupt_pages: int

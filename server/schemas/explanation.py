@@ -12,7 +12,7 @@ from kvpaging.scheduling.outputs import Recomputed
 
 EXPLAIN: Final = "Say at the end, for each prompt, what was found in the cache and why not more."
 
-_POLICIES_BELOW: Final = {"host": "lru", "disk": "oldest_segment"}
+_POLICIES_BELOW: Final = {"host": "lru", "disk": "lru"}
 """How levels below the device choose what leaves them."""
 
 

@@ -203,7 +203,7 @@ def cache_stats() -> CacheStats:
         stores=20,
         stored=15,
         known=5,
-        evicted=8,
+        evicted={"room": 8, "flush": 3},
         rescued=0,
         refused=1,
         late=2,

@@ -131,7 +131,7 @@ def test_weights_swapped_in_place_find_nothing_and_the_old_pages_age_out(
             ask(swapped, prompts(100))
         settled(swapped)
         assert old_root not in roots_on_disk(disk)
-        assert mover(swapped).stats().levels["disk"].evicted >= 6
+        assert mover(swapped).stats().levels["disk"].evicted["room"] >= 6
     assert len(before.samples) == len(after.samples) == 4
 
 
@@ -234,7 +234,7 @@ def test_what_every_request_begins_with_stays_on_a_disk_that_others_turn_over(
             assert ask(it, tokens).num_cached_tokens == (len(system) if i else 0)
             settled(it)
         assert mover(it).stats().levels["disk"].loads == 0
-        assert mover(it).stats().levels["disk"].evicted > 40
+        assert mover(it).stats().levels["disk"].evicted["room"] > 40
         left = tmp_path / "left"
         shutil.copytree(tmp_path / "pages", left)
     with engine(model, **options | {"disk_cache_dir": str(left)}) as again:

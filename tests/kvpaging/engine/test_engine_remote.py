@@ -145,7 +145,7 @@ def test_what_has_no_room_nearer_goes_to_the_server_and_comes_back(
         if len(colds) == 1 and min_uses == 1:
             levels._settings[-1].level.clear()  # the server lost what it was sent
     stats = levels.stats()
-    assert stats.levels[above].evicted > 9
+    assert stats.levels[above].evicted["room"] > 9
     assert stats.levels["remote"].stored > 9
     assert stats.num_dropped_pages == 0
     engine.close()

@@ -244,7 +244,7 @@ def test_the_bound_holds_at_all_times(tmp_path: Path) -> None:
     watcher.join()
     stats = level.stats()
     assert MIN_CAPACITY_BYTES // 2 < largest <= MIN_CAPACITY_BYTES
-    assert stats.evicted > 0
+    assert stats.evicted["room"] > 0
     assert stats.rescued > 0
     assert stats.failures == 0
     level.close()
@@ -256,7 +256,7 @@ def test_the_bound_holds_over_the_index_of_tiny_pages(tmp_path: Path) -> None:
     for first in range(0, 12_000, 400):
         level.store([page_of(n, 0) for n in range(first, first + 400)], 60.0)
         assert num_bytes(directory) <= MIN_CAPACITY_BYTES
-    assert level.stats().evicted > 0
+    assert level.stats().evicted["room"] > 0
     assert level.stats().num_pages == len(whole(level, range(12_000), 0)) > 2500
     level.close()
 
@@ -370,7 +370,7 @@ def test_no_page_leaves_before_one_that_follows_it(tmp_path: Path, seed: int) ->
 def test_pages_that_leave_as_they_came_are_not_written_again(tmp_path: Path) -> None:
     level = opened(tmp_path / "cache", segment_bytes=100_000)
     fill(level, range(1000), 6000)
-    assert level.stats().evicted > 700
+    assert level.stats().evicted["room"] > 700
     assert level.stats().rescued == 0
     level.close()
 
@@ -429,6 +429,8 @@ def test_clear_forgets_all(tmp_path: Path) -> None:
     fill(level, range(10))
     whole(level, range(10))
     level.clear()
+    counts = {str(cause): 10 * (cause is EvictionCause.FLUSH) for cause in EvictionCause}
+    assert level.stats().evicted == counts
     assert whole(level, range(10)) == set()
     assert segments_of(tmp_path / "cache") == []
     fill(level, range(10))

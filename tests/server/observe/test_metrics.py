@@ -92,6 +92,7 @@ def test_the_cache_by_level() -> None:
     assert cache["compression_ratio{level=disk}"] == 1.5
     assert cache["evicted_pages_total{level=device,reason=room}"] == 6
     assert cache["evicted_pages_total{level=disk,reason=room}"] == 8
+    assert cache["evicted_pages_total{level=disk,reason=flush}"] == 3
     assert cache["level_troubles_total{kind=corrupt,level=disk}"] == 3
     assert cache["level_pages{level=device}"] == 5
     assert cache["level_bytes{level=disk}"] == 700

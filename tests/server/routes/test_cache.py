@@ -46,7 +46,7 @@ def test_stats_by_level() -> None:
         "read": {"pages": 10, "bytes": 640, "seconds": 2.0, "bytes_per_s": 320.0},
         "written": {"pages": 15, "bytes": 1500, "seconds": 3.0, "bytes_per_s": 500.0},
         "compression_ratio": 1.5,
-        "evicted_pages": 8,
+        "evicted_pages": {"room": 8, "flush": 3},
         "late_pages": 2,
         "refused_pages": 1,
         "corrupt_pages": 3,

@@ -50,7 +50,7 @@ def test_explanations_come_at_the_end(path: str, body: dict[str, Any], stream: b
                 "tokens": 1,
                 "level": "disk",
                 "cause": "room",
-                "policy": "oldest_segment",
+                "policy": "lru",
                 "evicted_s_ago": 2.5,
             },
             {"reason": "never_seen", "first_token": 2, "tokens": num_tokens - 2},
