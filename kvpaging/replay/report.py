@@ -7,6 +7,8 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
+
 from kvpaging.base.errors import ConfigError
 from kvpaging.replay.outcome import Outcome
 
@@ -58,16 +60,23 @@ def table(outcomes: Sequence[Outcome]) -> list[str]:
 
 
 def csv_text(outcomes: Sequence[Outcome]) -> str:
-    """One line an outcome, under a heading; nested fields are left out."""
-    rows = [outcome.as_json() for outcome in outcomes]
-    for row in rows:
-        row.pop("latencies")
-        row.pop("num_level_hit_pages")
+    """One line an outcome, under a heading; empty where an outcome has no such field."""
+    rows = [_flat(outcome) for outcome in outcomes]
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]))
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+def _flat(outcome: Outcome) -> dict[str, object]:
+    """What `as_json` has: each level's hits and each latency a column of its own."""
+    row = outcome.as_json()
+    del row["latencies"], row["num_level_hit_pages"]
+    row |= {f"num_{name}_hit_pages": num for name, num in outcome.num_level_hit_pages.items()}
+    if outcome.latencies is not None:
+        row |= msgspec.to_builtins(outcome.latencies)
+    return row
 
 
 def check_plot(path: Path) -> None:

@@ -65,6 +65,20 @@ def test_the_table_csv_and_plots(
     assert {row["policy"] for row in rows} == {line.split()[0] for line in lines[1:36]}
 
 
+def test_the_csv_has_what_the_json_has(
+    trace: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--mode", "full", "--capacity", "2_000", "--levels", "host=900,disk=3000"]
+    assert cli.main(["replay", trace, *flags, "--json", "--csv", f"{tmp_path}/out.csv"]) == 0
+    run = json.loads(capsys.readouterr().out)
+    with (tmp_path / "out.csv").open() as file:
+        [row] = csv.DictReader(file)
+    for name, num in run["num_level_hit_pages"].items():
+        assert row[f"num_{name}_hit_pages"] == str(num)
+    assert {name: float(row[name]) for name in run["latencies"]} == run["latencies"]
+    assert len(row) == len(run) - 2 + 2 + 3
+
+
 @pytest.mark.parametrize("mode", ["cache", "blocks", "full"])
 def test_modes(trace: str, mode: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["replay", trace, "--mode", mode, "--capacity", "2_000", "--json"]) == 0

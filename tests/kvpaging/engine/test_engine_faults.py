@@ -145,8 +145,9 @@ class World:
         self.count("loaded", stats.num_loaded_pages)
         for level in self.below.levels:
             found = level.stats()
-            for name in ("hits", "stored", "corrupt", "failures", "evicted"):
+            for name in ("hits", "stored", "corrupt", "failures"):
                 self.count(f"{level.name} {name}", getattr(found, name))
+            self.count(f"{level.name} evicted", found.evicted.get("room", 0))
             for mood, times in level.num_faults.items():
                 self.count(mood, times)
         self.below.heal()
