@@ -168,6 +168,8 @@ class DiskLevel:
         self._leaving: dict[PageKey, int] = {}
         """Bytes of pages that began to go down, and are next to leave."""
         self._leaving_bytes = 0
+        self._largest_store_bytes = 0
+        """Of the payloads of one call."""
         self._places_lock = threading.Lock()
         """For changes to those above; held for moments. Looking a page up needs no lock."""
         self._write_lock = threading.Lock()
@@ -241,6 +243,8 @@ class DiskLevel:
         self.touch(known)
         num_left = len(new)
         num_stored = 0
+        num_bytes = sum(len(page.payload) for page in new.values())
+        self._largest_store_bytes = max(num_bytes, self._largest_store_bytes)
         for batch, values in self._packed(new.values(), started + deadline_s):
             with self._write_lock:
                 taken = self._store_values(values)
@@ -562,15 +566,19 @@ class DiskLevel:
         return done
 
     def _let_go_ahead(self) -> None:
-        """Where room may be needed soon, a segment's bytes of what is next to leave go down."""
-        if self._overflow is None or self._fits(2 * self._segment_bytes, _ENTRIES_A_STRETCH):
+        """Where room may be needed soon, what is next to leave goes down.
+
+        At least what the next store may push out: a segment's bytes, or those of the largest store.
+        """
+        ahead = 2 * max(self._segment_bytes, self._largest_store_bytes)
+        if self._overflow is None or self._fits(ahead, _ENTRIES_A_STRETCH):
             return
         keys = []
         with self._places_lock:
-            if self._leaving_bytes > self._segment_bytes // 2:
+            if self._leaving_bytes > ahead // 2:
                 return
             for key in self._order:
-                if self._leaving_bytes >= self._segment_bytes:
+                if self._leaving_bytes >= ahead:
                     break
                 if key not in self._leaving:
                     keys.append(key)
