@@ -10,7 +10,7 @@ A process that is killed at any moment, a full disk and flipped bits cost misses
 page: a page counts when it is whole behind its header, and every read checks its digest. The end of
 the machine may cost what the system had not written back yet.
 
-Where each page lies is kept in memory (some 600 bytes a page), so that `contains` touches no disk.
+Where each page lies is kept in memory (some 400 bytes a page), so that `contains` touches no disk.
 Knows nothing of the tokens' meaning or of who uses the pages.
 """
 
@@ -55,6 +55,8 @@ _MOVE_BYTES: Final = 1 << 20
 """About what is read or written at once, and handed to one thread to pack or check."""
 _MAX_WORKERS: Final = 4
 _ENTRIES_A_STRETCH: Final = 1024
+_PATIENCE_S: Final = 2.0
+"""How long emptying and closing wait for a write that the medium holds."""
 _MOST_FILLED: Final = 0.5
 """Of a segment whose room is had back: its rest is written again, and room must be gained."""
 _MAX_OTHER_ROOTS: Final = 4
@@ -273,13 +275,20 @@ class DiskLevel:
         return self.contains(keys)
 
     def clear(self) -> None:
-        """Delete every segment. Raises `OSError` where some could not be."""
-        with self._write_lock:
+        """Delete every segment.
+
+        Raises `OSError` where some could not be, or where a write holds them up for too long.
+        """
+        if not self._write_lock.acquire(timeout=_PATIENCE_S):
+            raise TimeoutError(f"{self._directory}: a write has not ended within {_PATIENCE_S} s")
+        try:
             self._seal()
             while self._segments and not self._is_closed:
                 self._drop(next(iter(self._segments)), EvictionCause.FLUSH)
             if self._num_bytes:
                 raise OSError(f"{self._directory}: {self._num_bytes} bytes can't be deleted")
+        finally:
+            self._write_lock.release()
 
     def evicted(self, keys: Sequence[PageKey]) -> list[Evicted | None]:
         """How long ago and why each page left, since this was opened; of the last ones."""
@@ -295,20 +304,33 @@ class DiskLevel:
         )
 
     def close(self) -> None:
-        """Seal, let go of the files and of the directory's lock. Idempotent."""
-        with self._write_lock:
+        """Seal, let go of the files and of the directory's lock. Idempotent.
+
+        Where the medium holds a write, the files stay open until the process ends.
+        """
+        if not self._write_lock.acquire(timeout=_PATIENCE_S):
+            self._complaints.warn("a disk cache is left as it is", "a write to it does not end")
+            self._end()
+            return
+        try:
             if self._is_closed:
                 return
-            self._is_closed = True
             self._seal()
             if self._index is not None:
                 self._index.close()
-            with self._places_lock:
-                self._places.clear()
-                self._order.clear()
-            self._workers.shutdown(wait=False, cancel_futures=True)
-            self._packers.shutdown(wait=False, cancel_futures=True)
+            self._end()
             os.close(self._lock_file)
+        finally:
+            self._write_lock.release()
+
+    def _end(self) -> None:
+        """From now on everything is a miss."""
+        self._is_closed = True
+        with self._places_lock:
+            self._places.clear()
+            self._order.clear()
+        self._workers.shutdown(wait=False, cancel_futures=True)
+        self._packers.shutdown(wait=False, cancel_futures=True)
 
     def _ahead(
         self,

@@ -424,6 +424,21 @@ def test_a_clear_that_leaves_files_says_so(tmp_path: Path, monkeypatch: pytest.M
     assert segments_of(tmp_path / "cache") != []
 
 
+def test_a_medium_that_holds_a_write_holds_neither_clear_nor_close_for_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    level = opened(tmp_path / "cache")
+    fill(level, range(3))
+    monkeypatch.setattr("kvpaging.levels.disk._PATIENCE_S", 0.05)
+    with level._write_lock:
+        with pytest.raises(TimeoutError, match="has not ended"):
+            level.clear()
+        assert whole(level, range(3)) == {0, 1, 2}
+        level.close()
+        assert "does not end" in caplog.text
+        assert level.contains([key_of(0)]) == [False]
+
+
 def test_clear_forgets_all(tmp_path: Path) -> None:
     level = opened(tmp_path / "cache", segment_bytes=1000)
     fill(level, range(10))
