@@ -170,7 +170,7 @@ class RemoteLevel:
         self._missing_until_s: dict[PageKey, float] = {}
         self._renew_every_s = min(_RENEW_EVERY_S, ttl_s / 8)
         self._renewed_s: dict[PageKey, float] = {}
-        """When pages were stored or renewed last, from here."""
+        """When pages were stored, renewed, or said not to be there, last, from here."""
         self._link = RedisLink(url)
 
     def contains(self, keys: Sequence[PageKey]) -> list[bool]:
@@ -214,7 +214,8 @@ class RemoteLevel:
         """Send the pages that the server has not, and renew the others' time to live."""
         started = self._clock()
         end_s = started + deadline_s
-        known, trouble = self._renew([page.key for page in pages], end_s)
+        here, trouble = self._renew([page.key for page in pages], end_s)
+        known = {key for key, is_here in here.items() if is_here}
         new = [page for page in pages if page.key not in known]
         answered = stored = 0
         for batch, values in self._batches([] if trouble else new):
@@ -229,14 +230,17 @@ class RemoteLevel:
         return len(known) + stored
 
     def touch(self, keys: Sequence[PageKey]) -> list[bool]:
-        """Renew the pages that were not renewed lately; which are not there, where that showed."""
+        """Renew the pages that were not asked about lately; which are not there, where that showed.
+
+        One that is not there is said so once: a server that takes no pages is not sent them with
+        each use.
+        """
         now_s = self._clock()
         oldest_s = now_s - self._renew_every_s
         due = [key for key in keys if self._renewed_s.get(key, oldest_s) <= oldest_s]
         due = due[:_MAX_RENEWED]
-        known, trouble = self._renew(due, now_s + self._batch_deadline_s)
-        lost = set() if trouble else set(due) - known
-        return [key not in lost for key in keys]
+        here, _ = self._renew(due, now_s + self._batch_deadline_s)
+        return [here.get(key, True) for key in keys]
 
     def clear(self) -> None:
         """Delete every page made with this secret, other servers' too, within half a minute.
@@ -360,14 +364,24 @@ class RemoteLevel:
         self._counters.add(corrupt=1)
         self._complaints.warn("a page is corrupt", f"{self._link.address}: {error}")
 
-    def _renew(self, keys: Sequence[PageKey], end_s: float) -> tuple[set[PageKey], _Trouble | None]:
-        """The pages that are there already: they are used, so they live on."""
+    def _renew(
+        self, keys: Sequence[PageKey], end_s: float
+    ) -> tuple[dict[PageKey, bool], _Trouble | None]:
+        """Whether pages are there, of those of which that shows; those that are live on."""
         asked = [key for key in keys if key not in self._broken]
         commands = [(b"PEXPIRE", self._seal.name(key), self._ttl_ms) for key in asked]
         replies, trouble = self._exchange(commands, _COMMAND_BYTES * len(asked), end_s)
-        known = {key for key, reply in zip(asked, replies, strict=False) if reply == 1}
-        self._note_renewed(known)
-        return known, trouble
+        here: dict[PageKey, bool] = {}
+        for key, reply in zip(asked, replies, strict=False):
+            if isinstance(reply, Refusal):
+                self._failed(reply.message)
+            else:
+                here[key] = reply == 1
+        if trouble is None:
+            here.update((key, False) for key in keys if key in self._broken)
+        # Refused ones too. What was not answered at all may be asked again: the breaker bounds it.
+        self._note_renewed([*here, *asked[: len(replies)]])
+        return here, trouble
 
     def _note_renewed(self, keys: Collection[PageKey]) -> None:
         if len(self._renewed_s) + len(keys) > _MAX_REMEMBERED:

@@ -88,13 +88,43 @@ def test_pages_that_are_used_elsewhere_are_renewed_now_and_then(url: str) -> Non
         client.delete(names[1])
         assert level.touch(keys) == [True, False, True, False]
         assert all(client.pttl(names[n]) > 990_000 for n in (0, 2))
-        assert level.touch(keys) == [True, False, True, False]
+        assert level.touch(keys) == [True] * 4, "asked about so lately that nobody asks"
 
 
 def test_of_a_server_that_is_not_there_nothing_is_known_to_be_lost() -> None:
     with remote("redis://127.0.0.1:1/0") as level:
         for _ in range(5):
             assert level.touch([key_of(1)]) == [True]
+
+
+def test_a_server_that_takes_no_pages_is_asked_for_each_once_in_a_while(tmp_path: Path) -> None:
+    now = [0.0]
+    keys = [key_of(n) for n in range(3)]
+    with (
+        redis_server(tmp_path, "--maxmemory", "1") as url,
+        remote(url, ttl_s=800.0, clock=lambda: now[0]) as level,
+    ):
+        level._broken.add(keys[2])
+        assert level.touch(keys) == [False] * 3
+        for _ in range(3):
+            assert level.touch(keys) == [True] * 3, "each use would send all of them again"
+        assert level.store([page_of(n) for n in range(3)], 30.0) == 0
+        now[0] = 99.0
+        assert level.touch(keys) == [True] * 3
+        now[0] = 101.0
+        assert level.touch(keys) == [False] * 3
+
+
+def test_what_may_not_be_renewed_is_not_known_to_be_lost(tmp_path: Path) -> None:
+    with redis_server(tmp_path) as url, remote(url) as level:
+        fill(level, range(2))
+        level._renewed_s.clear()
+        redis.Redis.from_url(url).replicaof("127.0.0.1", "1")  # from now on it is read-only
+        keys = [key_of(n) for n in range(2)]
+        assert level.touch(keys) == [True] * 2
+        assert level.stats().failures == 2
+        assert level.touch(keys) == [True] * 2
+        assert level.stats().failures == 2, "asked once"
 
 
 def test_two_servers_share_pages(url: str) -> None:
