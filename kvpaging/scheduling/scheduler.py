@@ -62,9 +62,10 @@ MAX_LOADS: Final = 8
 """Where so many sequences load, none is begun before its turn: they are served one by one."""
 LOOK_AHEAD: Final = 16
 """So many from the first in the queue on may load before their turn."""
-MAX_HASHED_PAGES: Final = 1024
-"""Pages of waiting sequences that a step hashes while others run. With pages of 16 tokens that is
-some 2 ms, and twice the prompt tokens that a large step computes."""
+MAX_HASHED_TOKENS: Final = 16_384
+"""Of waiting sequences, that a step hashes while others run, a page at least: twice the prompt
+tokens that a large step computes, so that hashing is never what a prompt waits for most. With pages
+of 16 tokens that takes some 2 ms; a token costs more the fewer share a page."""
 
 
 @dataclass(slots=True)
@@ -91,12 +92,12 @@ class _Draft:
         "now_s",
     )
 
-    def __init__(self, now_s: float, budget: int, draws: int):
+    def __init__(self, now_s: float, budget: int, draws: int, page_size: int):
         self.now_s = now_s
         self.budget = budget
         self.draws = draws
         """Tokens that may still be sampled: each takes a row of logits."""
-        self.hashes = MAX_HASHED_PAGES
+        self.hashes = max(1, MAX_HASHED_TOKENS // page_size)
         """Pages that may still be hashed."""
         self.entries: dict[SeqId, tuple[Sequence, ScheduledSequence]] = {}
         self.copies: list[PageCopy] = []
@@ -219,7 +220,12 @@ class Scheduler:
         for event in events:
             self._take_in(event, now)
         self._stop_idle()
-        draft = _Draft(now, self.config.max_num_batched_tokens, self.config.max_num_seqs)
+        draft = _Draft(
+            now,
+            self.config.max_num_batched_tokens,
+            self.config.max_num_seqs,
+            self.cache.page_size,
+        )
         step_id = StepId(self._next_step)
         self._next_step += 1
         self._plan_copies(draft, step_id)

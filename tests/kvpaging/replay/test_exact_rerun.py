@@ -156,7 +156,7 @@ def test_hashing_in_pieces_makes_the_same_decisions(
 ) -> None:
     path = tmp_path / "recording"
     with monkeypatch.context() as patch:
-        patch.setattr(scheduler_module, "MAX_HASHED_PAGES", 1)
+        patch.setattr(scheduler_module, "MAX_HASHED_TOKENS", 1)
         live, _ = live_run(path, 1, "lru", levels=levels, ahead=ahead)
         again: list[object] = []
         outcome = rerun(path, on_plan=lambda plan: again.append(decisions(plan)))

@@ -192,13 +192,13 @@ def test_requests_that_left_while_they_waited_hold_no_memory() -> None:
 
 
 class HashCounter:
-    """Counts the page keys that are made, where a step may make `bound` of them."""
+    """Counts the page keys that are made, where a step may hash `bound` tokens."""
 
     def __init__(self, patch: pytest.MonkeyPatch, bound: int) -> None:
         self.count = 0
         self._page_key = prefix_key.page_key
         patch.setattr(prefix_key, "page_key", self.page_key)
-        patch.setattr(scheduler_module, "MAX_HASHED_PAGES", bound)
+        patch.setattr(scheduler_module, "MAX_HASHED_TOKENS", bound)
 
     def page_key(self, parent: PageKey, namespace: bytes, tokens: bytes) -> PageKey:
         self.count += 1
@@ -217,7 +217,7 @@ def test_a_long_prompt_is_hashed_in_pieces_while_others_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     scheduler = make(num_pages=200)
-    counter = HashCounter(monkeypatch, bound=5)
+    counter = HashCounter(monkeypatch, bound=20)
     step(scheduler, arrival("runs", 1, max_new=90))
     long, short = arrival("long", 150), arrival("short", 12)
     steps = [counter.step(scheduler, long, short)]
@@ -235,9 +235,19 @@ def test_a_long_prompt_is_hashed_in_pieces_while_others_run(
     assert chain.links[:37] == whole.links
 
 
+@pytest.mark.parametrize(("page_size", "num_pages"), [(1, 20), (4, 5), (16, 1), (32, 1)])
+def test_what_a_step_hashes_is_bounded_in_tokens(
+    monkeypatch: pytest.MonkeyPatch, page_size: int, num_pages: int
+) -> None:
+    scheduler = make(num_pages=400, page_size=page_size)
+    counter = HashCounter(monkeypatch, bound=20)
+    step(scheduler, arrival("runs", 1, max_new=90))
+    assert counter.step(scheduler, arrival("long", 150))[1] == num_pages
+
+
 def test_what_comes_first_is_hashed_first(monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler = make(num_pages=200)
-    counter = HashCounter(monkeypatch, bound=5)
+    counter = HashCounter(monkeypatch, bound=20)
     step(scheduler, arrival("runs", 1, max_new=90))
     counter.step(scheduler, arrival("long", 150))
     urgent = msgspec.structs.replace(arrival("urgent", 6).request, priority=1)
@@ -250,7 +260,7 @@ def test_a_long_prompt_that_holds_up_nobody_is_hashed_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     scheduler = make(num_pages=200)
-    counter = HashCounter(monkeypatch, bound=5)
+    counter = HashCounter(monkeypatch, bound=20)
     plan, hashed = counter.step(scheduler, arrival("long", 150), arrival("other", 150))
     assert [row.seq_id for row in plan.added] == [1]
     assert hashed <= 37 + 5
@@ -258,7 +268,7 @@ def test_a_long_prompt_that_holds_up_nobody_is_hashed_at_once(
 
 def test_of_those_that_left_unhashed_nothing_is_hashed(monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler = make(num_pages=200)
-    counter = HashCounter(monkeypatch, bound=5)
+    counter = HashCounter(monkeypatch, bound=20)
     step(scheduler, arrival("runs", 1, max_new=90))
     counter.step(scheduler, arrival("long", 150), arrival("longer", 160))
     step(scheduler, Abort(RequestId("long")), Abort(RequestId("longer")))
