@@ -305,7 +305,11 @@ class PageMover:
         self._pass_on(fetch, self._next_lane(fetch, 0))
 
     def flush(self, order: LevelFlush) -> None:
-        """Empty levels when what was ordered before is written; `completions` tells the end."""
+        """Empty levels when what was ordered before is written; `completions` tells the end.
+
+        Of what is on its way out of these levels, or has left one above on its way into them,
+        nothing comes down after it. The other ways go on.
+        """
         # Those above the last one feed it: what they let go of before this must not come after it.
         last = max((i for i, name in enumerate(self.names) if name in order.levels), default=0)
         lanes = self._lanes[: last + 1]
@@ -401,8 +405,13 @@ class PageMover:
             level.clear()
             pages[level.name] = num_pages
 
-        for way in self._overflows:
-            self._guarded(way.drop)
+        for setting in self._settings:
+            if setting.overflow is None:
+                continue
+            if setting.level.name in order.levels:
+                self._guarded(setting.overflow.drop)
+            elif setting.overflow.below.name in order.levels:
+                self._guarded(setting.overflow.drop_left)
         levels = [s.level for s in self._settings if s.level.name in order.levels]
         failed = [each.name for each in levels if not self._guarded(partial(empty, each))]
         self._flushed.put(LevelsFlushed(order.query_id, pages, tuple(failed)))

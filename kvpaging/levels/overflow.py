@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final
 
 from kvpaging.base.clock import Clock, monotonic
@@ -92,9 +92,11 @@ class Overflow:
 
     def drop(self) -> None:
         """Pass on nothing of what came so far; what is being stored is stored on return."""
-        with self._changed:
-            self._drop()
-            self._changed.wait_for(lambda: self._running is None, 2 * DEADLINE_S)
+        self._drop_and_wait(lambda work: True)
+
+    def drop_left(self) -> None:
+        """As `drop`, of pages that are nowhere else: those of `pull` have not left yet."""
+        self._drop_and_wait(lambda work: work.num_bytes > 0)
 
     def finish(self, timeout_s: float) -> None:
         """Wait at most so long for pages that are nowhere else.
@@ -108,7 +110,7 @@ class Overflow:
         """End the thread; what it has not stored is not kept. Idempotent."""
         with self._changed:
             self._is_closed = True
-            self._drop()
+            self._drop(lambda work: True)
             self._changed.notify_all()
         self._thread.join(CLOSE_S)
 
@@ -118,10 +120,17 @@ class Overflow:
             self.num_bytes += work.num_bytes
             self._changed.notify_all()
 
-    def _drop(self) -> None:
-        self.num_bytes -= sum(work.num_bytes for work in self._waiting)
-        self._waiting.clear()
-        if self._running is not None:
+    def _drop_and_wait(self, unwanted: Callable[[_Work], bool]) -> None:
+        with self._changed:
+            self._drop(unwanted)
+            running = self._running
+            if running is not None and running.is_dropped:
+                self._changed.wait_for(lambda: self._running is not running, 2 * DEADLINE_S)
+
+    def _drop(self, unwanted: Callable[[_Work], bool]) -> None:
+        self.num_bytes -= sum(work.num_bytes for work in self._waiting if unwanted(work))
+        self._waiting = deque(work for work in self._waiting if not unwanted(work))
+        if self._running is not None and unwanted(self._running):
             self._running.is_dropped = True
 
     def _run(self) -> None:

@@ -490,6 +490,67 @@ def test_what_a_level_lets_go_of_before_a_flush_does_not_come_after_it(pool: KVP
     mover.close()
 
 
+@pytest.mark.parametrize(
+    ("level", "in_middle", "in_far"),
+    [("host", [0], [2, 3, 4, 5]), ("middle", [], [2]), ("far", [0, 1], [4, 5])],
+)
+def test_a_flush_drops_only_what_is_on_its_way_from_or_into_what_it_empties(
+    pool: KVPool, level: str, in_middle: list[int], in_far: list[int]
+) -> None:
+    """0 and 1 have left the host, 2 and 3 the middle, 4 and 5 are next to leave it.
+
+    0 and 2 are being stored.
+    """
+
+    class Gate(HostLevel):
+        def __init__(self, name: str) -> None:
+            super().__init__(1 << 20)
+            self.name = name
+            self.storing, self.go_on = threading.Event(), threading.Event()
+
+        def store(self, pages: Sequence[StoredPage], deadline_s: float) -> int:
+            self.storing.set()
+            self.go_on.wait(60)
+            return super().store(pages, deadline_s)
+
+    middle, far = Gate("middle"), Gate("far")
+    into_middle, into_far = Overflow(middle), Overflow(far)
+    settings = [
+        LevelSetting(HostLevel(1 << 20), 1, 1.0, into_middle),
+        LevelSetting(middle, None, 1.0, into_far),
+        LevelSetting(far, None, 1.0),
+    ]
+    mover = PageMover(pool, OPS, settings)
+    pages = [StoredPage(link(n).key, PageKey(b""), link(n).tokens, bytes(100)) for n in range(6)]
+    is_over = threading.Event()
+
+    def leaving() -> Iterator[list[StoredPage]]:
+        is_over.wait(60)
+        yield pages[4:5]
+        yield pages[5:]
+
+    into_middle.put(pages[:1])
+    into_far.put(pages[2:3])
+    assert middle.storing.wait(60)
+    assert far.storing.wait(60)
+    into_middle.put(pages[1:2])
+    into_far.put(pages[3:4])
+    into_far.pull(leaving())
+    mover.flush(LevelFlush(3, (level,)))
+    until(lambda: into_middle.num_bytes == (200 if level == "far" else 100))
+    middle.go_on.set()
+    until(lambda: into_far.num_bytes == (200 if level == "host" else 100))
+    far.go_on.set()
+    ended: list[PagesLoaded | LevelsFlushed] = []
+    until(lambda: ended.extend(mover.completions()) or ended)
+    is_over.set()
+    until(lambda: into_middle.is_idle and into_far.is_idle)
+    for each, there in ((middle, in_middle), (far, in_far)):
+        found = each.contains([page.key for page in pages])
+        assert [n for n, is_here in enumerate(found) if is_here] == there, each.name
+    mover.close()
+
+
 class Slow(HostLevel):
     """Takes `store_s` for each call that stores."""
 

@@ -160,6 +160,28 @@ def test_the_disk_waits_for_nobody_and_says_what_did_not_go_down(
     level.close()
 
 
+def test_what_is_next_to_leave_the_disk_goes_down_though_what_left_is_dropped(
+    tmp_path: Path, way: Callable[..., Overflow]
+) -> None:
+    below = Gate()
+    overflow = way(below)
+    level = opened(tmp_path / "cache", overflow)
+    number = 0
+    while overflow.is_idle:
+        level.store([page_of(number, PAYLOAD)], 60.0)
+        number += 1
+    overflow.put([page_of(1000, PAYLOAD)])
+    overflow.drop_left()
+    below.opened.set()
+    fill(level, overflow, range(number, 200))
+    keys = [key_of(n) for n in range(200)]
+    is_anywhere = [a or b for a, b in zip(level.contains(keys), below.contains(keys), strict=True)]
+    assert overflow.num_dropped_pages == 0
+    assert all(is_anywhere)
+    assert not below.contains([key_of(1000)])[0]
+    level.close()
+
+
 def test_pages_of_other_weights_and_broken_ones_are_not_passed_on(
     tmp_path: Path, way: Callable[..., Overflow]
 ) -> None:
