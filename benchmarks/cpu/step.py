@@ -210,7 +210,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     seq_id = steps.add(PREFILL, PREFILL + 1)
     layer_products = 2 * sum(n * k for n, k in shape.linears) * PREFILL
     pairs = PREFILL * (PREFILL + 1) // 2
-    products = shape.layers * (layer_products + 4 * model.num_heads * model.head_dim * pairs)
+    products = (shape.layers - 1) * (layer_products + 4 * model.num_heads * model.head_dim * pairs)
+    # Of the last layer all that later tokens need are keys and values.
+    products += 4 * model.num_kv_heads * model.head_dim * model.hidden_size * PREFILL
     products += 2 * shape.head[0] * shape.head[1]
     times = timed(partial(steps.prefill, seq_id, PREFILL, chunk), args.seconds)
     rows.append(row(f"prefill, {PREFILL} tokens in chunks of {chunk}", times, products / rate))
