@@ -1,7 +1,8 @@
 """In which order pages leave a level: what was used longest ago first, and of a chain its end.
 
 To use a page is to use all pages before it, so those that are here count as used later than it. So
-a page never leaves before one that follows it, which nobody could find without it.
+a page never leaves before one that follows it, which nobody could find without it. Nor does a page
+come that follows one without room: it would push out what comes before that one.
 
 The host and the disk level keep their pages in this order, and so do the levels of a replay. Knows
 keys only: no bytes, no room. Whoever changes it from several threads holds a lock.
@@ -11,8 +12,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
+from typing import Final
 
 from kvpaging.base.ids import PageKey
+
+MAX_REFUSED: Final = 65_536
+"""Keys that found no room, of which so many are remembered."""
 
 
 class ChainOrder:
@@ -21,6 +26,8 @@ class ChainOrder:
     def __init__(self) -> None:
         self._parents: OrderedDict[PageKey, PageKey] = OrderedDict()
         """The next one to leave comes first."""
+        self._refused: OrderedDict[PageKey, None] = OrderedDict()
+        """The one that found no room longest ago comes first."""
 
     def __len__(self) -> int:
         return len(self._parents)
@@ -45,11 +52,32 @@ class ChainOrder:
         """The key before this one, which need not be here. Raises KeyError if this one is not."""
         return self._parents[key]
 
-    def add(self, pages: Iterable[tuple[PageKey, PageKey]]) -> None:
-        """Put keys in, each with its parent, and use them."""
-        added = dict(pages)
+    def add(self, pages: Iterable[tuple[PageKey, PageKey]]) -> Iterable[PageKey]:
+        """Put keys in, each with its parent, and use them; returns all that count as used by that.
+
+        Those are left out that follow one that found no room.
+        """
+        added: dict[PageKey, PageKey] = {}
+        for key, parent in pages:
+            if parent in self._refused and key not in self._parents:
+                self.refuse(key)
+                continue
+            added[key] = parent
+            self._refused.pop(key, None)
         self._parents.update(added)
-        self.use(added)
+        return self.use(added)
+
+    def refuse(self, key: PageKey) -> None:
+        """There is no room for it: all that is here counts for more."""
+        self._parents.pop(key, None)
+        self._refused[key] = None
+        self._refused.move_to_end(key)
+        if len(self._refused) > MAX_REFUSED:
+            self._refused.popitem(last=False)
+
+    def was_refused(self, key: PageKey) -> bool:
+        """It found no room when it came last, not long ago."""
+        return key in self._refused
 
     def use(self, keys: Iterable[PageKey]) -> Iterable[PageKey]:
         """These are used, the first of them most of all; keys that are not here are left out.
@@ -76,3 +104,4 @@ class ChainOrder:
     def clear(self) -> None:
         """All have left."""
         self._parents.clear()
+        self._refused.clear()

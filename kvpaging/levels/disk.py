@@ -174,6 +174,8 @@ class DiskLevel:
         """Of the payloads of one call."""
         self._places_lock = threading.Lock()
         """For changes to those above; held for moments. Looking a page up needs no lock."""
+        self._store_lock = threading.Lock()
+        """For one store after the other; taken before those below."""
         self._write_lock = threading.Lock()
         """For everything below; held while writing."""
         self._segments: dict[int, _Segment] = {}
@@ -238,41 +240,68 @@ class DiskLevel:
         return found
 
     def store(self, pages: Sequence[StoredPage], deadline_s: float) -> int:
-        """Append the pages that are not here, and let those go for them that were used least."""
+        """Append the pages that are not here, and let those go for them that were used least.
+
+        They take their place in the order first: what would have to leave for them counts for less
+        than they do, or they find no room.
+        """
         started = self._clock()
-        new = {page.key: page for page in pages if page.key not in self._places}
-        known = [page.key for page in pages if page.key in self._places]
-        self.touch(known)
-        num_left = len(new)
-        num_stored = 0
-        num_bytes = sum(len(page.payload) for page in new.values())
-        self._largest_store_bytes = max(num_bytes, self._largest_store_bytes)
-        for batch, values in self._packed(new.values(), started + deadline_s):
-            with self._write_lock:
-                taken = self._store_values(values)
-            num_left -= len(batch)
-            num_stored += taken
-            self._counters.add(
-                stored=taken,
-                refused=len(batch) - taken,
-                stored_payload_bytes=sum(len(page.payload) for page in batch[:taken]),
-                written_bytes=sum(value.num_bytes for value in values[:taken]),
-            )
-            if taken < len(batch):
-                self._counters.add(refused=num_left)
-                num_left = 0
-                break
+        with self._store_lock:
+            with self._places_lock:
+                self._stay(self._order.add((page.key, page.parent) for page in pages))
+                known = {page.key for page in pages if page.key in self._places}
+                coming = (p for p in pages if p.key not in known and p.key in self._order)
+                new = {page.key: page for page in coming}
+            try:
+                num_stored, num_late = self._store_new(new, started + deadline_s)
+            finally:
+                with self._places_lock:
+                    for key in new.keys() - self._places.keys():
+                        self._order.remove(key)
         self._counters.add(
-            stores=len(pages), known=len(known), late=num_left, store_s=self._clock() - started
+            stores=len(pages),
+            known=len(known),
+            refused=len(pages) - len(known) - num_stored - num_late,
+            late=num_late,
+            store_s=self._clock() - started,
         )
         return len(known) + num_stored
 
+    def _store_new(self, new: dict[PageKey, StoredPage], end_s: float) -> tuple[int, int]:
+        """Returns how many of these are stored, and how many were not come to until `end_s`."""
+        num_bytes = sum(len(page.payload) for page in new.values())
+        self._largest_store_bytes = max(num_bytes, self._largest_store_bytes)
+        num_left, num_stored = len(new), 0
+        for batch, values in self._packed(new.values(), end_s):
+            with self._write_lock:
+                stored = self._store_values(values)
+                self._let_go_ahead()
+            num_left -= len(batch)
+            num_stored += len(stored)
+            self._counters.add(
+                stored=len(stored),
+                stored_payload_bytes=sum(len(new[value.key].payload) for value in stored),
+                written_bytes=sum(value.num_bytes for value in stored),
+            )
+            if len(stored) < len(batch):
+                with self._places_lock:
+                    for page in new.values():
+                        if self._order.was_refused(page.parent):
+                            self._order.refuse(page.key)
+                return num_stored, 0
+        return num_stored, num_left
+
     def touch(self, keys: Sequence[PageKey]) -> list[bool]:
-        """These pages are used; which of them are here."""
+        """These pages are used; which of them are here, or found no room lately."""
         with self._places_lock:
-            for key in self._order.use(keys) if keys else ():
+            self._stay(self._order.use(keys))
+            return [key in self._places or self._order.was_refused(key) for key in keys]
+
+    def _stay(self, keys: Iterable[PageKey]) -> None:
+        """These are not next to leave any more. The caller holds the places' lock."""
+        if self._leaving:
+            for key in keys:
                 self._leaving_bytes -= self._leaving.pop(key, 0)
-        return self.contains(keys)
 
     def clear(self) -> None:
         """Delete every segment.
@@ -287,6 +316,7 @@ class DiskLevel:
                 self._drop(next(iter(self._segments)), EvictionCause.FLUSH)
             if self._num_bytes:
                 raise OSError(f"{self._directory}: {self._num_bytes} bytes can't be deleted")
+            segment.sync(self._directory)  # or a machine that fails now would bring them back
         finally:
             self._write_lock.release()
 
@@ -412,7 +442,7 @@ class DiskLevel:
             self._make_room(0, 0)
             self._most_bytes = self._capacity_bytes
         newest = self._segments.get(self._newest)
-        if newest is not None and newest.num_bytes < self._segment_bytes:
+        if self._writer is None and newest is not None and newest.num_bytes < self._segment_bytes:
             path = segment.path_of(self._directory, self._newest)
             self._writer = SegmentWriter(path, newest.num_bytes)
 
@@ -557,35 +587,27 @@ class DiskLevel:
 
     # Writing. The caller holds the write lock.
 
-    def _store_values(self, values: list[_Value]) -> int:
-        """Append these values and make room for them; returns how many, from the first on.
-
-        They take their place in the order first: what would have to leave for them counts for less
-        than they do, or there is no room.
-        """
-        with self._places_lock:
-            self._order.add((value.key, value.parent) for value in values)
-        done = 0
+    def _store_values(self, values: list[_Value]) -> list[_Value]:
+        """Append these values and make room for them; returns those that were."""
+        stored: list[_Value] = []
+        left = values
         try:
-            while done < len(values) and not self._is_closed:
-                size = values[done].num_bytes
-                rest = sum(value.num_bytes for value in values[done:])
-                wanted = max(size, min(rest, self._segment_bytes))
-                if not (
-                    self._make_room(wanted, len(values) - done)
-                    or self._make_room(size, len(values) - done)
-                ):
-                    self._complaints.warn("no room for a page", f"of {size} bytes")
-                    break
-                done += self._append(values[done:])
+            while left and not self._is_closed:
+                size = left[0].num_bytes
+                wanted = max(size, min(sum(v.num_bytes for v in left), self._segment_bytes))
+                if self._make_room(wanted, len(left)) or self._make_room(size, len(left)):
+                    count = self._append(left)
+                    stored += left[:count]
+                    left = left[count:]
+                    continue
+                self._complaints.warn("no room for a page", f"of {size} bytes")
+                with self._places_lock:
+                    for value in left:
+                        self._order.refuse(value.key)
+                break
         except OSError as error:
             self._failed("a page can't be written", error)
-        with self._places_lock:
-            for value in values[done:]:
-                if value.key not in self._places:
-                    self._order.remove(value.key)
-        self._let_go_ahead()
-        return done
+        return stored
 
     def _let_go_ahead(self) -> None:
         """Where room may be needed soon, what is next to leave goes down.
@@ -600,12 +622,13 @@ class DiskLevel:
             if self._leaving_bytes > ahead // 2:
                 return
             for key in self._order:
-                if self._leaving_bytes >= ahead:
+                place = self._places.get(key)
+                if self._leaving_bytes >= ahead or place is None:
                     break
                 if key not in self._leaving:
                     keys.append(key)
-                    self._leaving[key] = self._places[key][2]
-                    self._leaving_bytes += self._leaving[key]
+                    self._leaving[key] = place[2]
+                    self._leaving_bytes += place[2]
             keys.sort(key=self._places.__getitem__)
         self._overflow.pull(self._leave(keys, self._overflow))
 
@@ -759,9 +782,11 @@ class DiskLevel:
             if (place := self._places.get(key)) is not None and place[0] == segment_id
         ]
         rescued = self._rescue(here) if cause is EvictionCause.ROOM else 0
-        num_lost = self._forget(here, cause)
         if self._overflow is not None and cause is EvictionCause.ROOM:
-            self._overflow.dropped(num_lost)
+            # What is leaving already is counted where it goes.
+            lost = (key for key, place in here if self._places.get(key) == place)
+            self._overflow.dropped(sum(key not in self._leaving for key in lost))
+        self._forget(here, cause)
         del self._segments[segment_id]
         with self._complaining("a segment can't be deleted"):
             segment.path_of(self._directory, segment_id).unlink(missing_ok=True)

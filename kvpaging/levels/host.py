@@ -73,26 +73,34 @@ class HostLevel:
         started = self._clock()
         with self._lock:
             wanted = self._fitting(pages)
-            new = {page.key: page for page in wanted if page.key not in self._pages}
-            known = len(wanted) - len(new)
             self._order.add((page.key, page.parent) for page in wanted)
+            for page in pages[len(wanted) :]:
+                if page.key not in self._pages:
+                    self._order.refuse(page.key)
+            known = {page.key for page in wanted if page.key in self._pages}
+            coming = (page for page in wanted if page.key not in known and page.key in self._order)
+            new = {page.key: page for page in coming}
             evicted = self._make_room(new)
+            num_new = len(new)
+            known &= self._pages.keys()
             stored: list[StoredPage] = []
-            for page in new.values():
-                if self._clock() - started >= deadline_s:
-                    break
-                self._pages[page.key] = page._replace(payload=bytes(page.payload))
-                self._num_bytes += _num_bytes(page)
-                stored.append(page)
-            for page in list(new.values())[len(stored) :]:
-                self._order.remove(page.key)
+            try:
+                for page in new.values():
+                    if self._clock() - started >= deadline_s:
+                        break
+                    self._pages[page.key] = page._replace(payload=bytes(page.payload))
+                    self._num_bytes += _num_bytes(page)
+                    stored.append(page)
+            finally:
+                for page in list(new.values())[len(stored) :]:
+                    self._order.remove(page.key)
         payload_bytes = sum(len(page.payload) for page in stored)
         self._counters.add(
             stores=len(pages),
             stored=len(stored),
-            known=known,
-            refused=len(pages) - known - len(new),
-            late=len(new) - len(stored),
+            known=len(known),
+            refused=len(pages) - len(known) - num_new,
+            late=num_new - len(stored),
             stored_payload_bytes=payload_bytes,
             written_bytes=payload_bytes,
             store_s=self._clock() - started,
@@ -100,13 +108,13 @@ class HostLevel:
         if evicted and self._overflow is not None:
             evicted.reverse()  # parents first
             self._overflow.put(evicted)
-        return known + len(stored)
+        return len(known) + len(stored)
 
     def touch(self, keys: Sequence[PageKey]) -> list[bool]:
-        """These pages are used; which of them are here."""
+        """These pages are used; which of them are here, or found no room lately."""
         with self._lock:
             self._order.use(keys)
-        return self.contains(keys)
+            return [key in self._pages or self._order.was_refused(key) for key in keys]
 
     def clear(self) -> None:
         """Forget every page."""
@@ -153,11 +161,12 @@ class HostLevel:
         evicted: list[StoredPage] = []
         num_bytes = self._num_bytes + sum(map(_num_bytes, coming.values()))
         while num_bytes > self._capacity_bytes and (key := self._order.first) is not None:
-            self._order.remove(key)
             page = self._pages.pop(key, None)
             if page is None:
+                self._order.refuse(key)
                 num_bytes -= _num_bytes(coming.pop(key))
                 continue
+            self._order.remove(key)
             num_bytes -= _num_bytes(page)
             self._num_bytes -= _num_bytes(page)
             evicted.append(page)

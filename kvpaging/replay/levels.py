@@ -79,9 +79,17 @@ class _Pages:
 
     def store(self, pages: Sequence[tuple[PageKey, PageKey]]) -> None:
         """Keys with their parents."""
+        coming = {key for key, _ in pages if key not in self.order}
         self.order.add(pages)
         while len(self.order) > self.size.num_pages and (key := self.order.first) is not None:
-            self.order.remove(key)
+            if key in coming:
+                self.order.refuse(key)
+            else:
+                self.order.remove(key)
+
+    def has_lost(self, key: PageKey) -> bool:
+        """A page that was used is not here, and not for want of room."""
+        return key not in self.order and not self.order.was_refused(key)
 
 
 class SimulatedLevels:
@@ -150,7 +158,7 @@ class SimulatedLevels:
                 if level.is_disk:
                     level.order.use([link.key for link in touch.links])
                     pages = zip(touch.page_ids, touch.links, strict=True)
-                    gone = tuple(page_id for page_id, link in pages if link.key not in level)
+                    gone = tuple(page_id for page_id, link in pages if level.has_lost(link.key))
                     lost += [PagesLost(gone)] if gone else []
         return lost
 

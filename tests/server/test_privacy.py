@@ -236,7 +236,7 @@ def test_the_same_measurement_sees_what_is_meant_to_be_found(
         assert {answer.num_cached for answer in seen.fresh} == {0}
         assert {answer.num_cached for answer in seen.known} == {NUM_TOKENS - 16}
         areas.append(seen.area(ttft))
-    assert max(areas) >= 0.85, areas
+    assert max(areas) >= 0.7, areas  # what tells nothing stays within 0.05 of one half
 
 
 def test_no_dialect_and_no_fork_finds_another_tenants_pages(server: Server) -> None:

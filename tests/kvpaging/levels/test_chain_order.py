@@ -53,6 +53,19 @@ def test_a_page_leaves_after_all_that_follow_it_and_else_by_its_last_use(
         assert len(order) == len(uses)
 
 
+def test_what_follows_a_page_without_room_has_none_until_that_page_comes_again() -> None:
+    order = ChainOrder()
+    order.add([(key_of(0), ROOT), (key_of(1), key_of(0))])
+    order.refuse(key_of(1))
+    order.add([(key_of(3), key_of(1))])
+    order.add([(key_of(7), key_of(3)), (key_of(2), key_of(0))])
+    assert set(order) == {key_of(0), key_of(2)}
+    assert order.was_refused(key_of(7))
+    order.add([(key_of(1), key_of(0)), (key_of(3), key_of(1))])
+    assert set(order) == {key_of(n) for n in (0, 1, 2, 3)}
+    assert not order.was_refused(key_of(3))
+
+
 def test_a_ring_of_parents_ends() -> None:
     order = ChainOrder()
     order.add([(key_of(1), key_of(2)), (key_of(2), key_of(3)), (key_of(3), key_of(1))])

@@ -401,6 +401,51 @@ def test_a_chain_longer_than_the_disk_keeps_its_beginning(tmp_path: Path) -> Non
     level.close()
 
 
+@pytest.mark.parametrize("at_once", [1, 4, 300])
+def test_a_chain_longer_than_the_disk_keeps_what_can_be_found_of_it(
+    tmp_path: Path, at_once: int
+) -> None:
+    level = opened(tmp_path / "pages")
+    pages = [page_of(0, 6000)]
+    while len(pages) < 300:
+        pages.append(page_of(len(pages), 6000, pages[-1].key))
+    keys = [page.key for page in pages]
+    for _ in range(3):
+        for first in range(0, len(pages), at_once):
+            level.store(pages[first : first + at_once], 10.0)
+        kept = level.contains(keys)
+        assert kept.index(False) == sum(kept) > 60
+    stored = level.stats().written_bytes
+    assert all(level.touch(keys)), "nothing that another store would bring is lost"
+    assert stored < 2 * MIN_CAPACITY_BYTES
+    level.close()
+
+
+def test_two_that_bring_the_same_pages_leave_each_once(tmp_path: Path) -> None:
+    level = opened(tmp_path / "pages")
+    pages = [page_of(0, 6000)]
+    while len(pages) < 300:
+        pages.append(page_of(len(pages), 6000, pages[-1].key))
+    start = threading.Barrier(2)
+
+    def bring() -> None:
+        for first in range(0, len(pages), 3):
+            start.wait(10)
+            level.store(pages[first : first + 3], 10.0)
+
+    threads = [threading.Thread(target=bring) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    kept = level.contains([page.key for page in pages])
+    assert kept.index(False) == sum(kept) == level.stats().stored
+    fill(level, range(1000, 1400), 6000)
+    assert level.stats().failures == 0
+    assert len(whole(level, range(1000, 1400), 6000)) > 60
+    level.close()
+
+
 def test_a_page_larger_than_a_segment_has_one_of_its_own(tmp_path: Path) -> None:
     level = opened(tmp_path / "cache", segment_bytes=10_000)
     fill(level, range(3), 50_000)

@@ -38,6 +38,22 @@ def test_holds_what_was_used_last(capacity: int, calls: list[tuple[bool, list[in
         assert stats.num_bytes == len(recent) * PAGE_BYTES <= capacity * PAGE_BYTES + 7
 
 
+@pytest.mark.parametrize("at_once", [1, 4, 40])
+def test_a_chain_longer_than_the_level_keeps_what_can_be_found_of_it(at_once: int) -> None:
+    pages = [page_of(0)]
+    while len(pages) < 40:
+        pages.append(page_of(len(pages), parent=pages[-1].key))
+    level = HostLevel(12 * len(pages[0].payload) + 12 * 300)
+    keys = [page.key for page in pages]
+    for _ in range(3):
+        for first in range(0, len(pages), at_once):
+            level.store(pages[first : first + at_once], 1.0)
+        kept = level.contains(keys)
+        assert kept.index(False) == sum(kept) >= 8
+    stats = level.stats()
+    assert stats.stores == stats.stored + stats.known + stats.refused + stats.late
+
+
 def test_copies_what_it_keeps() -> None:
     level = HostLevel(10_000)
     payload = bytearray(page_of(1).payload)
