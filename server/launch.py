@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 BACKLOG: Final = 2048
-CLOSING_S: Final = 2.0
+CLOSING_S: Final = 1.0
 """For the last answers to leave, after everything that can be waited for is over."""
 SPARE_FILES: Final = 64
 """File descriptors for all else than connections: checkpoints, caches, engines, logs."""

@@ -87,9 +87,10 @@ class SupervisorLimits:
     """For emptying levels: half a minute for a remote one, after what is on its way."""
     max_pending_outputs: int = 4096
     """So many outputs behind, a reader loses its request."""
-    close_s: float = 12.0
+    close_s: float = 7.5
     """The time to end by itself, writing to lower levels included (`page_mover.CLOSE_S`); after
-    that the engine process is killed."""
+    that the engine process is killed. With `launch.CLOSING_S` it is less than the 10 s that Docker
+    leaves between SIGTERM and SIGKILL."""
 
 
 class EngineSupervisor:

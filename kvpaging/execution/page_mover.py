@@ -62,9 +62,11 @@ MAX_QUEUED_BYTES: Final = 512 * 1024 * 1024
 equal share; those beyond that it does not get."""
 MAX_QUEUED_TOUCHES: Final = 65_536
 """Pages used again that one level has still to hear of; of more it does not hear."""
-CLOSE_S: Final = 8.0
-"""At the end what is on its way is written for at most so long; `server.supervisor` waits longer.
-"""
+CLOSE_S: Final = 4.0
+"""At the end what is on its way is written for at most so long. This, `WAYS_CLOSE_S` and what a
+disk level may take to close are less than `server.supervisor` waits."""
+WAYS_CLOSE_S: Final = 0.5
+"""Then all ways between levels are waited for so long: the level below may hold one for a batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,7 +348,10 @@ class PageMover:
         self._news.wait(timeout_s)
 
     def close(self) -> None:
-        """Write what is still to be written, for at most `CLOSE_S`, and close the levels."""
+        """Write what is still to be written, for at most `CLOSE_S`, and close the levels.
+
+        The ways between them are waited for together.
+        """
         end_s = monotonic() + CLOSE_S
         for fetch in self._fetches:
             fetch.is_over = True  # nobody waits for it any more
@@ -360,7 +365,10 @@ class PageMover:
         if num_bytes := self.stats().num_queued_bytes:
             _logger.warning("%d bytes of pages are not kept: there was no time to write", num_bytes)
         for way in self._overflows:
-            way.close()
+            way.end()
+        end_s = monotonic() + WAYS_CLOSE_S
+        for way in self._overflows:
+            way.close(max(0.0, end_s - monotonic()))
         for setting in self._settings:
             setting.level.close()
 

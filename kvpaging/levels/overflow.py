@@ -21,8 +21,6 @@ MAX_BYTES: Final = 64 << 20
 """Of pages that have left and are not yet stored."""
 DEADLINE_S: Final = 10.0
 """For one batch; also for whoever waits until nothing is on its way."""
-CLOSE_S: Final = 1.0
-"""At the end the thread is waited for so long: the level below may hold it for a batch."""
 
 Batches = Iterable[Sequence[StoredPage]]
 
@@ -106,13 +104,17 @@ class Overflow:
         with self._changed:
             self._changed.wait_for(lambda: not self.num_bytes, timeout_s)
 
-    def close(self) -> None:
-        """End the thread; what it has not stored is not kept. Idempotent."""
+    def end(self) -> None:
+        """What is not stored yet is not kept, the batch under way excepted. Idempotent."""
         with self._changed:
             self._is_closed = True
             self._drop(lambda work: True)
             self._changed.notify_all()
-        self._thread.join(CLOSE_S)
+
+    def close(self, timeout_s: float) -> None:
+        """`end`, and wait at most so long for the thread: the level below may hold it."""
+        self.end()
+        self._thread.join(timeout_s)
 
     def _add(self, work: _Work) -> None:
         if not self._is_closed:

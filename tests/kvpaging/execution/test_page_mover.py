@@ -599,6 +599,29 @@ def test_the_end_does_not_wait_for_a_level_that_hangs(
     assert not any(level.contains(keys))
 
 
+def test_the_end_waits_for_all_ways_between_levels_together(
+    pool: KVPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page_mover, "CLOSE_S", 0.1)
+    monkeypatch.setattr(page_mover, "WAYS_CLOSE_S", 0.5)
+    go_on = threading.Event()
+
+    class Stuck(HostLevel):
+        def store(self, pages: Sequence[StoredPage], deadline_s: float) -> int:
+            go_on.wait(60)
+            return 0
+
+    ways = [Overflow(Stuck(1 << 20)) for _ in range(6)]
+    page = StoredPage(link(1).key, PageKey(b""), link(1).tokens, bytes(100))
+    for way in ways:
+        way.put([page])
+    mover = PageMover(pool, OPS, [LevelSetting(way.below, None, 1.0, way) for way in ways])
+    started = time.monotonic()
+    mover.close()
+    assert 0.6 <= time.monotonic() - started < 2.5
+    go_on.set()
+
+
 def test_the_end_does_not_wait_for_loads(pool: KVPool) -> None:
     class SlowToLoad(HostLevel):
         def load(self, keys: Sequence[PageKey], deadline_s: float) -> list[StoredPage | None]:

@@ -50,7 +50,7 @@ def way() -> Iterator[Callable[..., Overflow]]:
     for one in ways:
         if isinstance(one.below, Gate):
             one.below.opened.set()
-        one.close()
+        one.close(60.0)
 
 
 def test_what_leaves_the_host_goes_down_parents_first(way: Callable[..., Overflow]) -> None:

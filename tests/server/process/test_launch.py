@@ -24,6 +24,11 @@ import httpx
 import pytest
 from http_app import wait_for
 
+from kvpaging.execution import page_mover
+from kvpaging.levels import disk
+from server import launch
+from server.supervisor import SupervisorLimits
+
 COUNT, HOLD = 1, 8
 ON_COMMAND = (sys.executable, str(Path(__file__).with_name("serve_on_command.py")))
 REAL = (sys.executable, "-P", "-m", "server", "serve")
@@ -308,6 +313,13 @@ def test_a_lower_soft_limit_of_file_descriptors_is_raised() -> None:
         assert re.search(r"Max open files +264 ", limits)
         server.popen.terminate()
         assert server.ended() == 0
+
+
+def test_the_orderly_end_is_over_before_docker_kills() -> None:
+    mover_s = page_mover.CLOSE_S + page_mover.WAYS_CLOSE_S + disk._PATIENCE_S
+    close_s = SupervisorLimits().close_s
+    assert mover_s + 1.0 <= close_s, "a step, and what else ending takes"
+    assert close_s + launch.CLOSING_S < 9.0
 
 
 def test_sigterm_before_anything_is_loaded_ends_it_well() -> None:
