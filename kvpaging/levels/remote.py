@@ -248,6 +248,7 @@ class RemoteLevel:
         Raises `ConnectionError` where the server does not answer, refuses, or needs longer.
         """
         end_s = self._clock() + _CLEAR_S
+        self._renewed_s.clear()  # what is used again is asked about at once
         cursor = b"0"
         while self._clock() < end_s:
             scan = (b"SCAN", cursor, b"MATCH", self._seal.prefix + b"*", b"COUNT", 1000)

@@ -89,6 +89,8 @@ def test_pages_that_are_used_elsewhere_are_renewed_now_and_then(url: str) -> Non
         assert level.touch(keys) == [True, False, True, False]
         assert all(client.pttl(names[n]) > 990_000 for n in (0, 2))
         assert level.touch(keys) == [True] * 4, "asked about so lately that nobody asks"
+        level.clear()
+        assert level.touch(keys) == [False] * 4
 
 
 def test_of_a_server_that_is_not_there_nothing_is_known_to_be_lost() -> None:
