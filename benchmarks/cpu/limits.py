@@ -21,6 +21,41 @@ def timed(call: Callable[[], Any], seconds: float) -> list[float]:
     return times
 
 
+def timed_beside_reading(
+    call: Callable[[], Any], seconds: float, threads: int
+) -> list[tuple[float, float]]:
+    """For each call its seconds, and the bytes a second that memory gave just before and after.
+
+    On a machine that is shared the bandwidth changes by half from one second to the next: only
+    what was measured next to each other compares. 256 MiB are read, more than caches hold.
+    """
+    block = torch.ones(1 << 26)
+    before = torch.get_num_threads()
+
+    def read() -> float:
+        torch.set_num_threads(threads)
+        start = time.perf_counter()
+        block.sum()
+        took = time.perf_counter() - start
+        torch.set_num_threads(before)
+        time.sleep(0.01)  # torch's threads spin a while for more
+        return took
+
+    call()
+    read()
+    found: list[tuple[float, float]] = []
+    reading = read()
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(found) < 5:
+        start = time.perf_counter()
+        call()
+        took = time.perf_counter() - start
+        after = read()
+        found.append((took, 2 * block.nbytes / (reading + after)))
+        reading = after
+    return found
+
+
 def read_bandwidth(seconds: float) -> float:
     """Bytes a second that all threads read from memory: the best of two ways to read 1 GiB."""
     block = torch.ones(1 << 28)

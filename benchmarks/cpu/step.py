@@ -4,10 +4,11 @@
     python benchmarks/cpu/step.py CHECKPOINT [--threads 2] [--context 192] [--seconds 6] [--json]
 
 A decode step must read all weights and every sequence's keys and values: `least` is those bytes
-over the read bandwidth. A prefill must multiply: `least` is its products over the rate of matrix
-products at the model's own shapes, the better of torch's linear and ours. Both rates are measured
-in the same run, with the same threads. Steps go through the executor as the engine's do, sampling
-included; each figure is the least of its repeats (and the median beside it).
+over the read bandwidth, which is measured before and after each step, since it changes from second
+to second on a shared machine. A prefill must multiply: `least` is its products over the rate of
+matrix products at the model's own shapes, the better of torch's linear and ours, measured once in
+the run. All with the same threads. Steps go through the executor as the engine's do, sampling
+included.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ import pstats
 import statistics
 from dataclasses import asdict, dataclass
 from functools import partial
+from operator import truediv
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from limits import read_bandwidth, timed
+from limits import timed, timed_beside_reading
 
 from kernels import registry
 from kvpaging.base.config import EngineConfig, EngineOptions
@@ -48,8 +50,10 @@ class Row:
     best_ms: float
     median_ms: float
     least_ms: float
+    gb_per_s: float | None
+    """Read beside the steps, the median."""
     ratio: float
-    """best / least."""
+    """The median over the steps of each one's time and the least that it could need just then."""
 
 
 @dataclass(frozen=True)
@@ -158,15 +162,15 @@ class Steps:
         self._run(scheduled=tuple(ScheduledSequence(i, position, 1, (), (0,)) for i in seq_ids))
 
 
-def row(step: str, times: list[float], least_s: float) -> Row:
-    """A line of the table."""
-    best = min(times)
+def row(step: str, times: list[float], least_s: list[float], bandwidth: float | None = None) -> Row:
+    """A line of the table, from each step's time and the least that it could need."""
     return Row(
         step,
-        round(best * 1e3, 2),
+        round(min(times) * 1e3, 2),
         round(statistics.median(times) * 1e3, 2),
-        round(least_s * 1e3, 2),
-        round(best / least_s, 3),
+        round(statistics.median(least_s) * 1e3, 2),
+        None if bandwidth is None else round(bandwidth / 1e9, 1),
+        round(statistics.median(map(truediv, times, least_s)), 3),
     )
 
 
@@ -184,9 +188,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     steps = Steps(config, executor)
     chunk = args.chunk or config.scheduler.max_num_batched_tokens
 
-    torch.set_num_threads(config.threads)
-    bandwidth = read_bandwidth(args.seconds)
-    torch.set_num_threads(1)
     rate = product_rate(shape, PREFILL, dtype, config.threads, args.seconds)
 
     rows = []
@@ -196,11 +197,16 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         for seq_id in seq_ids:
             steps.prefill(seq_id, args.context, chunk)
         weight_bytes = shape.weight_bytes(dtype.itemsize, config.quantization)
-        least = (weight_bytes + batch * args.context * token_bytes) / bandwidth
-        least = max(least, batch * shape.num_weights * 2 / rate)
+        num_bytes = weight_bytes + batch * args.context * token_bytes
+        products_s = batch * shape.num_weights * 2 / rate
         position = args.context
-        times = timed(partial(steps.decode, seq_ids, position), args.seconds)
-        rows.append(row(f"decode, batch {batch}, context {args.context}", times, least))
+        step = partial(steps.decode, seq_ids, position)
+        found = timed_beside_reading(step, args.seconds, config.threads)
+        times = [took for took, _ in found]
+        least = [max(num_bytes / bandwidth, products_s) for _, bandwidth in found]
+        bandwidth = statistics.median(bandwidth for _, bandwidth in found)
+        name = f"decode, batch {batch}, context {args.context}"
+        rows.append(row(name, times, least, bandwidth))
         if args.profile == batch:
             profile = cProfile.Profile()
             profile.runcall(timed, partial(steps.decode, seq_ids, position), args.seconds)
@@ -215,13 +221,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     products += 4 * model.num_kv_heads * model.head_dim * model.hidden_size * PREFILL
     products += 2 * shape.head[0] * shape.head[1]
     times = timed(partial(steps.prefill, seq_id, PREFILL, chunk), args.seconds)
-    rows.append(row(f"prefill, {PREFILL} tokens in chunks of {chunk}", times, products / rate))
+    name = f"prefill, {PREFILL} tokens in chunks of {chunk}"
+    rows.append(row(name, times, [products / rate] * len(times)))
     executor.close()
     return {
         "kernels": config.kernels,
         "threads": config.threads,
         "dtype": config.dtype,
-        "read_gb_per_s": round(bandwidth / 1e9, 1),
         "product_gflop_per_s": round(rate / 1e9),
         "rows": [asdict(one) for one in rows],
     }
@@ -246,12 +252,13 @@ def main() -> None:
         return
     print(
         f"{found['kernels']}, {found['threads']} threads, {found['dtype']}: "
-        f"reads {found['read_gb_per_s']} GB/s, multiplies {found['product_gflop_per_s']} GFLOP/s"
+        f"multiplies {found['product_gflop_per_s']} GFLOP/s"
     )
     for one in found["rows"]:
         print(
             f"{one['step']:<42} {one['best_ms']:8.2f} ms (median {one['median_ms']:8.2f}), "
             f"least {one['least_ms']:8.2f}: {one['ratio']:.2f} x"
+            + (f", reads {one['gb_per_s']:.1f} GB/s" if one["gb_per_s"] else "")
         )
 
 
