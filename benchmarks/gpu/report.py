@@ -5,6 +5,7 @@ Knows no kernel.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import subprocess
@@ -23,6 +24,8 @@ from kernels.jit.launch import current_target
 Row = dict[str, Any]
 FAILED = "FAILED"
 """The column of what went wrong."""
+TIME_LIMIT_S = 8 * 60 - 20
+"""A script begins nothing after that, to end within eight minutes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +135,27 @@ def print_table(title: str, rows: list[Row]) -> None:
     for line in (columns, *cells):
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
     sys.stdout.flush()
+
+
+def parser_for(description: str | None, out: str) -> argparse.ArgumentParser:
+    """The options that all scripts have."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path(out), help="where the JSON goes")
+    parser.add_argument(
+        "--tiny", action="store_true", help="tiny shapes on a CPU, to find mistakes"
+    )
+    return parser
+
+
+def begin(*, is_tiny: bool) -> tuple[Machine, dict[str, list[Row]]]:
+    """Seed torch's numbers and measure the machine: its first two tables."""
+    torch.manual_seed(0)
+    machine = Machine("cpu" if is_tiny else "cuda", is_tiny)
+    described = describe_machine(machine)
+    machine, limits = measure_limits(machine)
+    return machine, {"machine": [described], "limits": limits}
 
 
 def finish(results: dict[str, list[Row]], out: Path) -> int:

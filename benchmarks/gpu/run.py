@@ -10,7 +10,6 @@ What fails is a row that says so, and the exit status is 1.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import statistics
@@ -31,12 +30,13 @@ from answers import answers
 from peers import Problem, peers
 from report import (
     FAILED,
+    TIME_LIMIT_S,
     Machine,
     Row,
     attempt,
-    describe_machine,
+    begin,
     finish,
-    measure_limits,
+    parser_for,
     print_table,
 )
 
@@ -45,9 +45,6 @@ from kernels.jit import TritonOps, attention, linear
 from kernels.jit.attention import Attention, AttentionTiles, Tiles
 from kernels.jit.launch import Schedule, current_target, runner_for
 from kernels.ops import KVPages
-
-TIME_LIMIT_S = 8 * 60 - 20
-
 
 # --- checks ---------------------------------------------------------------------------------------
 
@@ -513,26 +510,17 @@ def collect(
 
 def main() -> int:
     """Run the parts in order; the JSON is complete after each. 1 where anything failed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path("gpu.json"), help="where the JSON goes")
+    parser = parser_for(__doc__, "gpu.json")
     parser.add_argument("--only", help=f"some of {','.join(PARTS)}")
-    parser.add_argument(
-        "--tiny", action="store_true", help="tiny shapes on a CPU, to find mistakes"
-    )
     options = parser.parse_args()
     names = options.only.split(",") if options.only else list(PARTS)
     if unknown := set(names) - PARTS.keys():
         parser.error(f"no part is called {', '.join(sorted(unknown))}")
     ends_at = time.monotonic() + TIME_LIMIT_S
 
-    torch.manual_seed(0)
-    machine = Machine("cpu" if options.tiny else "cuda", options.tiny)
-    results: dict[str, list[Row]] = {"machine": [describe_machine(machine)]}
-    print_table("machine", results["machine"])
-    machine, results["limits"] = measure_limits(machine)
-    print_table("limits", results["limits"])
+    machine, results = begin(is_tiny=options.tiny)
+    for title, rows in results.items():
+        print_table(title, rows)
     for name in names:
         if time.monotonic() > ends_at:
             results[name] = [{"skipped": "out of time"}]

@@ -14,7 +14,6 @@ cost nothing. Ends within eight minutes. What fails is a row that says so, and e
 
 from __future__ import annotations
 
-import argparse
 import gc
 import importlib.util
 import json
@@ -34,12 +33,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from model_shapes import COMMON, SHAPES, parameters
 from report import (
     FAILED,
+    TIME_LIMIT_S,
     Machine,
     Row,
     attempt,
-    describe_machine,
+    begin,
     finish,
-    measure_limits,
+    parser_for,
     print_table,
 )
 
@@ -58,7 +58,6 @@ from kvpaging.execution.weights import Checkpoint, Parameters
 from kvpaging.scheduling.plan import AddedSequence, ScheduledSequence, StepPlan
 from kvpaging.scheduling.request import SamplingParams
 
-TIME_LIMIT_S = 8 * 60 - 20
 PAGE_SIZE = 16
 DTYPE = torch.bfloat16
 GREEDY = SamplingParams(max_new_tokens=1, seed=0, temperature=0.0)
@@ -419,28 +418,21 @@ def bench_throughput(machine: Machine, subject: Subject) -> Iterator[Row]:
 
 def main() -> int:
     """Measure the steps, then the throughput. 1 where anything failed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path("step.json"), help="where the JSON goes")
+    parser = parser_for(__doc__, "step.json")
     parser.add_argument("--shape", choices=SHAPES, default="llama-3-8b")
     parser.add_argument("--vocab", type=int, default=128_256)
     parser.add_argument("--no-exact", action="store_true", help="linears of the vendor's library")
-    parser.add_argument("--tiny", action="store_true", help="tiny shapes on a CPU")
     options = parser.parse_args()
     began = time.monotonic()
 
-    torch.manual_seed(0)
-    machine = Machine("cpu" if options.tiny else "cuda", options.tiny)
+    machine, results = begin(is_tiny=options.tiny)
     raw = {**COMMON, **SHAPES[options.shape], "vocab_size": options.vocab}
     if options.tiny:
         raw.update(TINY)
-    results: dict[str, list[Row]] = {"machine": [describe_machine(machine)]}
-    machine, results["limits"] = measure_limits(machine)
     subject = load(machine, raw, machine.pick(256 * 2080, 1024), exact=not options.no_exact)
     results["machine"][0]["kernels"] = subject.engine_config.kernels
-    for title in ("machine", "limits"):
-        print_table(title, results[title])
+    for title, rows in results.items():
+        print_table(title, rows)
     for title, part in (("decode", bench_decode), ("throughput", bench_throughput)):
         results[title] = []
         if time.monotonic() - began > TIME_LIMIT_S:

@@ -567,14 +567,13 @@ class DiskLevel:
             pages.append(page)
         return pages
 
-    def _forget(self, pages: Iterable[tuple[PageKey, _Place]], cause: EvictionCause) -> int:
-        """These are here no longer, those excepted that lie elsewhere by now; returns how many."""
+    def _forget(self, pages: Iterable[tuple[PageKey, _Place]], cause: EvictionCause) -> None:
+        """These are here no longer, those excepted that lie elsewhere by now."""
         with self._places_lock:
-            return self._forget_locked(pages, cause)
+            self._forget_locked(pages, cause)
 
-    def _forget_locked(self, pages: Iterable[tuple[PageKey, _Place]], cause: EvictionCause) -> int:
+    def _forget_locked(self, pages: Iterable[tuple[PageKey, _Place]], cause: EvictionCause) -> None:
         self._evictions.now_s = self._clock()
-        num_gone = 0
         for key, place in pages:
             if self._places.get(key) == place:
                 del self._places[key]
@@ -582,8 +581,6 @@ class DiskLevel:
                 self._leaving_bytes -= self._leaving.pop(key, 0)
                 self._count_live(place[0], -place[2])
                 self._evictions.add(key, cause)
-                num_gone += 1
-        return num_gone
 
     # Writing. The caller holds the write lock.
 
