@@ -27,38 +27,43 @@ KV_INLINE Range common(Range a, Range b) {
 struct Block {
     const AttentionTask& task;
     const AttentionItem& item;
-    int64_t group, first_position;  // of the sequence's first query of this step
-    int64_t heads_per_kv;           // of this item
-    int64_t num_queries, rows_per_kv, num_rows;
-    int64_t num_kv_heads;           // of this item
-    int64_t head_span;              // from a head to the next in a page
-    int64_t width;                  // of a row's sums
+    int64_t group;
+    int64_t heads_per_kv;  // of this item
+    int64_t rows_per_kv, num_rows;
+    int64_t num_kv_heads;  // of this item
+    int64_t head_span;     // from a head to the next in a page
+    int64_t width;         // of a row's sums
 
     Block(const AttentionTask& t, const AttentionItem& i) : task(t), item(i) {
-        const int32_t* starts = t.query_starts + i.seq;
         group = t.num_heads / t.num_kv_heads;
-        first_position = t.seq_lens[i.seq] - (starts[1] - starts[0]);
         heads_per_kv = i.group_end - i.group_begin;
-        num_queries = i.query_end - i.query_begin;
-        rows_per_kv = num_queries * heads_per_kv;
+        rows_per_kv = i.num_queries * heads_per_kv;
         num_kv_heads = i.kv_head_end - i.kv_head_begin;
         num_rows = rows_per_kv * num_kv_heads;
         head_span = t.page_size * t.head_dim;
         width = padded_head(t.head_dim);
     }
     // Rows of one KV head: query by query, its heads side by side.
-    int64_t query_of(int64_t row) const {
-        return item.query_begin + row % rows_per_kv / heads_per_kv;
+    const AttentionQuery& query_of(int64_t row) const {
+        return task.queries[item.first_query + row % rows_per_kv / heads_per_kv];
     }
-    // Offset of a row of `query` and `out` in heads, from the step's first token.
-    int64_t token_of(int64_t row) const { return task.query_starts[item.seq] + query_of(row); }
     int64_t head_of(int64_t row) const {
         return (item.kv_head_begin + row / rows_per_kv) * group + item.group_begin +
                row % heads_per_kv;
     }
+    // Offset of a row of `out` in heads.
+    int64_t out_at(int64_t row) const {
+        return query_of(row).token * task.num_heads + head_of(row);
+    }
+    // Max, sum and weighted values of a row and a split.
+    float* partial(int64_t row, int64_t split) const {
+        const AttentionQuery& query = query_of(row);
+        const int64_t at = head_of(row) * query.num_splits + split - query.first_split;
+        return task.partials + query.partials + at * partial_floats(task.head_dim);
+    }
     // The keys of a split that a row sees, counted from the split's first.
     Range visible(int64_t row, int64_t split) const {
-        const int64_t position = first_position + query_of(row);
+        const int64_t position = query_of(row).position;
         const int64_t first = task.window ? greater(0, position - task.window + 1) : 0;
         const Range keys = common({first, position + 1}, {split * kSplit, (split + 1) * kSplit});
         if (keys.empty()) return {0, 0};
@@ -74,7 +79,7 @@ struct Places {
 
     void locate(const Block& block, int64_t split, Range all) {
         const AttentionTask& task = block.task;
-        const int32_t* table = task.page_tables + block.item.seq * task.table_stride;
+        const int32_t* table = block.item.page_table;
         const int64_t head = block.item.kv_head_begin * block.head_span;
         int64_t page = (split * kSplit + all.begin) / task.page_size;
         int64_t offset = (split * kSplit + all.begin) % task.page_size;
@@ -95,7 +100,7 @@ struct Places {
 // Fills the scales of the keys, and 0 up to whole vectors.
 inline void locate(const Block& block, int64_t split, Range keys, Scales<int8_t>* scales) {
     const AttentionTask& task = block.task;
-    const int32_t* table = task.page_tables + block.item.seq * task.table_stride;
+    const int32_t* table = block.item.page_table;
     const int64_t first = keys.begin / 16 * 16, end = (keys.end + 15) / 16 * 16;
     for (int64_t h = 0; h < block.num_kv_heads; ++h) {
         std::memset(scales->key[h] + first, 0, sizeof(float) * static_cast<size_t>(end - first));
@@ -160,7 +165,7 @@ KV_INLINE void fetch(const Tile<K>& tile, int64_t count, int64_t head_dim) {
 template <typename T>
 const T* query_of(const Block& block, int64_t row) {
     const AttentionTask& task = block.task;
-    return static_cast<const T*>(task.query) + block.token_of(row) * task.query_stride +
+    return static_cast<const T*>(task.query) + block.query_of(row).token * task.query_stride +
            block.head_of(row) * task.head_dim;
 }
 
@@ -491,13 +496,11 @@ KV_INLINE void merge(Gathered* into, float* into_values, Gathered from, const fl
 template <typename T>
 void finish(const Block& block, int64_t row, Gathered gathered, const float* values) {
     const AttentionTask& task = block.task;
-    const int64_t head = block.head_of(row);
-    T* out = static_cast<T*>(task.out) +
-             (block.token_of(row) * task.num_heads + head) * task.head_dim;
+    T* out = static_cast<T*>(task.out) + block.out_at(row) * task.head_dim;
     float scale = gathered.sum == 0 ? 0.0f : 1.0f / gathered.sum;
     if (task.sinks && gathered.sum != 0) {
         // The sink takes its share of the weight, once, after all keys.
-        const float sink = task.sinks[head];
+        const float sink = task.sinks[block.head_of(row)];
         const float top = gathered.top > sink ? gathered.top : sink;
         const float kept = exp(gathered.top - top);
         gathered = {top, gathered.sum * kept + exp(sink - top)};
@@ -505,7 +508,7 @@ void finish(const Block& block, int64_t row, Gathered gathered, const float* val
     }
     if (task.lse) {
         const bool is_empty = gathered.sum == 0;
-        task.lse[block.token_of(row) * task.num_heads + head] =
+        task.lse[block.out_at(row)] =
             is_empty ? -kInfinity : gathered.top + std::log(gathered.sum);
     }
     for (int64_t i = 0; i < task.head_dim; i += 32) {
@@ -571,23 +574,25 @@ void attend(const AttentionTask& task, const AttentionItem& item) {
     const Block block(task, item);
     Workspace<T, K> space;
     Gathered gathered[kMaxRows];
-    if (item.split >= 0) {
-        attend_split(block, item.split, space, gathered);
-        for (int64_t row = 0; row < block.num_rows; ++row) {
-            float* to = item.partials + (row * item.num_splits + item.split - item.first_split) *
-                                            partial_floats(task.head_dim);
-            to[0] = gathered[row].top;
-            to[1] = gathered[row].sum;
-            std::memcpy(to + 2, space.values + row * block.width,
-                        sizeof(float) * static_cast<size_t>(block.width));
+    const int64_t end = item.first_split + item.num_splits;
+    if (item.is_apart) {
+        for (int64_t split = item.first_split; split < end; ++split) {
+            attend_split(block, split, space, gathered);
+            for (int64_t row = 0; row < block.num_rows; ++row) {
+                float* to = block.partial(row, split);
+                to[0] = gathered[row].top;
+                to[1] = gathered[row].sum;
+                std::memcpy(to + 2, space.values + row * block.width,
+                            sizeof(float) * static_cast<size_t>(block.width));
+            }
         }
         return;
     }
     alignas(64) float merged_values[kMaxRows * kMaxHeadDim];
     Gathered merged[kMaxRows];
     for (int64_t row = 0; row < block.num_rows; ++row) merged[row] = {-kInfinity, 0.0f};
-    for (int64_t s = 0; s < item.num_splits; ++s) {
-        attend_split(block, item.first_split + s, space, gathered);
+    for (int64_t split = item.first_split; split < end; ++split) {
+        attend_split(block, split, space, gathered);
         for (int64_t row = 0; row < block.num_rows; ++row) {
             merge(&merged[row], merged_values + row * block.width, gathered[row],
                   space.values + row * block.width, block.width);
@@ -603,10 +608,10 @@ void merge_splits(const AttentionTask& task, const AttentionItem& item) {
     const Block block(task, item);
     alignas(64) float values[kMaxHeadDim];
     for (int64_t row = 0; row < block.num_rows; ++row) {
+        const AttentionQuery& query = block.query_of(row);
         Gathered merged{-kInfinity, 0.0f};
-        for (int64_t s = 0; s < item.num_splits; ++s) {
-            const float* from =
-                item.partials + (row * item.num_splits + s) * partial_floats(task.head_dim);
+        for (int64_t s = 0; s < query.num_splits; ++s) {
+            const float* from = block.partial(row, query.first_split + s);
             merge(&merged, values, {from[0], from[1]}, from + 2, block.width);
         }
         finish<T>(block, row, merged, values);

@@ -47,6 +47,8 @@ constexpr int kNumDtypes = 3;
 
 inline int64_t dtype_bytes(int dtype) { return dtype == kFloat32 ? 4 : 2; }
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // Strides count elements unless a name says bytes.
 
 // A weight's panel: so many columns, a word of each to a step.
@@ -134,13 +136,22 @@ constexpr int64_t kSplit = 256;
 // Query rows (tokens x heads) of one attention block at most.
 constexpr int kMaxRows = 64;
 // From so many rows of one KV head on, a block is one KV head's, of about kBlockRows.
-constexpr int kManyRows = 16;
+constexpr int kManyRows = 17;
 constexpr int kBlockRows = 48;
 constexpr int64_t kMaxHeadDim = 512;
 // A row's sums are kept in units of 32.
 constexpr int64_t padded_head(int64_t head_dim) { return (head_dim + 31) / 32 * 32; }
 // Of one row and split: max, sum, weighted values.
 constexpr int64_t partial_floats(int64_t head_dim) { return 2 + padded_head(head_dim); }
+
+// A query that sees the keys up to its own.
+struct AttentionQuery {
+    int32_t token;     // its row of the step
+    int32_t position;  // of its own key
+    // What is kept apart of it: [num_heads][split - first_split][partial_floats].
+    int64_t first_split, num_splits;
+    int64_t partials;  // where in the task's
+};
 
 struct AttentionTask {
     const void* query;  // [T, num_heads, head_dim], dense but for the first stride
@@ -149,10 +160,6 @@ struct AttentionTask {
     int64_t key_page_stride, value_page_stride;
     const float *key_scales, *value_scales;  // with int8 pages
     int64_t scale_page_stride;
-    const int32_t* page_tables;
-    int64_t table_stride;
-    const int32_t* seq_lens;
-    const int32_t* query_starts;
     void* out;  // [T, num_heads, head_dim]
     int64_t num_heads, num_kv_heads, head_dim, page_size;
     float scale;
@@ -160,17 +167,19 @@ struct AttentionTask {
     float soft_cap;  // 0: none
     const float* sinks;
     float* lse;  // [T, num_heads], or null
+    const AttentionQuery* queries;
+    float* partials;
 };
 
-// A block of queries of one sequence for some heads. With several KV heads, all of their group's
-// query heads; with one, the query heads [group_begin, group_end) of its group.
+// A block of queries that find their keys in the same pages, for some heads. With several KV heads,
+// all of their group's query heads; with one, the query heads [group_begin, group_end) of its group.
 struct AttentionItem {
-    int32_t seq, query_begin, query_end;  // queries of this step, counted within the sequence
+    int64_t first_query, num_queries;  // of the task's
+    const int32_t* page_table;
     int32_t kv_head_begin, kv_head_end;
     int32_t group_begin, group_end;
-    int64_t split;    // compute this split into `partials`; -1: all of them, into the output
-    float* partials;  // [rows][split - first_split][partial_floats]
-    int64_t first_split, num_splits;  // what the queries of this block can see
+    int64_t first_split, num_splits;  // to be computed
+    bool is_apart;  // each split to its own place of the queries' partials; else into the output
 };
 
 struct Kernels {
@@ -188,7 +197,7 @@ struct Kernels {
     void (*rope_store[kNumDtypes])(const RopeTask&, int64_t row_begin, int64_t row_end);
     void (*attend[kNumDtypes])(const AttentionTask&, const AttentionItem&);
     void (*attend_int8[kNumDtypes])(const AttentionTask&, const AttentionItem&);
-    // Merges an item's partials of all splits, in split order, into the output.
+    // Merges the partials of the item's queries, in split order, into the output.
     void (*merge_splits[kNumDtypes])(const AttentionTask&, const AttentionItem&);
     void (*merge_states[kNumDtypes])(const MergeTask&, int64_t row_begin, int64_t row_end);
 

@@ -16,6 +16,7 @@
 #include <utility>
 #include <vector>
 
+#include "cut_attention.h"
 #include "isa.h"
 #include "pool.h"
 #include "sample.h"
@@ -73,8 +74,6 @@ int perform(Context* context, F f) noexcept {
         }
     });
 }
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 bool cpu_has_avx2() {
 #if KV_X86
@@ -303,97 +302,23 @@ void unpack_rows(Context& context, const char* packed, int64_t row_bytes, const 
     });
 }
 
-void run_attention(Context& context, int dtype, const AttentionTask& task, int64_t num_seqs) {
-    const int64_t group = task.num_heads / task.num_kv_heads;
-    const int64_t heads_at_once = std::min<int64_t>(group, kBlockRows);
-
-    // Keys times queries of each sequence, so that long ones can be cut into splits.
-    const auto num_queries = [&](int64_t b) {
-        return int64_t{task.query_starts[b + 1]} - task.query_starts[b];
-    };
-    const auto keys_of = [&](int64_t b, int64_t query_begin, int64_t query_end) {
-        const int64_t first = task.seq_lens[b] - num_queries(b);
-        const int64_t begin =
-            task.window ? std::max<int64_t>(0, first + query_begin - task.window + 1) : 0;
-        return std::pair<int64_t, int64_t>{begin, first + query_end};
-    };
-    int64_t total = 0;
-    for (int64_t b = 0; b < num_seqs; ++b) {
-        const auto [begin, end] = keys_of(b, 0, num_queries(b));
-        total += num_queries(b) * std::max<int64_t>(0, end - begin);
-    }
-    const int64_t products = total * task.num_heads * task.head_dim * 2;
-    const int threads = context.threads_for(products, kMinProducts);
-    const int64_t share = ceil_div(total * task.num_kv_heads, int64_t{2} * threads);
-
-    std::vector<AttentionItem> items, merges;
-    int64_t num_floats = 0;
-    for (int64_t b = 0; b < num_seqs; ++b) {
-        const int64_t queries = num_queries(b);
-        // Blocks of about equal size: a small last one would read all keys for few rows.
-        const int64_t most = std::max<int64_t>(1, kBlockRows / heads_at_once);
-        const int64_t block = ceil_div(queries, std::max<int64_t>(1, ceil_div(queries, most)));
-        for (int64_t q = 0; q < queries; q += block) {
-            const int64_t q_end = std::min(queries, q + block);
-            const auto [begin, end] = keys_of(b, q, q_end);
-            const int64_t first_split = begin / kSplit;
-            const int64_t num_splits = ceil_div(end, kSplit) - first_split;
-            // Few rows: all KV heads at once, which lie side by side in a page.
-            const int64_t rows = (q_end - q) * heads_at_once;
-            const int64_t work = (q_end - q) * (end - begin);
-            int64_t kv_heads = 1;
-            if (rows < kManyRows && heads_at_once == group) {
-                kv_heads = std::min<int64_t>(kMaxRows / rows, task.num_kv_heads);
-            }
-            const bool cut = threads > 1 && num_splits > 1 && work * kv_heads > share;
-            if (threads > 1 && !cut) {
-                kv_heads = std::clamp<int64_t>(share / std::max<int64_t>(work, 1), 1, kv_heads);
-            }
-            for (int64_t h = 0; h < task.num_kv_heads; h += kv_heads) {
-                for (int64_t g = 0; g < group; g += heads_at_once) {
-                    AttentionItem item{};
-                    item.seq = static_cast<int32_t>(b);
-                    item.query_begin = static_cast<int32_t>(q);
-                    item.query_end = static_cast<int32_t>(q_end);
-                    item.kv_head_begin = static_cast<int32_t>(h);
-                    item.kv_head_end = static_cast<int32_t>(std::min(task.num_kv_heads, h + kv_heads));
-                    item.group_begin = static_cast<int32_t>(g);
-                    item.group_end = static_cast<int32_t>(std::min(group, g + heads_at_once));
-                    item.first_split = first_split;
-                    item.num_splits = num_splits;
-                    item.split = -1;
-                    if (!cut) {
-                        items.push_back(item);
-                        continue;
-                    }
-                    const int64_t item_rows = (q_end - q) * (item.group_end - item.group_begin) *
-                                              (item.kv_head_end - item.kv_head_begin);
-                    // An offset for now: the buffer comes when its size is known.
-                    item.partials = nullptr;
-                    merges.push_back(item);
-                    merges.back().split = num_floats;
-                    num_floats += item_rows * num_splits * partial_floats(task.head_dim);
-                }
-            }
-        }
-    }
-    std::vector<float> partials(static_cast<size_t>(num_floats));
-    std::vector<AttentionItem> pieces;
-    for (AttentionItem& merge : merges) {
-        merge.partials = partials.data() + merge.split;
-        for (int64_t s = 0; s < merge.num_splits; ++s) {
-            pieces.push_back(merge);
-            pieces.back().split = merge.first_split + s;
-        }
-    }
-    pieces.insert(pieces.end(), items.begin(), items.end());
+void run_attention(Context& context, int dtype, AttentionTask task, const Sequences& seqs) {
+    const int64_t pairs = count_pairs(task, seqs);
+    const int threads =
+        context.threads_for(pairs * task.num_heads * task.head_dim * 2, kMinProducts);
+    const AttentionCut cut = cut_attention(task, seqs, threads);
+    // Kept from call to call: memory that was touched before costs nothing.
+    static thread_local std::vector<float> partials;
+    if (partials.size() < cut.num_floats) partials.resize(cut.num_floats);
+    task.queries = cut.queries.data();
+    task.partials = partials.data();
     const auto attend =
         task.key_scales ? context.kernels.attend_int8[dtype] : context.kernels.attend[dtype];
-    context.pool.run(static_cast<int64_t>(pieces.size()), threads, [&](int64_t i) {
-        attend(task, pieces[static_cast<size_t>(i)]);
+    context.pool.run(static_cast<int64_t>(cut.pieces.size()), threads, [&](int64_t i) {
+        attend(task, cut.pieces[static_cast<size_t>(i)]);
     });
-    context.pool.run(static_cast<int64_t>(merges.size()), threads, [&](int64_t i) {
-        context.kernels.merge_splits[dtype](task, merges[static_cast<size_t>(i)]);
+    context.pool.run(static_cast<int64_t>(cut.merges.size()), threads, [&](int64_t i) {
+        context.kernels.merge_splits[dtype](task, cut.merges[static_cast<size_t>(i)]);
     });
 }
 
@@ -603,11 +528,12 @@ KV_API int kv_paged_attention(Context* context, int dtype, const void* query, in
     return kv::perform(context, [=] {
         const kv::AttentionTask task{query,           query_stride, key_pages,    value_pages,
                                      key_page_stride, value_page_stride, key_scales,
-                                     value_scales,    scale_page_stride, page_tables, table_stride,
-                                     seq_lens,        query_starts, out,          num_heads,
+                                     value_scales,    scale_page_stride, out,     num_heads,
                                      num_kv_heads,    head_dim,     page_size,    scale,
-                                     window,          soft_cap,     sinks,        lse};
-        kv::run_attention(*context, dtype, task, num_seqs);
+                                     window,          soft_cap,     sinks,        lse,
+                                     nullptr,         nullptr};
+        kv::run_attention(*context, dtype, task,
+                          {page_tables, table_stride, seq_lens, query_starts, num_seqs});
     });
 }
 

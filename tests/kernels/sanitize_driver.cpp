@@ -211,9 +211,10 @@ void attention(Pair& pair, int dtype) {
     const int64_t d = 8 * between(1, 17), page_size = between(1, 20);
     std::vector<int32_t> seq_lens, starts{0}, positions;
     int64_t pages = 0, most = 1;
-    for (int64_t b = between(1, 4); b > 0; --b) {
-        const int64_t length = between(1, between(1, 600));
-        const int64_t queries = between(0, std::min<int64_t>(length, 50));
+    const bool is_decode = between(0, 2) == 0;  // of sequences that are long enough to share splits
+    for (int64_t b = between(1, is_decode ? 12 : 4); b > 0; --b) {
+        const int64_t length = is_decode ? between(200, 700) : between(1, between(1, 600));
+        const int64_t queries = is_decode ? 1 : between(0, std::min<int64_t>(length, 50));
         seq_lens.push_back(static_cast<int32_t>(length));
         starts.push_back(starts.back() + static_cast<int32_t>(queries));
         for (int64_t q = length - queries; q < length; ++q) {
@@ -258,6 +259,10 @@ void attention(Pair& pair, int dtype) {
                              normed ? norm.data() : nullptr, dtype, normed ? norm.data() : nullptr,
                              dtype, 1e-6f, 0, heads, kv_heads, d, out.data());
     });
+    for (int64_t b = 1; is_decode && b < num_seqs; ++b) {
+        const int32_t length = std::min(seq_lens[0], seq_lens[static_cast<size_t>(b)]);
+        std::copy_n(tables.begin(), between(0, length / page_size), tables.begin() + b * most);
+    }
     const int64_t window = between(0, 1) ? between(1, 300) : 0;
     const float cap = between(0, 1) ? 20.0f : 0.0f;
     const bool sink = between(0, 1);

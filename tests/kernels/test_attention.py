@@ -16,6 +16,7 @@ from kernel_cases import (
     check_attention_bits,
     check_merge_state,
     check_order_of_pairs,
+    check_shared_beginnings,
     check_states,
     check_unseen,
     random_sequence,
@@ -132,6 +133,20 @@ EXACT_SHAPES = [
 @pytest.mark.parametrize("kept", [None, torch.int8], ids=["unquantised", "int8"])
 def test_chunks_mates_pages_and_threads_change_no_bit(on_threads, dtype, kept, heads):
     check_attention_bits(on_threads(1), on_threads(3), heads, dtype, kept)
+
+
+@pytest.mark.parametrize(
+    "heads",
+    [
+        *EXACT_SHAPES,
+        Heads(16, 2, 32, page_size=7, soft_cap=20.0),
+        Heads(60, 1, 8, page_size=32, sinks=torch.randn(60)),
+    ],
+    ids=shape_id,
+)
+@pytest.mark.parametrize("kept", [None, torch.int8], ids=["unquantised", "int8"])
+def test_shared_beginnings_change_no_bit(on_threads, dtype, kept, heads):
+    check_shared_beginnings(on_threads(1), on_threads(3), heads, dtype, kept)
 
 
 @pytest.mark.parametrize("kept", [None, torch.int8], ids=["unquantised", "int8"])

@@ -32,6 +32,7 @@ PACKAGE = pathlib.Path(kernels.__file__).parent
 INTERPRETED = pathlib.Path(__file__).parent / "jit" / "interpreted"
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
 NAMES = {"avx512": "avx512f"}
+SHARED_SOURCES = ("native", "cut_attention", "pool", "sample")
 POINTERS = ("kPortable", "kAvx2", "kAvx512", "kAvx512Bf16")
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -62,6 +63,7 @@ class Mutant:
 
 RIGHT = Mutant("right")
 ATTENTION = "cpu/attention.h"
+CUT = "cpu/cut_attention.cpp"
 NATIVE = [
     Mutant(
         "dropped tail mask",
@@ -108,6 +110,26 @@ NATIVE = [
         ATTENTION,
         "sizeof(T) * static_cast<size_t>(task.head_dim - i));\n        }\n    }\n}",
         "sizeof(T) * static_cast<size_t>(task.head_dim - i - 1));\n        }\n    }\n}",
+    ),
+]
+CUTS = [
+    Mutant(
+        "a split shared by its first page",
+        CUT,
+        "ceil_div((split + 1) * kSplit, task.page_size);",
+        "first_page + 1;",
+    ),
+    Mutant(
+        "a shared split computed for the first of its sequences only",
+        CUT,
+        "static_cast<size_t>(seqs_.query_starts[b])",
+        "static_cast<size_t>(seqs_.query_starts[shared.seqs.front()])",
+    ),
+    Mutant(
+        "shared splits left out",
+        CUT,
+        "for (const SharedSplit& each : shared) cut_shared(each);",
+        "",
     ),
 ]
 SHARED_KEYS = "all = {(all.begin + kKeys - 1) / kKeys * kKeys, all.end / kKeys * kKeys};"
@@ -175,7 +197,7 @@ class Builder:
         stub = directory / "others.cpp"
         text = "\n".join(["namespace kv {", *lines, "}"])
         stub.write_text(f'#include "{PACKAGE}/cpu/isa.h"\n{text}\n')
-        sources = [PACKAGE / "cpu" / f"{name}.cpp" for name in ("native", "pool", "sample")]
+        sources = [PACKAGE / "cpu" / f"{name}.cpp" for name in SHARED_SOURCES]
         self.objects = [self.compiled(source, directory) for source in (*sources, stub)]
 
     def compiled(self, source: pathlib.Path, directory: pathlib.Path) -> pathlib.Path:
@@ -193,9 +215,13 @@ class Builder:
         root = self.directory / mutant.name.replace(" ", "-").replace(":", "")
         shutil.copytree(PACKAGE / "cpu", root / "cpu", ignore=shutil.ignore_patterns("*.so", "__*"))
         mutant.apply(root)
-        own = self.compiled(root / "cpu" / f"isa_{self.isa}.cpp", root)
+        own = {root / "cpu" / f"isa_{self.isa}.cpp", root / (mutant.path or CUT)}
+        objects = {each.name: each for each in self.objects}
+        for source in own:
+            if source.suffix == ".cpp":
+                objects[f"{source.stem}.o"] = self.compiled(source, root)
         built = root / "mutant.so"
-        self.run("-shared", *map(str, (*self.objects, own)), "-o", str(built))
+        self.run("-shared", *map(str, objects.values()), "-o", str(built))
         return built
 
 
@@ -210,6 +236,7 @@ def check(one: Ops, three: Ops) -> None:
     kernel_cases.check_unseen(one, torch.bfloat16, None)
     kernel_cases.check_order_of_pairs(one, torch.bfloat16)
     kernel_cases.check_attention_bits(one, three, Heads(4, 2, 64), torch.bfloat16, None)
+    kernel_cases.check_shared_beginnings(one, three, Heads(4, 2, 32), torch.bfloat16, None)
 
 
 def test_every_native_mutant_is_killed(seed: int, tmp_path: pathlib.Path) -> None:
@@ -222,7 +249,7 @@ def test_every_native_mutant_is_killed(seed: int, tmp_path: pathlib.Path) -> Non
         pytest.skip("no C++ compiler")
     short = next(name for name in ISAS if NAMES.get(name, name) == isa)
     builder = Builder(compiler, short, tmp_path)
-    mutants = [RIGHT, *NATIVE, *(PAIRS if short == "avx512_bf16" else ())]
+    mutants = [RIGHT, *NATIVE, *CUTS, *(PAIRS if short == "avx512_bf16" else ())]
     survivors = []
     for mutant, built in zip(mutants, in_parallel(builder.build, mutants), strict=True):
         variant = library.open_library(built)

@@ -93,7 +93,10 @@ class Chunk:
 
 
 class PagedBatch:
-    """Chunks in a page-major pool: shuffled pages, NaN in every slot that no sequence owns."""
+    """Chunks in a page-major pool: shuffled pages, NaN in every slot that no sequence owns.
+
+    Full pages of the same keys at the same place lie in the pool once: beginnings are shared.
+    """
 
     def __init__(
         self,
@@ -114,14 +117,17 @@ class PagedBatch:
         free = iter(torch.randperm(num_pages).tolist())
         poison = next(free)
         tables = torch.full((len(chunks), max(max(counts) + 2, width)), poison, dtype=torch.int32)
-        for b, (chunk, count) in enumerate(zip(chunks, counts, strict=True)):
-            pages = list(itertools.islice(free, count))
-            tables[b, :count] = torch.tensor(pages, dtype=torch.int32)
-            for position in range(0, chunk.end, size):
-                end = min(position + size, chunk.end)
-                page = pages[position // size]
-                own = slice(position, end)
-                fill_page(self.pages, page, chunk.sequence.key[own], chunk.sequence.value[own])
+        full: dict[tuple[int, bytes], int] = {}
+        for b, chunk in enumerate(chunks):
+            for index, position in enumerate(range(0, chunk.end, size)):
+                own = slice(position, min(position + size, chunk.end))
+                keys = chunk.sequence.key[own]
+                page = next(free)
+                if len(keys) == size:
+                    content = keys.cpu().view(torch.uint8).numpy().tobytes()
+                    page = full.setdefault((index, content), page)
+                tables[b, index] = page
+                fill_page(self.pages, page, keys, chunk.sequence.value[own])
         self.heads = heads
         self.num_queries = [chunk.end - chunk.begin for chunk in chunks]
         starts = list(itertools.accumulate(self.num_queries, initial=0))
@@ -239,6 +245,36 @@ def check_attention_bits(
         for ops in (one, three):
             out = PagedBatch(heads, [chunk], dtype, kept).attend(ops)
             assert torch.equal(out, whole[position : position + 1]), f"position {position}"
+
+
+def check_shared_beginnings(
+    one: Ops, three: Ops, heads: Heads, dtype: torch.dtype, kept: torch.dtype | None
+) -> None:
+    """Decode steps that share the pages of their beginnings: the bits of each one alone.
+
+    Some part in the middle of a split, and some come with more queries than one.
+    """
+    common = random_sequence(heads, 800, dtype, kept)
+    forks = [0, 120, 256, 300, 512, 600, 777]
+    chunks = []
+    for fork in [512, 777, *random.choices(forks, k=random.randint(2, 18))]:
+        own = random_sequence(heads, random.choice([1, 16, 17, 255, 256, 300]), dtype, kept)
+        parts = zip(
+            (common.query[:fork], common.key[:fork], common.value[:fork]),
+            (own.query, own.key, own.value),
+            strict=True,
+        )
+        sequence = Sequence(*(torch.cat(pair) for pair in parts))
+        num_queries = random.choice([1, 1, 1, 1, min(5, own.length)])
+        chunks.append(Chunk(sequence, sequence.length - num_queries, sequence.length))
+    random.shuffle(chunks)
+    batch = PagedBatch(heads, chunks, dtype, kept)
+    first = batch.page_tables[:, 512 // heads.page_size - 1].tolist()
+    assert max(map(first.count, first)) > 1, "no two sequences share a page"
+    outs = batch.attend_apart(random.choice([one, three]))
+    for chunk, out in zip(chunks, outs, strict=True):
+        assert torch.equal(out, PagedBatch(heads, [chunk], dtype, kept).attend(one))
+    assert_close(torch.cat(outs), torch.cat([attention_oracle(heads, c) for c in chunks]), dtype)
 
 
 def check_unseen(ops: Ops, dtype: torch.dtype, kept: torch.dtype | None) -> None:
