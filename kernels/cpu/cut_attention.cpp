@@ -49,9 +49,14 @@ std::vector<SharedSplit> find_shared(const AttentionTask& task, const Sequences&
     std::vector<SharedSplit> shared;
     std::vector<Candidate> reading, staying;
     for (int64_t split = 0; candidates.size() > 1; ++split) {
+        const auto starts_before = [](const Candidate& a, const Candidate& b) {
+            return a.whole.begin < b.whole.begin;
+        };
+        const auto next = std::min_element(candidates.begin(), candidates.end(), starts_before);
+        split = std::max(split, next->whole.begin);
         const int64_t first_page = split * kSplit / task.page_size;
         const int64_t end_page = ceil_div((split + 1) * kSplit, task.page_size);
-        const auto pages_differ = [&](const Candidate& a, const Candidate& b) {
+        const auto comes_before = [&](const Candidate& a, const Candidate& b) {
             const int32_t *x = seqs.page_table(a.seq), *y = seqs.page_table(b.seq);
             return std::lexicographical_compare(x + first_page, x + end_page, y + first_page,
                                                 y + end_page);
@@ -62,9 +67,9 @@ std::vector<SharedSplit> find_shared(const AttentionTask& task, const Sequences&
             if (each.whole.holds(split)) reading.push_back(each);
             if (split < each.whole.begin) staying.push_back(each);
         }
-        std::sort(reading.begin(), reading.end(), pages_differ);
+        std::sort(reading.begin(), reading.end(), comes_before);
         for (auto begin = reading.begin(); begin != reading.end();) {
-            const auto end = std::upper_bound(begin, reading.end(), *begin, pages_differ);
+            const auto end = std::upper_bound(begin, reading.end(), *begin, comes_before);
             if (end - begin > 1) {
                 shared.push_back({split, {}});
                 for (auto each = begin; each != end; ++each) shared.back().seqs.push_back(each->seq);
