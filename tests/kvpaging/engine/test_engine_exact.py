@@ -145,6 +145,28 @@ def test_a_prefix_hit_changes_nothing(dtype: str, seed: int) -> None:
         assert computed.samples == continued.samples
 
 
+@pytest.mark.parametrize("seed", [SEED])
+def test_mates_with_the_same_beginning_change_nothing(dtype: str, seed: int) -> None:
+    """Beginnings of one and of two splits, whose pages are attended to together."""
+    rng = random.Random(seed)
+    common, num_new = prompt(rng, 544), 16
+    requests = [
+        Request(RequestId(f"{i}"), common[:end] + prompt(rng, 5 + i), sampling(rng, num_new))
+        for i, end in enumerate((544, 304, 544, 304, 544, 304))
+    ]
+    with engine(dtype, prefix_cache=False) as one:
+        reference = {
+            r.request_id: alone(one, r.prompt_token_ids, r.sampling).samples for r in requests
+        }
+    # Room for the beginning once, and two pages of each request's own.
+    with engine(dtype, num_pages=34 + 2 * 6, max_model_len=640) as crowd:
+        alone(crowd, common, sampling(rng, 1))
+        before = crowd.stats().step_id
+        assert run(crowd, requests) == reference
+        assert crowd.stats().num_preemptions == 0
+        assert crowd.stats().step_id - before < 2 * num_new, "they did not run together"
+
+
 @pytest.mark.parametrize("budget", [8, 13, 50, 512])
 @pytest.mark.parametrize("seed", [SEED])
 def test_chunks_and_page_sizes_change_nothing(dtype: str, budget: int, seed: int) -> None:
