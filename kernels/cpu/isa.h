@@ -82,6 +82,12 @@ struct LinearTask {
     bool out_float32;  // out holds float32 whatever x is
 };
 
+// Some panels of a linear by some of its tiles: one thread's work.
+struct LinearPiece {
+    const LinearTask* task;
+    int64_t panel_begin, panel_end, tile_begin, tile_end;
+};
+
 struct NormTask {
     const void* x;
     int64_t x_stride;
@@ -190,8 +196,10 @@ struct Kernels {
     int64_t row_step_bytes[kNumWeights][kNumDtypes];
     void (*pack_rows[kNumWeights][kNumDtypes])(const PackTask&, int64_t row_begin, int64_t row_end,
                                                void* out);
-    void (*linear[kNumWeights][kNumDtypes])(const LinearTask&, int64_t panel_begin,
-                                            int64_t panel_end, int64_t tile_begin, int64_t tile_end);
+    // `next`: what the thread does after this, or null; its weight is fetched meanwhile, and
+    // `is_fetched` says whether that happened to this piece.
+    void (*linear[kNumWeights][kNumDtypes])(const LinearPiece&, const LinearPiece* next,
+                                            bool is_fetched);
     void (*norm[kNumDtypes])(const NormTask&, int64_t row_begin, int64_t row_end);
     void (*gated[kNumDtypes])(const GatedTask&, int64_t row_begin, int64_t row_end);
     void (*rope_store[kNumDtypes])(const RopeTask&, int64_t row_begin, int64_t row_end);

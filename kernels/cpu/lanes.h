@@ -18,7 +18,7 @@ struct Operand {
 // A linear's sums in float lanes.
 struct FloatSums {
     static constexpr int kRows = kFloatRows, kSums = kFloatSums;
-    static constexpr bool kWhole = false;
+    static constexpr bool kWhole = false, kTurns = false;
     using Sum = Vec;
     static KV_INLINE Vec zero() { return set1(0.0f); }
     static KV_INLINE Vec total(Vec sum, const int32_t*) { return sum; }

@@ -18,7 +18,7 @@ namespace {
 
 // Of a weight, so much is multiplied by all tiles before the next comes: within a core's own cache.
 constexpr int64_t kBlockBytes = 256 << 10;
-// With one tile there is no time to fetch a block: steps ahead in each panel.
+// Where no product before fetched a block: steps ahead in each panel.
 constexpr int64_t kStepsAhead = 64;
 
 // The largest whole number that x becomes where bytes are multiplied.
@@ -51,14 +51,14 @@ void pack_rows(const PackTask& task, int64_t begin, int64_t end, void* out) {
     using L = Lanes<W>;
     const int64_t steps = (task.k + L::kDepth - 1) / L::kDepth;
     const int64_t stride = (end - begin) * L::kNumbers;
-    const auto row_of = [&](int64_t r) {
-        return static_cast<const T*>(task.x) + (task.rows ? task.rows[r] : r) * task.x_stride;
-    };
+    const T* rows[kMaxTileRows];
     float unit[kMaxTileRows];  // whole numbers to one of x
     for (int64_t r = begin; r < end; ++r) {
+        const T* row = static_cast<const T*>(task.x) + (task.rows ? task.rows[r] : r) * task.x_stride;
+        rows[r - begin] = row;
         unit[r - begin] = 1.0f;
         if (!task.scales) continue;
-        const float scale = L::kWhole ? largest(row_of(r), task.k) / kLargestWhole : 1.0f;
+        const float scale = L::kWhole ? largest(row, task.k) / kLargestWhole : 1.0f;
         // So small that its inverse overflows: zero. NaN stays.
         unit[r - begin] = scale < std::numeric_limits<float>::min() ? 0.0f : 1.0f / scale;
         task.scales[r] = scale;
@@ -66,12 +66,19 @@ void pack_rows(const PackTask& task, int64_t begin, int64_t end, void* out) {
     // A cache line of each row at a time, so that the tile is written from one end to the other.
     constexpr int64_t kChunk = 16;
     for (int64_t step = 0; step < steps; step += kChunk) {
-        for (int64_t r = begin; r < end; ++r) {
-            const T* x = row_of(r) + step * L::kDepth;
-            typename L::X* to =
-                static_cast<typename L::X*>(out) + step * stride + (r - begin) * L::kNumbers;
-            const float u = unit[r - begin];
-            if ((step + kChunk) * L::kDepth <= task.k) {
+        const bool is_whole = (step + kChunk) * L::kDepth <= task.k;
+        typename L::X* chunk = static_cast<typename L::X*>(out) + step * stride;
+        if constexpr (L::kTurns) {
+            if (is_whole) {
+                L::turn(rows, step * L::kDepth, end - begin, chunk);
+                continue;
+            }
+        }
+        for (int64_t r = 0; r < end - begin; ++r) {
+            const T* x = rows[r] + step * L::kDepth;
+            typename L::X* to = chunk + r * L::kNumbers;
+            const float u = unit[r];
+            if (is_whole) {
 #pragma GCC unroll 16
                 for (int64_t s = 0; s < kChunk; ++s) L::pack(x + s * L::kDepth, u, to + s * stride);
                 continue;
@@ -174,12 +181,12 @@ void store_outputs(const LinearTask& task, int64_t row, int64_t col, const float
 }
 
 template <typename T, typename W>
-void linear(const LinearTask& task, int64_t panel_begin, int64_t panel_end, int64_t tile_begin,
-            int64_t tile_end) {
+void linear(const LinearPiece& piece, const LinearPiece* next_piece, bool is_fetched) {
+    const LinearTask& task = *piece.task;
     const int64_t panel_bytes = task.steps * kStepBytes;
     const char* weight = static_cast<const char*>(task.weight);
     const char* tiles = static_cast<const char*>(task.x);
-    const int64_t num_tiles = tile_end - tile_begin;
+    const int64_t num_tiles = piece.tile_end - piece.tile_begin;
     // Whole panels of scales lie before the sums. Without scales the sums aren't looked at.
     const int64_t num_panels = (task.n + kPanelCols - 1) / kPanelCols;
     const int32_t* column_sums =
@@ -191,13 +198,18 @@ void linear(const LinearTask& task, int64_t panel_begin, int64_t panel_end, int6
     const int most = panels_at_once<W>((task.num_rows + task.num_tiles - 1) / task.num_tiles);
     const int64_t block_panels =
         num_tiles == 1 ? most : greater(kBlockBytes / greater(panel_bytes * most, 1), 1) * most;
-    for (int64_t block = panel_begin; block < panel_end; block += block_panels) {
-        const int64_t block_end = lesser(block + block_panels, panel_end);
+    for (int64_t block = piece.panel_begin; block < piece.panel_end; block += block_panels) {
+        const int64_t block_end = lesser(block + block_panels, piece.panel_end);
         // The next block comes from memory while this one is multiplied, a share with each product.
         const char* next = weight + block_end * panel_bytes;
-        const int64_t next_bytes =
-            lesser(block_panels, panel_end - block_end) * panel_bytes;
-        for (int64_t t = tile_begin; t < tile_end; ++t) {
+        int64_t next_panels = lesser(block_panels, piece.panel_end - block_end);
+        if (next_panels == 0 && next_piece) {
+            next = static_cast<const char*>(next_piece->task->weight) +
+                   next_piece->panel_begin * panel_bytes;
+            next_panels = lesser(block_panels, next_piece->panel_end - next_piece->panel_begin);
+        }
+        const int64_t fetching_tiles = num_tiles - (is_fetched ? 0 : 1);
+        for (int64_t t = piece.tile_begin; t < piece.tile_end; ++t) {
             const int64_t begin = t * task.num_rows / task.num_tiles;
             const int64_t end = (t + 1) * task.num_rows / task.num_tiles;
             const char* x = tiles + begin * task.steps * row_step_bytes<W>();
@@ -205,11 +217,12 @@ void linear(const LinearTask& task, int64_t panel_begin, int64_t panel_end, int6
                 const int panels = panel + most <= block_end ? most : 1;
                 const char* w = weight + panel * panel_bytes;
                 Ahead ahead;
-                if (num_tiles == 1) {
+                if (num_tiles == 1 || !is_fetched) {
                     ahead = {w + kStepsAhead * kStepBytes, panel_bytes, kStepBytes, task.steps};
                 } else {
                     const int64_t unit = kStepBytes * panels;
-                    const int64_t share = next_bytes / num_tiles / (block_end - block) * panels;
+                    const int64_t share =
+                        next_panels * panel_bytes / fetching_tiles / (block_end - block) * panels;
                     ahead = {next, kStepBytes, unit, (share + unit - 1) / unit};
                     next += share;
                 }
@@ -223,6 +236,7 @@ void linear(const LinearTask& task, int64_t panel_begin, int64_t panel_end, int6
                 }
                 panel += panels;
             }
+            is_fetched = true;  // by the first tile if by nothing before
         }
     }
 }

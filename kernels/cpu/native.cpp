@@ -137,17 +137,13 @@ struct LinearShape {
     bool out_float32;
 };
 
-struct LinearPiece {
-    size_t task;
-    int64_t panel_begin, panel_end, tile_begin, tile_end;
-};
-
 // Large pieces first and small ones last, so that all threads end at about the same time.
-void cut_linear(size_t task, int64_t num_panels, int64_t num_tiles, int threads,
+void cut_linear(const LinearTask& task, int64_t num_panels, int threads,
                 std::vector<LinearPiece>& pieces) {
+    const int64_t num_tiles = task.num_tiles;
     const auto cut = [&](int64_t begin, int64_t end, int64_t parts) {
         for (int64_t p = 0; p < parts; ++p) {
-            pieces.push_back({task, begin, end, p * num_tiles / parts, (p + 1) * num_tiles / parts});
+            pieces.push_back({&task, begin, end, p * num_tiles / parts, (p + 1) * num_tiles / parts});
         }
     };
     constexpr int64_t kLeast = 4;  // panels: what the smallest tiles take at once
@@ -183,6 +179,7 @@ void multiply(Context& context, const LinearShape& shape, const std::vector<Line
         char* out;
     };
     std::vector<LinearTask> tasks;
+    tasks.reserve(parts.size());
     std::vector<Tile> tiles;
     std::vector<LinearPiece> pieces;
     const int threads = context.threads_for(num_rows * shape.n * std::max<int64_t>(k, 1), kMinProducts);
@@ -195,9 +192,9 @@ void multiply(Context& context, const LinearShape& shape, const std::vector<Line
                              (t + 1) * part.num_rows / num_tiles,
                              packed + begin * row_bytes});
         }
-        cut_linear(tasks.size(), num_panels, num_tiles, threads, pieces);
         tasks.push_back({packed, part.num_rows, num_tiles, part.rows, part.weight, part.scales,
                          row_scales, part.bias, part.out, shape.n, steps, shape.out_float32});
+        cut_linear(tasks.back(), num_panels, threads, pieces);
         packed += part.num_rows * row_bytes;
         if (row_scales) row_scales += part.num_rows;
     }
@@ -206,10 +203,19 @@ void multiply(Context& context, const LinearShape& shape, const std::vector<Line
                          const Tile& tile = tiles[static_cast<size_t>(i)];
                          kernels.pack_rows[shape.weight][shape.dtype](tile.rows, tile.begin, tile.end, tile.out);
                      });
-    context.pool.run(static_cast<int64_t>(pieces.size()), threads, [&](int64_t i) {
-        const LinearPiece& p = pieces[static_cast<size_t>(i)];
-        kernels.linear[shape.weight][shape.dtype](tasks[p.task], p.panel_begin, p.panel_end, p.tile_begin,
-                                    p.tile_end);
+    // With several tiles a thread takes its next piece before it does one, to fetch it meanwhile.
+    std::atomic<size_t> taken{0};
+    context.pool.run(threads, threads, [&](int64_t) {
+        bool is_fetched = false;
+        for (size_t i = taken++; i < pieces.size();) {
+            const LinearPiece& piece = pieces[i];
+            const bool fetches = piece.tile_end - piece.tile_begin > 1;
+            if (fetches) i = taken++;
+            kernels.linear[shape.weight][shape.dtype](
+                piece, fetches && i < pieces.size() ? &pieces[i] : nullptr, is_fetched);
+            if (!fetches) i = taken++;
+            is_fetched = fetches;
+        }
     });
 }
 

@@ -20,37 +20,6 @@ struct Turned<bf16> {
     static constexpr int kRows = 6;
     using Word = int32_t;  // two elements
 
-    // 16 rows of 16 words to 16 columns.
-    static KV_INLINE void transpose(__m512i* x) {
-        __m512i t[16];
-#pragma GCC unroll 8
-        for (int i = 0; i < 16; i += 2) {
-            t[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
-            t[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
-        }
-#pragma GCC unroll 4
-        for (int i = 0; i < 16; i += 4) {
-            x[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-            x[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-            x[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-            x[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-        }
-        // x[4 q + c]: column 4 lane + c of rows 4 q .. 4 q + 3.
-#pragma GCC unroll 4
-        for (int c = 0; c < 4; ++c) {
-            const __m512i low01 = _mm512_shuffle_i32x4(x[c], x[4 + c], 0x88);
-            const __m512i high01 = _mm512_shuffle_i32x4(x[c], x[4 + c], 0xdd);
-            const __m512i low23 = _mm512_shuffle_i32x4(x[8 + c], x[12 + c], 0x88);
-            const __m512i high23 = _mm512_shuffle_i32x4(x[8 + c], x[12 + c], 0xdd);
-            t[c] = _mm512_shuffle_i32x4(low01, low23, 0x88);
-            t[8 + c] = _mm512_shuffle_i32x4(low01, low23, 0xdd);
-            t[4 + c] = _mm512_shuffle_i32x4(high01, high23, 0x88);
-            t[12 + c] = _mm512_shuffle_i32x4(high01, high23, 0xdd);
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) x[i] = t[i];
-    }
-
     // out[pair][key] for 16 keys of `width` elements, null for none; zeros past their end.
     static void turn(const bf16* const* key, int64_t head_dim, Word (*out)[16]) {
         for (int64_t d = 0; d < head_dim; d += 32, out += 16) {

@@ -108,6 +108,37 @@ KV_INLINE void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
 }
 KV_INLINE float max_lane(Vec a) { return _mm512_reduce_max_ps(a.v); }
 
+// 16 rows of 16 words to 16 columns.
+KV_INLINE void transpose(__m512i* x) {
+    __m512i t[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+        x[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        x[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        x[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        x[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    // x[4 q + c]: column 4 lane + c of rows 4 q .. 4 q + 3.
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) {
+        const __m512i low01 = _mm512_shuffle_i32x4(x[c], x[4 + c], 0x88);
+        const __m512i high01 = _mm512_shuffle_i32x4(x[c], x[4 + c], 0xdd);
+        const __m512i low23 = _mm512_shuffle_i32x4(x[8 + c], x[12 + c], 0x88);
+        const __m512i high23 = _mm512_shuffle_i32x4(x[8 + c], x[12 + c], 0xdd);
+        t[c] = _mm512_shuffle_i32x4(low01, low23, 0x88);
+        t[8 + c] = _mm512_shuffle_i32x4(low01, low23, 0xdd);
+        t[4 + c] = _mm512_shuffle_i32x4(high01, high23, 0x88);
+        t[12 + c] = _mm512_shuffle_i32x4(high01, high23, 0xdd);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) x[i] = t[i];
+}
+
 // A linear's tile in float lanes: its rows at most, and its sums at most.
 constexpr int kFloatRows = 12, kFloatSums = 24;
 
@@ -166,6 +197,7 @@ struct Lanes<f16> : Pair {
 template <>
 struct Lanes<bf16> : FloatSums {
     static constexpr int kDepth = 2, kNumbers = 1;
+    static constexpr bool kTurns = true;
     using X = int;
     __m512i v;
     static KV_INLINE Lanes load(const char* p) {
@@ -174,6 +206,19 @@ struct Lanes<bf16> : FloatSums {
         return w;
     }
     static KV_INLINE void pack(const bf16* x, float, X* to) { std::memcpy(to, x, sizeof *to); }
+    // Sixteen steps of a tile, from the same place of each row.
+    static KV_INLINE void turn(const bf16* const* row, int64_t at, int64_t rows, X* to) {
+        __m512i x[16];
+#pragma GCC unroll 16
+        for (int r = 0; r < 16; ++r) {
+            x[r] = r < rows ? _mm512_loadu_si512(row[r] + at) : _mm512_setzero_si512();
+        }
+        transpose(x);
+#pragma GCC unroll 16
+        for (int s = 0; s < 16; ++s) {
+            _mm512_mask_storeu_epi32(to + s * rows, first(static_cast<int>(rows)), x[s]);
+        }
+    }
     static KV_INLINE Vec dot(Vec sum, const X* x, Lanes w) {
         return {_mm512_dpbf16_ps(sum.v, (__m512bh)_mm512_set1_epi32(*x), (__m512bh)w.v)};
     }
@@ -183,7 +228,7 @@ struct Lanes<bf16> : FloatSums {
 template <>
 struct Lanes<int8_t> {
     static constexpr int kRows = 6, kSums = 12;
-    static constexpr bool kWhole = true;
+    static constexpr bool kWhole = true, kTurns = false;
     static constexpr int kDepth = 4, kNumbers = 2;
     using X = int;
     struct Sum {
