@@ -192,7 +192,7 @@ struct Kernels {
     const char* name;
 
     // Linears: rows of a tile at most, bytes of a packed row and step, packing, products.
-    int64_t tile_rows[kNumWeights];
+    int64_t tile_rows[kNumWeights][kNumDtypes];
     int64_t row_step_bytes[kNumWeights][kNumDtypes];
     void (*pack_rows[kNumWeights][kNumDtypes])(const PackTask&, int64_t row_begin, int64_t row_end,
                                                void* out);
@@ -224,5 +224,13 @@ extern const Kernels* const kPortable;
 extern const Kernels* const kAvx2;
 extern const Kernels* const kAvx512;
 extern const Kernels* const kAvx512Bf16;
+
+// What AMX does otherwise than kAvx512Bf16: linears of bfloat16.
+struct TileKernels {
+    int64_t tile_rows, row_step_bytes;
+    void (*pack_rows)(const PackTask&, int64_t row_begin, int64_t row_end, void* out);
+    void (*linear)(const LinearPiece&, const LinearPiece* next, bool is_fetched);
+};
+extern const TileKernels* const kAmxBf16;
 
 }  // namespace kv

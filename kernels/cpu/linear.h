@@ -137,26 +137,34 @@ void product(const void* tile, const char* panels, int64_t steps, const Ahead& a
     }
 }
 
-using Product = void (*)(const void*, const char*, int64_t, const Ahead&, const int32_t*,
-                         float*);
-
-// Panels that tiles of at most so many rows take at once: as many sums as the registers hold.
+// Products out of the lanes' own registers.
 template <typename W>
-constexpr int panels_at_once(int64_t rows) {
-    return 4 * rows <= Lanes<W>::kSums ? 4 : 2 * rows <= Lanes<W>::kSums ? 2 : 1;
-}
+struct LaneProducts {
+    static constexpr int64_t kSums = Lanes<W>::kSums;  // rows times panels at most
+    static constexpr int64_t kRowStepBytes = row_step_bytes<W>();
 
-// The product for numbers of rows and panels known at run time.
-template <typename W, int ROWS = Lanes<W>::kRows>
-Product product_for(int64_t rows, int panels) {
-    if constexpr (ROWS > 1) {
-        if (rows < ROWS) return product_for<W, ROWS - 1>(rows, panels);
+    // Panels that tiles of at most so many rows take at once: as many sums as the registers hold.
+    static constexpr int panels_at_once(int64_t rows) {
+        return 4 * rows <= kSums ? 4 : 2 * rows <= kSums ? 2 : 1;
     }
-    constexpr int kMost = panels_at_once<W>(ROWS);
-    if (panels == 1) return product<W, ROWS, 1>;
-    if (panels == 2) return product<W, ROWS, kMost < 2 ? kMost : 2>;
-    return product<W, ROWS, kMost>;
-}
+
+    // `product` for numbers of rows and panels known at run time.
+    template <int ROWS = Lanes<W>::kRows>
+    void multiply(int64_t rows, int panels, const void* tile, const char* weight, int64_t steps,
+                  const Ahead& ahead, const int32_t* column_sums, float* out) const {
+        if constexpr (ROWS > 1) {
+            if (rows < ROWS) {
+                return multiply<ROWS - 1>(rows, panels, tile, weight, steps, ahead, column_sums,
+                                          out);
+            }
+        }
+        constexpr int kMost = panels_at_once(ROWS);
+        const auto of_panels = panels == 1   ? product<W, ROWS, 1>
+                               : panels == 2 ? product<W, ROWS, kMost < 2 ? kMost : 2>
+                                             : product<W, ROWS, kMost>;
+        of_panels(tile, weight, steps, ahead, column_sums, out);
+    }
+};
 
 template <typename T, typename W>
 void store_outputs(const LinearTask& task, int64_t row, int64_t col, const float* values) {
@@ -180,7 +188,7 @@ void store_outputs(const LinearTask& task, int64_t row, int64_t col, const float
     }
 }
 
-template <typename T, typename W>
+template <typename T, typename W, typename Products = LaneProducts<W>>
 void linear(const LinearPiece& piece, const LinearPiece* next_piece, bool is_fetched) {
     const LinearTask& task = *piece.task;
     const int64_t panel_bytes = task.steps * kStepBytes;
@@ -192,10 +200,12 @@ void linear(const LinearPiece& piece, const LinearPiece* next_piece, bool is_fet
     const int32_t* column_sums =
         task.scales ? reinterpret_cast<const int32_t*>(task.scales) + num_panels * kPanelCols
                     : nullptr;
-    float out[Lanes<W>::kSums * kPanelCols];
+    alignas(64) float out[Products::kSums * kPanelCols];
+    Products products;
 
     // All tiles have as many rows as the first, or one more.
-    const int most = panels_at_once<W>((task.num_rows + task.num_tiles - 1) / task.num_tiles);
+    const int most =
+        Products::panels_at_once((task.num_rows + task.num_tiles - 1) / task.num_tiles);
     const int64_t block_panels =
         num_tiles == 1 ? most : greater(kBlockBytes / greater(panel_bytes * most, 1), 1) * most;
     for (int64_t block = piece.panel_begin; block < piece.panel_end; block += block_panels) {
@@ -212,7 +222,7 @@ void linear(const LinearPiece& piece, const LinearPiece* next_piece, bool is_fet
         for (int64_t t = piece.tile_begin; t < piece.tile_end; ++t) {
             const int64_t begin = t * task.num_rows / task.num_tiles;
             const int64_t end = (t + 1) * task.num_rows / task.num_tiles;
-            const char* x = tiles + begin * task.steps * row_step_bytes<W>();
+            const char* x = tiles + begin * task.steps * Products::kRowStepBytes;
             for (int64_t panel = block; panel < block_end;) {
                 const int panels = panel + most <= block_end ? most : 1;
                 const char* w = weight + panel * panel_bytes;
@@ -226,8 +236,8 @@ void linear(const LinearPiece& piece, const LinearPiece* next_piece, bool is_fet
                     ahead = {next, kStepBytes, unit, (share + unit - 1) / unit};
                     next += share;
                 }
-                product_for<W>(end - begin, panels)(
-                    x, w, task.steps, ahead, column_sums + panel * kPanelCols, out);
+                products.multiply(end - begin, panels, x, w, task.steps, ahead,
+                                  column_sums + panel * kPanelCols, out);
                 for (int64_t r = 0; r < end - begin; ++r) {
                     for (int p = 0; p < panels; ++p) {
                         store_outputs<T, W>(task, begin + r, (panel + p) * kPanelCols,

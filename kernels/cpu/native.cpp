@@ -16,6 +16,8 @@
 #include <utility>
 #include <vector>
 
+#include "amx.h"
+#include "cpu.h"
 #include "cut_attention.h"
 #include "isa.h"
 #include "pool.h"
@@ -75,48 +77,24 @@ int perform(Context* context, F f) noexcept {
     });
 }
 
-bool cpu_has_avx2() {
-#if KV_X86
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-           __builtin_cpu_supports("f16c");
-#else
-    return false;
-#endif
-}
-bool cpu_has_avx512() {
-#if KV_X86
-    return cpu_has_avx2() && __builtin_cpu_supports("avx512f") &&
-           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512dq");
-#else
-    return false;
-#endif
-}
-bool cpu_has_avx512_bf16() {
-#if KV_X86
-    return cpu_has_avx512() && __builtin_cpu_supports("avx512bf16") &&
-           __builtin_cpu_supports("avx512vnni");
-#else
-    return false;
-#endif
-}
-
 // Best first; null where this CPU can't.
 const Kernels* usable(int i) {
     switch (i) {
         case 0:
-            return cpu_has_avx512_bf16() ? kAvx512Bf16 : nullptr;
+            return amx_bf16();
         case 1:
-            return cpu_has_avx512() ? kAvx512 : nullptr;
+            return cpu_has_avx512_bf16() ? kAvx512Bf16 : nullptr;
         case 2:
-            return cpu_has_avx2() ? kAvx2 : nullptr;
+            return cpu_has_avx512() ? kAvx512 : nullptr;
         case 3:
+            return cpu_has_avx2() ? kAvx2 : nullptr;
+        case 4:
             return kPortable;
         default:
             return nullptr;
     }
 }
-constexpr int kNumIsas = 4;
+constexpr int kNumIsas = 5;
 
 // Rows of x for one weight, and where their products go.
 struct LinearPart {
@@ -184,7 +162,7 @@ void multiply(Context& context, const LinearShape& shape, const std::vector<Line
     std::vector<LinearPiece> pieces;
     const int threads = context.threads_for(num_rows * shape.n * std::max<int64_t>(k, 1), kMinProducts);
     for (const LinearPart& part : parts) {
-        const int64_t num_tiles = ceil_div(part.num_rows, kernels.tile_rows[shape.weight]);
+        const int64_t num_tiles = ceil_div(part.num_rows, kernels.tile_rows[shape.weight][shape.dtype]);
         for (int64_t t = 0; t < num_tiles; ++t) {
             const int64_t begin = t * part.num_rows / num_tiles;
             tiles.push_back({{part.x, part.x_stride, part.rows, k, row_scales},

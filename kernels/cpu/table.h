@@ -16,7 +16,8 @@ namespace {
 constexpr Kernels kernels_named(const char* name) {
     return {
         name,
-        {Lanes<bf16>::kRows, Lanes<int8_t>::kRows},
+        {{Lanes<float>::kRows, Lanes<bf16>::kRows, Lanes<f16>::kRows},
+         {Lanes<int8_t>::kRows, Lanes<int8_t>::kRows, Lanes<int8_t>::kRows}},
         {{row_step_bytes<float>(), row_step_bytes<bf16>(), row_step_bytes<f16>()},
          {row_step_bytes<int8_t>(), row_step_bytes<int8_t>(), row_step_bytes<int8_t>()}},
         {{pack_rows<float, float>, pack_rows<bf16, bf16>, pack_rows<f16, f16>},

@@ -15,11 +15,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import kernel_cases
 import pytest
 import torch
 from kernel_cases import Heads
+from native_builds import Builder
 
 import kernels
 from kernels.checks import CheckedOps
@@ -30,11 +32,8 @@ from kernels.ops import Ops
 
 PACKAGE = pathlib.Path(kernels.__file__).parent
 INTERPRETED = pathlib.Path(__file__).parent / "jit" / "interpreted"
-ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
-NAMES = {"avx512": "avx512f"}
-SHARED_SOURCES = ("native", "cut_attention", "pool", "sample")
-POINTERS = ("kPortable", "kAvx2", "kAvx512", "kAvx512Bf16")
 
+Built = TypeVar("Built")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
@@ -178,51 +177,17 @@ TRITON = [
 ]
 
 
-def in_parallel(work: Callable[[Mutant], object], mutants: list[Mutant]) -> list[object]:
+def in_parallel(work: Callable[[Mutant], Built], mutants: list[Mutant]) -> list[Built]:
     with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         return list(pool.map(work, mutants))
 
 
-class Builder:
-    """Builds variants of the library with one instruction set; what no mutant touches once."""
-
-    OPTIONS = ("-std=c++17", "-O1", "-w", "-fPIC", "-pthread", "-ffp-contract=off")
-
-    def __init__(self, compiler: str, isa: str, directory: pathlib.Path) -> None:
-        self.compiler = compiler
-        self.isa = isa
-        self.directory = directory
-        others = [name for name, each in zip(POINTERS, ISAS, strict=True) if each != isa]
-        lines = [f"const Kernels* const {name} = nullptr;" for name in others]
-        stub = directory / "others.cpp"
-        text = "\n".join(["namespace kv {", *lines, "}"])
-        stub.write_text(f'#include "{PACKAGE}/cpu/isa.h"\n{text}\n')
-        sources = [PACKAGE / "cpu" / f"{name}.cpp" for name in SHARED_SOURCES]
-        self.objects = [self.compiled(source, directory) for source in (*sources, stub)]
-
-    def compiled(self, source: pathlib.Path, directory: pathlib.Path) -> pathlib.Path:
-        target = directory / f"{source.stem}.o"
-        self.run("-c", str(source), "-o", str(target))
-        return target
-
-    def run(self, *arguments: str) -> None:
-        done = subprocess.run(
-            [self.compiler, *self.OPTIONS, *arguments], capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-
-    def build(self, mutant: Mutant) -> pathlib.Path:
-        root = self.directory / mutant.name.replace(" ", "-").replace(":", "")
-        shutil.copytree(PACKAGE / "cpu", root / "cpu", ignore=shutil.ignore_patterns("*.so", "__*"))
-        mutant.apply(root)
-        own = {root / "cpu" / f"isa_{self.isa}.cpp", root / (mutant.path or CUT)}
-        objects = {each.name: each for each in self.objects}
-        for source in own:
-            if source.suffix == ".cpp":
-                objects[f"{source.stem}.o"] = self.compiled(source, root)
-        built = root / "mutant.so"
-        self.run("-shared", *map(str, objects.values()), "-o", str(built))
-        return built
+def build(builder: Builder, mutant: Mutant, directory: pathlib.Path) -> pathlib.Path:
+    root = directory / mutant.name.replace(" ", "-").replace(":", "")
+    shutil.copytree(PACKAGE / "cpu", root / "cpu", ignore=shutil.ignore_patterns("*.so", "__*"))
+    mutant.apply(root)
+    changed = {root / "cpu" / builder.isa_source, root / (mutant.path or CUT)}
+    return builder.link([path for path in changed if path.suffix == ".cpp"], root)
 
 
 def check(one: Ops, three: Ops) -> None:
@@ -241,17 +206,15 @@ def check(one: Ops, three: Ops) -> None:
 
 def test_every_native_mutant_is_killed(seed: int, tmp_path: pathlib.Path) -> None:
     try:
-        isa = library.instruction_sets(library.load())[0]
+        names = library.instruction_sets(library.load())
     except KernelUnavailableError as error:
         pytest.skip(str(error))
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    short = next(name for name in ISAS if NAMES.get(name, name) == isa)
-    builder = Builder(compiler, short, tmp_path)
-    mutants = [RIGHT, *NATIVE, *CUTS, *(PAIRS if short == "avx512_bf16" else ())]
+    isa = next(name for name in names if name != "amx_bf16")  # its attention is another's
+    builder = Builder(isa, tmp_path)
+    mutants = [RIGHT, *NATIVE, *CUTS, *(PAIRS if isa == "avx512_bf16" else ())]
     survivors = []
-    for mutant, built in zip(mutants, in_parallel(builder.build, mutants), strict=True):
+    builds = in_parallel(lambda mutant: build(builder, mutant, tmp_path), mutants)
+    for mutant, built in zip(mutants, builds, strict=True):
         variant = library.open_library(built)
         one, three = (
             CheckedOps(NativeOps(isa=isa, threads=threads, library=variant), "cpu")

@@ -1,0 +1,106 @@
+"""AMX's linears, with the tiles emulated: their order and their edges, on any CPU.
+
+What the hardware does with an instruction is taken from its manual, not seen.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import shutil
+
+import pytest
+import torch
+from kernel_cases import assert_close
+from native_builds import SOURCES, Builder
+
+from kernels.checks import CheckedOps
+from kernels.cpu import library
+from kernels.cpu.native_ops import NativeOps
+from kernels.ops import Ops
+
+BF16 = torch.bfloat16
+EMULATION = pathlib.Path(__file__).parent / "emulated_tiles.h"
+
+pytestmark = [pytest.mark.slow]
+
+
+def build(directory: pathlib.Path, sources: pathlib.Path = SOURCES) -> pathlib.Path:
+    builder = Builder("portable", directory, flags=("-include", str(EMULATION)))
+    own = [sources / builder.isa_source, sources / "isa_amx_bf16.cpp", sources / "amx.cpp"]
+    return builder.link(own, directory)
+
+
+def test_linears_by_tiles(seed: int, tmp_path: pathlib.Path) -> None:
+    built = library.open_library(build(tmp_path))
+    assert library.instruction_sets(built)[0] == "amx_bf16", "the trial failed"
+    one, three = (
+        CheckedOps(NativeOps(isa="amx_bf16", threads=threads, library=built), "cpu")
+        for threads in (1, 3)
+    )
+    for m, n, k in ((1, 1, 8), (3, 33, 100), (16, 64, 32), (17, 70, 33), (40, 130, 515)):
+        check_product(one, m, n, k)
+    for k in (40, 129, 256):
+        check_rows(one, three, k)
+    check_neighbours(one)
+    check_groups(one)
+
+
+def check_product(ops: Ops, m: int, n: int, k: int) -> None:
+    weight, bias = (torch.randn(n, k) / k**0.5).to(BF16), torch.randn(n).to(BF16)
+    x = torch.randn(m, k).to(BF16)
+    expected = x.double() @ weight.double().T + bias.double()
+    prepared = ops.prepare_linear(weight, bias)
+    out = ops.linear(x, prepared)
+    assert_close(out, expected, BF16)
+    assert_close(ops.linear_float32(x, prepared), expected, torch.float32)
+
+
+def check_rows(one: Ops, three: Ops, k: int) -> None:
+    """The bits of each of 70 rows alone, among any others, on more threads."""
+    weight = torch.randn(75, k).to(BF16)
+    prepared, x = one.prepare_linear(weight.clone()), torch.randn(70, k).to(BF16)
+    alone = torch.cat([one.linear_float32(x[m : m + 1], prepared) for m in range(70)])
+    for m in (2, 5, 15, 16, 17, 31, 32, 33, 47, 49, 64, 65, 70):
+        first = int(torch.randint(0, 71 - m, ()))
+        out = one.linear_float32(x[first : first + m], prepared)
+        assert torch.equal(out, alone[first : first + m]), f"M={m}"
+    assert torch.equal(three.linear_float32(x, three.prepare_linear(weight)), alone)
+
+
+def check_neighbours(ops: Ops) -> None:
+    """What lies next to a row or a weight adds nothing, even NaN."""
+    for k in (1, 2, 31, 32, 33, 63, 65):
+        stored = torch.full((7 * k + 64,), torch.nan).to(BF16)
+        stored[: 7 * k] = torch.randn(7 * k)
+        x = torch.full((3, k + 40), torch.nan).to(BF16)
+        x[:, :k] = torch.randn(3, k)
+        weight = stored[: 7 * k].view(7, k)
+        out = ops.linear_float32(x[:, :k], ops.prepare_linear(weight.clone()))
+        assert_close(out, x[:, :k].double() @ weight.double().T, torch.float32)
+
+
+def check_groups(ops: Ops) -> None:
+    weights = [ops.prepare_linear(torch.randn(33, 48).to(BF16)) for _ in range(3)]
+    x, experts = torch.randn(50, 48).to(BF16), torch.randint(0, 3, (50,))
+    out = ops.grouped_linear(x, ops.prepare_experts(weights), experts)
+    for row, expert in enumerate(experts.tolist()):
+        assert torch.equal(out[row], ops.linear(x[row : row + 1], weights[expert])[0])
+
+
+@pytest.mark.parametrize(
+    ("what", "old", "new"),
+    [
+        ("wrong results", "KV_TILE_DOT(1, 4, 7);", "KV_TILE_DOT(1, 4, 6);"),
+        ("the end of the process", "config.palette = 1;", "config.palette = 7;"),
+    ],
+)
+def test_tiles_that_fail_their_trial_are_not_used(
+    tmp_path: pathlib.Path, what: str, old: str, new: str
+) -> None:
+    changed = tmp_path / "cpu"
+    shutil.copytree(SOURCES, changed, ignore=shutil.ignore_patterns("*.so", "__*"))
+    text = (changed / "tiles.h").read_text()
+    assert text.count(old) == 1, what
+    (changed / "tiles.h").write_text(text.replace(old, new))
+    names = library.instruction_sets(library.open_library(build(tmp_path, changed)))
+    assert names == ("portable",)
