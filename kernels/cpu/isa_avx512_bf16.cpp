@@ -1,7 +1,4 @@
 // AVX-512 with products of pairs of bfloat16, and of bytes: every CPU that has the first has both.
-//
-// A CPU with AMX would get a table of its own beside this one: the same kernels but for linears and
-// scores of many rows, which would take the weight in its natural order as the A operand.
 #include "isa.h"
 
 #if KV_X86
