@@ -574,25 +574,22 @@ void attend(const AttentionTask& task, const AttentionItem& item) {
     const Block block(task, item);
     Workspace<T, K> space;
     Gathered gathered[kMaxRows];
-    const int64_t end = item.first_split + item.num_splits;
     if (item.is_apart) {
-        for (int64_t split = item.first_split; split < end; ++split) {
-            attend_split(block, split, space, gathered);
-            for (int64_t row = 0; row < block.num_rows; ++row) {
-                float* to = block.partial(row, split);
-                to[0] = gathered[row].top;
-                to[1] = gathered[row].sum;
-                std::memcpy(to + 2, space.values + row * block.width,
-                            sizeof(float) * static_cast<size_t>(block.width));
-            }
+        attend_split(block, item.first_split, space, gathered);
+        for (int64_t row = 0; row < block.num_rows; ++row) {
+            float* to = block.partial(row, item.first_split);
+            to[0] = gathered[row].top;
+            to[1] = gathered[row].sum;
+            std::memcpy(to + 2, space.values + row * block.width,
+                        sizeof(float) * static_cast<size_t>(block.width));
         }
         return;
     }
     alignas(64) float merged_values[kMaxRows * kMaxHeadDim];
     Gathered merged[kMaxRows];
     for (int64_t row = 0; row < block.num_rows; ++row) merged[row] = {-kInfinity, 0.0f};
-    for (int64_t split = item.first_split; split < end; ++split) {
-        attend_split(block, split, space, gathered);
+    for (int64_t s = 0; s < item.num_splits; ++s) {
+        attend_split(block, item.first_split + s, space, gathered);
         for (int64_t row = 0; row < block.num_rows; ++row) {
             merge(&merged[row], merged_values + row * block.width, gathered[row],
                   space.values + row * block.width, block.width);

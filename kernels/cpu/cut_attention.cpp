@@ -33,21 +33,35 @@ struct SharedSplit {
     std::vector<int64_t> seqs;
 };
 
-// Of sequences with one query, by split. Each shares an unbroken run of its splits, or none: they
-// are the pages of a common beginning.
-std::vector<SharedSplit> find_shared(const AttentionTask& task, const Sequences& seqs) {
-    struct Candidate {
-        int64_t seq;
-        Splits whole;  // full ones, of which it may see some key
-    };
+// What may be kept apart for shared splits: 128 MiB. Sequences for which there is no room share
+// nothing.
+constexpr int64_t kMaxSharedFloats = int64_t{32} << 20;
+
+// A sequence with one query, and the splits that it may share: full ones, of which it sees some key.
+struct Candidate {
+    int64_t seq;
+    Splits whole;
+    bool shares;  // the split before this one
+};
+
+std::vector<Candidate> find_candidates(const AttentionTask& task, const Sequences& seqs) {
     std::vector<Candidate> candidates;
+    int64_t room = kMaxSharedFloats;
     for (int64_t b = 0; b < seqs.num; ++b) {
+        if (seqs.num_queries(b) != 1) continue;
         const Splits seen = Keys(task, seqs, b, 0, 1).splits();
         const Splits whole{seen.begin, seqs.seq_lens[b] / kSplit};
-        if (seqs.num_queries(b) == 1 && !whole.empty()) candidates.push_back({b, whole});
+        room -= task.num_heads * (seen.end - seen.begin) * partial_floats(task.head_dim);
+        if (room < 0) break;
+        if (!whole.empty()) candidates.push_back({b, whole, false});
     }
+    return candidates;
+}
+
+// By split. A sequence shares an unbroken run of its splits, or none: once it is alone, it stays so.
+std::vector<SharedSplit> find_shared(const AttentionTask& task, const Sequences& seqs) {
+    std::vector<Candidate> candidates = find_candidates(task, seqs), reading, staying;
     std::vector<SharedSplit> shared;
-    std::vector<Candidate> reading, staying;
     for (int64_t split = 0; candidates.size() > 1; ++split) {
         const auto starts_before = [](const Candidate& a, const Candidate& b) {
             return a.whole.begin < b.whole.begin;
@@ -67,13 +81,19 @@ std::vector<SharedSplit> find_shared(const AttentionTask& task, const Sequences&
             if (each.whole.holds(split)) reading.push_back(each);
             if (split < each.whole.begin) staying.push_back(each);
         }
+        // Who has a window may find others where theirs begin.
+        const bool others_come = !staying.empty();
         std::sort(reading.begin(), reading.end(), comes_before);
         for (auto begin = reading.begin(); begin != reading.end();) {
             const auto end = std::upper_bound(begin, reading.end(), *begin, comes_before);
             if (end - begin > 1) {
                 shared.push_back({split, {}});
-                for (auto each = begin; each != end; ++each) shared.back().seqs.push_back(each->seq);
-                staying.insert(staying.end(), begin, end);
+                for (auto each = begin; each != end; ++each) {
+                    shared.back().seqs.push_back(each->seq);
+                    staying.push_back({each->seq, each->whole, true});
+                }
+            } else if (others_come && !begin->shares) {
+                staying.push_back(*begin);
             }
             begin = end;
         }
@@ -95,7 +115,8 @@ class Cutter {
 
     AttentionCut cut() {
         std::vector<Splits> with_others(static_cast<size_t>(seqs_.num), Splits{0, 0});
-        const std::vector<SharedSplit> shared = find_shared(task_, seqs_);
+        std::vector<SharedSplit> shared;
+        if (block_of(2) == 2) shared = find_shared(task_, seqs_);  // else nobody gets company
         for (const SharedSplit& each : shared) {
             for (const int64_t b : each.seqs) {
                 Splits& run = with_others[static_cast<size_t>(b)];
@@ -112,9 +133,9 @@ class Cutter {
         }
         for (int64_t b = 0; b < seqs_.num; ++b) cut_sequence(b, with_others[static_cast<size_t>(b)]);
         for (const SharedSplit& each : shared) cut_shared(each);
-        out_.pieces = std::move(together_);
+        out_.pieces = std::move(whole_);
+        out_.pieces.insert(out_.pieces.end(), together_.begin(), together_.end());
         out_.pieces.insert(out_.pieces.end(), apart_.begin(), apart_.end());
-        out_.pieces.insert(out_.pieces.end(), whole_.begin(), whole_.end());
         return std::move(out_);
     }
 
@@ -218,7 +239,7 @@ class Cutter {
     const Sequences& seqs_;
     const int64_t share_;  // pairs times KV heads of an item at most, where it can be cut further
     const int64_t group_, heads_at_once_;
-    std::vector<AttentionItem> together_, apart_, whole_;
+    std::vector<AttentionItem> whole_, together_, apart_;
     AttentionCut out_;
 };
 

@@ -25,7 +25,7 @@ struct Sequences {
 
 struct AttentionCut {
     std::vector<AttentionQuery> queries;  // the step's, then those of shared splits once more
-    std::vector<AttentionItem> pieces;    // large ones first
+    std::vector<AttentionItem> pieces;    // whole sequences first, then single splits
     std::vector<AttentionItem> merges;    // of what pieces keep apart, when all of them are done
     size_t num_floats = 0;                // that pieces keep apart
 };

@@ -1,7 +1,7 @@
 // What one instruction set offers: a table of kernels, filled once per isa_*.cpp.
 //
 // The kernels are written once, over 16-lane vectors (vec_*.h), and compiled once per instruction
-// set; native.cpp splits the work and calls through the table that fits the CPU. A kernel computes
+// set; native.cpp has the work split and calls through the table that fits the CPU. A kernel computes
 // one block of the output and shares nothing with other blocks, so that results don't depend on
 // how the work was split.
 //
@@ -185,7 +185,7 @@ struct AttentionItem {
     int32_t kv_head_begin, kv_head_end;
     int32_t group_begin, group_end;
     int64_t first_split, num_splits;  // to be computed
-    bool is_apart;  // each split to its own place of the queries' partials; else into the output
+    bool is_apart;  // one split, to its place of the queries' partials; else all, into the output
 };
 
 struct Kernels {

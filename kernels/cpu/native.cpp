@@ -293,7 +293,10 @@ void run_attention(Context& context, int dtype, AttentionTask task, const Sequen
     const AttentionCut cut = cut_attention(task, seqs, threads);
     // Kept from call to call: memory that was touched before costs nothing.
     static thread_local std::vector<float> partials;
-    if (partials.size() < cut.num_floats) partials.resize(cut.num_floats);
+    if (partials.size() < cut.num_floats) {
+        partials.clear();  // nothing of it is wanted
+        partials.resize(cut.num_floats);
+    }
     task.queries = cut.queries.data();
     task.partials = partials.data();
     const auto attend =

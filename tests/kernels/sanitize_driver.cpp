@@ -15,6 +15,8 @@
 #include <thread>
 #include <vector>
 
+#include "cut_attention.h"
+
 struct Context;
 struct Tape;
 extern "C" {
@@ -206,6 +208,68 @@ void row_operations(Pair& pair, int dtype) {
     });
 }
 
+// Each split that a query sees is computed once for each of its heads, and whole splits that decoding
+// sequences find in the same pages from the first on are computed for several.
+void check_cut(const kv::Sequences& seqs, int64_t heads, int64_t kv_heads, int64_t d,
+               int64_t page_size, int64_t window) {
+    kv::AttentionTask task{};
+    task.num_heads = heads;
+    task.num_kv_heads = kv_heads;
+    task.head_dim = d;
+    task.page_size = page_size;
+    task.window = window;
+    const kv::AttentionCut cut = kv::cut_attention(task, seqs, static_cast<int>(between(1, 3)));
+    const int64_t tokens = seqs.query_starts[seqs.num], most_splits = 8;
+    std::vector<int> times(static_cast<size_t>(tokens * heads * most_splits));
+    std::vector<bool> is_shared(static_cast<size_t>(most_splits));
+    for (const kv::AttentionItem& item : cut.pieces) {
+        for (int64_t q = 0; q < item.num_queries; ++q) {
+            const kv::AttentionQuery& query = cut.queries[static_cast<size_t>(item.first_query + q)];
+            const kv::AttentionQuery& first = cut.queries[static_cast<size_t>(item.first_query)];
+            if (item.is_apart && query.token != first.token) {
+                is_shared[static_cast<size_t>(item.first_split)] = true;
+            }
+            for (int64_t h = item.kv_head_begin; h < item.kv_head_end; ++h) {
+                for (int64_t g = item.group_begin; g < item.group_end; ++g) {
+                    const int64_t row = query.token * heads + h * (heads / kv_heads) + g;
+                    for (int64_t s = 0; s < item.num_splits; ++s) {
+                        ++times[static_cast<size_t>(row * most_splits + item.first_split + s)];
+                    }
+                }
+            }
+        }
+    }
+    int64_t common = 0;  // splits from the first on, of the first sequence and some other
+    for (int64_t b = 0; b < seqs.num; ++b) {
+        const int64_t queries = seqs.num_queries(b);
+        for (int64_t q = 0; q < queries; ++q) {
+            const int64_t position = seqs.seq_lens[b] - queries + q;
+            const int64_t first = window ? std::max<int64_t>(0, position - window + 1) : 0;
+            for (int64_t i = 0; i < heads * most_splits; ++i) {
+                const int64_t split = i % most_splits;
+                const bool is_seen = split >= first / kv::kSplit && split <= position / kv::kSplit;
+                const int64_t row = (seqs.query_starts[b] + q) * heads + i / most_splits;
+                if (is_seen && times[static_cast<size_t>(row * most_splits + split)] != 1) {
+                    Pair::fail("cut_attention", "a split isn't computed once");
+                }
+            }
+        }
+        if (b == 0 || window || queries != 1 || seqs.num_queries(0) != 1) continue;
+        const int64_t whole = std::min(seqs.seq_lens[0], seqs.seq_lens[b]) / kv::kSplit;
+        while (common < whole &&
+               std::equal(seqs.page_table(0),
+                          seqs.page_table(0) + kv::ceil_div((common + 1) * kv::kSplit, page_size),
+                          seqs.page_table(b))) {
+            ++common;
+        }
+    }
+    for (int64_t split = 0; split < common; ++split) {
+        if (!is_shared[static_cast<size_t>(split)]) {
+            Pair::fail("cut_attention", "a common split isn't shared");
+        }
+    }
+}
+
 void attention(Pair& pair, int dtype) {
     const int64_t kv_heads = between(1, 3), heads = kv_heads * between(1, 9);
     const int64_t d = 8 * between(1, 17), page_size = between(1, 20);
@@ -264,6 +328,8 @@ void attention(Pair& pair, int dtype) {
         std::copy_n(tables.begin(), between(0, length / page_size), tables.begin() + b * most);
     }
     const int64_t window = between(0, 1) ? between(1, 300) : 0;
+    check_cut({tables.data(), most, seq_lens.data(), starts.data(), num_seqs}, heads, kv_heads, d,
+              page_size, window);
     const float cap = between(0, 1) ? 20.0f : 0.0f;
     const bool sink = between(0, 1);
     pair.same("attention", Buffer(dtype, tokens * heads * d), [&](Context* c, Buffer& out) {

@@ -38,7 +38,17 @@ def compiler(tmp_path_factory):
 
 @pytest.mark.slow
 def test_no_byte_too_far_on_any_path(compiler, seed, tmp_path):
-    options = [*SANITIZE, "-std=c++17", "-O1", "-g1", "-w", "-pthread", "-ffp-contract=off"]
+    options = [
+        *SANITIZE,
+        "-I",
+        str(SOURCES),
+        "-std=c++17",
+        "-O1",
+        "-g1",
+        "-w",
+        "-pthread",
+        "-ffp-contract=off",
+    ]
     sources = [*sorted(SOURCES.glob("*.cpp")), DRIVER]
     objects = [tmp_path / f"{source.stem}.o" for source in sources]
 

@@ -256,25 +256,34 @@ def check_shared_beginnings(
     """
     common = random_sequence(heads, 800, dtype, kept)
     forks = [0, 120, 256, 300, 512, 600, 777]
+    # Two that part within their second split, one whose beginning is the other's, one that rests.
+    shapes = [(300, 300, 1), (777, 300, 1), (512, 16, 1), (512, 20, 0)]
+    for fork in random.choices(forks, k=random.randint(0, 16)):
+        length = random.choice([1, 16, 17, 255, 256, 300])
+        shapes.append((fork, length, random.choice([1, 1, 1, 1, min(5, length)])))
     chunks = []
-    for fork in [512, 777, *random.choices(forks, k=random.randint(2, 18))]:
-        own = random_sequence(heads, random.choice([1, 16, 17, 255, 256, 300]), dtype, kept)
+    for fork, length, num_queries in shapes:
+        own = random_sequence(heads, length, dtype, kept)
         parts = zip(
             (common.query[:fork], common.key[:fork], common.value[:fork]),
             (own.query, own.key, own.value),
             strict=True,
         )
         sequence = Sequence(*(torch.cat(pair) for pair in parts))
-        num_queries = random.choice([1, 1, 1, 1, min(5, own.length)])
-        chunks.append(Chunk(sequence, sequence.length - num_queries, sequence.length))
+        chunks.append(Chunk(sequence, fork + length - num_queries, fork + length))
     random.shuffle(chunks)
     batch = PagedBatch(heads, chunks, dtype, kept)
     first = batch.page_tables[:, 512 // heads.page_size - 1].tolist()
     assert max(map(first.count, first)) > 1, "no two sequences share a page"
-    outs = batch.attend_apart(random.choice([one, three]))
-    for chunk, out in zip(chunks, outs, strict=True):
-        assert torch.equal(out, PagedBatch(heads, [chunk], dtype, kept).attend(one))
-    assert_close(torch.cat(outs), torch.cat([attention_oracle(heads, c) for c in chunks]), dtype)
+    out, lse = batch.state(random.choice([one, three]))
+    apart = zip(chunks, out.split(batch.num_queries), lse.split(batch.num_queries), strict=True)
+    for chunk, means, weights in apart:
+        if not len(means):
+            continue
+        alone = PagedBatch(heads, [chunk], dtype, kept).state(one)
+        assert torch.equal(means, alone[0])
+        assert torch.equal(weights, alone[1])
+    assert_close(out, torch.cat([attention_oracle(heads, chunk) for chunk in chunks]), dtype)
 
 
 def check_unseen(ops: Ops, dtype: torch.dtype, kept: torch.dtype | None) -> None:
