@@ -54,7 +54,8 @@ void pack_rows(const PackTask& task, int64_t begin, int64_t end, void* out) {
     const T* rows[kMaxTileRows];
     float unit[kMaxTileRows];  // whole numbers to one of x
     for (int64_t r = begin; r < end; ++r) {
-        const T* row = static_cast<const T*>(task.x) + (task.rows ? task.rows[r] : r) * task.x_stride;
+        const int64_t from = task.rows ? task.rows[r] : r;
+        const T* row = static_cast<const T*>(task.x) + from * task.x_stride;
         rows[r - begin] = row;
         unit[r - begin] = 1.0f;
         if (!task.scales) continue;
@@ -69,7 +70,7 @@ void pack_rows(const PackTask& task, int64_t begin, int64_t end, void* out) {
         const bool is_whole = (step + kChunk) * L::kDepth <= task.k;
         typename L::X* chunk = static_cast<typename L::X*>(out) + step * stride;
         if constexpr (L::kTurns) {
-            if (is_whole) {
+            if (is_whole && end - begin > 2) {  // turning costs as much for one row as for all
                 L::turn(rows, step * L::kDepth, end - begin, chunk);
                 continue;
             }
@@ -97,6 +98,7 @@ void pack_rows(const PackTask& task, int64_t begin, int64_t end, void* out) {
 struct Ahead {
     const char* from;
     int64_t panel_stride, step_stride, steps;  // in bytes but for the last
+    int64_t jump_at = -1, jump = 0;            // before this step, so many bytes on
 };
 
 // out[row][panel] = each row of a tile times each of the panels side by side. `column_sums`: of
@@ -112,12 +114,13 @@ void product(const void* tile, const char* panels, int64_t steps, const Ahead& a
     const int64_t panel_bytes = steps * kStepBytes;
     const char* next = ahead.from;
     const int64_t panel_stride = ahead.panel_stride, step_stride = ahead.step_stride;
-    const int64_t ahead_steps = ahead.steps;
+    const int64_t ahead_steps = ahead.steps, jump_at = ahead.jump_at, jump = ahead.jump;
     for (int64_t s = 0; s < steps; ++s) {
         L w[PANELS];
 #pragma GCC unroll 4
         for (int p = 0; p < PANELS; ++p) w[p] = L::load(panels + p * panel_bytes + s * kStepBytes);
         if (s < ahead_steps) {
+            if (s == jump_at) next += jump;
 #pragma GCC unroll 4
             for (int p = 0; p < PANELS; ++p) __builtin_prefetch(next + p * panel_stride, 0, 2);
             next += step_stride;
@@ -207,7 +210,8 @@ void linear(const LinearPiece& piece, const LinearPiece* next_piece, bool is_fet
     const int most =
         Products::panels_at_once((task.num_rows + task.num_tiles - 1) / task.num_tiles);
     const int64_t block_panels =
-        num_tiles == 1 ? most : greater(kBlockBytes / greater(panel_bytes * most, 1), 1) * most;
+        num_tiles == 1 ? piece.panel_end - piece.panel_begin
+                       : greater(kBlockBytes / greater(panel_bytes * most, 1), 1) * most;
     for (int64_t block = piece.panel_begin; block < piece.panel_end; block += block_panels) {
         const int64_t block_end = lesser(block + block_panels, piece.panel_end);
         // The next block comes from memory while this one is multiplied, a share with each product.
@@ -228,7 +232,11 @@ void linear(const LinearPiece& piece, const LinearPiece* next_piece, bool is_fet
                 const char* w = weight + panel * panel_bytes;
                 Ahead ahead;
                 if (num_tiles == 1 || !is_fetched) {
-                    ahead = {w + kStepsAhead * kStepBytes, panel_bytes, kStepBytes, task.steps};
+                    // The last steps fetch the first ones of the next panels side by side.
+                    const int64_t turn = task.steps - kStepsAhead;
+                    const bool is_last = panel + panels == block_end;
+                    ahead = {w + kStepsAhead * kStepBytes, panel_bytes, kStepBytes,
+                             is_last ? turn : task.steps,  turn,        (panels - 1) * panel_bytes};
                 } else {
                     const int64_t unit = kStepBytes * panels;
                     const int64_t share =
