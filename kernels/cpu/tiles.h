@@ -161,7 +161,8 @@ class TileProducts {
     static void fetch(const Ahead& ahead, int64_t step, int panels) {
         const int64_t end = lesser(step + kTileSteps, ahead.steps);
         for (; step < end; ++step) {
-            const char* next = ahead.from + step * ahead.step_stride;
+            const bool jumps = ahead.jump_at >= 0 && step >= ahead.jump_at;
+            const char* next = ahead.from + step * ahead.step_stride + (jumps ? ahead.jump : 0);
             for (int p = 0; p < panels; ++p) __builtin_prefetch(next + p * ahead.panel_stride, 0, 2);
         }
     }
