@@ -12,11 +12,23 @@
 #include "elementary.h"
 #include "linear.h"
 
+namespace {
+
+// Puts all that was written to memory there: GCC's instructions on tiles don't say what they read,
+// and it would keep from them what it thinks nobody wants.
+inline void settle(const void* memory) { __asm__ volatile("" ::"r"(memory) : "memory"); }
+
+}  // namespace
+
 #if !defined(KV_TILES_EMULATED)
-#define KV_TILE_CONFIGURE(config) _tile_loadconfig(config)
+#define KV_TILE_CONFIGURE(config) (settle(config), _tile_loadconfig(config))
 #define KV_TILE_RELEASE() _tile_release()
 #define KV_TILE_ZERO(tile) _tile_zero(tile)
-#define KV_TILE_LOAD(tile, from, stride) _tile_loadd(tile, from, stride)
+#define KV_TILE_LOAD(tile, from, stride)   \
+    do {                                   \
+        settle(from);                      \
+        _tile_loadd(tile, from, stride);   \
+    } while (false)
 #define KV_TILE_STORE(tile, to, stride) _tile_stored(tile, to, stride)
 #define KV_TILE_DOT(sums, a, b) _tile_dpbf16ps(sums, a, b)
 #endif
