@@ -2,7 +2,7 @@
 
 #include "cpu.h"
 
-#if KV_X86 && defined(__linux__)
+#if KV_AMX
 #include <csignal>
 #include <sys/syscall.h>
 #include <sys/wait.h>
@@ -16,7 +16,7 @@ namespace kv {
 
 namespace {
 
-#if KV_X86 && defined(__linux__)
+#if KV_AMX
 
 // Linux gives a process the tiles' registers when it asks: they are 8 KiB of each thread's state.
 bool is_permitted() {
@@ -29,8 +29,8 @@ bool is_permitted() {
 #endif
 }
 
-// One small product of whole numbers, which is exact in any order: more rows than a tile has, and
-// a last block that is narrower than one.
+// Small products of whole numbers, which are exact in any order: of more rows than a tile has, of
+// few, and of tiles with unequal rows; the last block is narrower than a tile.
 class Trial {
   public:
     Trial() {
@@ -46,12 +46,21 @@ class Trial {
         }
     }
 
-    bool is_right() {
-        kAmxBf16->pack_rows({x_, kK, nullptr, kK, nullptr}, 0, kRows, packed_);
-        const LinearTask task{packed_, kRows,  1,    nullptr, weight_, nullptr,
-                              nullptr, nullptr, out_, kN,      kSteps,  true};
-        kAmxBf16->linear({&task, 0, kN / kPanelCols, 0, 1}, nullptr, false);
-        for (int64_t r = 0; r < kRows; ++r) {
+    bool is_right() { return is_right(19, 1) && is_right(3, 1) && is_right(37, 2); }
+
+  private:
+    static constexpr int64_t kRows = 37, kN = 80, kK = 74, kSteps = kK / 2;
+
+    bool is_right(int64_t rows, int64_t tiles) {
+        for (int64_t t = 0; t < tiles; ++t) {
+            const int64_t begin = t * rows / tiles, end = (t + 1) * rows / tiles;
+            kAmxBf16->pack_rows({x_, kK, nullptr, kK, nullptr}, begin, end,
+                                packed_ + begin * kSteps * kWordBytes);
+        }
+        const LinearTask task{packed_, rows,    tiles, nullptr, weight_, nullptr,
+                              nullptr, nullptr, out_,  kN,      kSteps,  true};
+        kAmxBf16->linear({&task, 0, kN / kPanelCols, 0, tiles}, nullptr, false);
+        for (int64_t r = 0; r < rows; ++r) {
             for (int64_t c = 0; c < kN; ++c) {
                 int sum = 0;
                 for (int64_t i = 0; i < kK; ++i) sum += number(r, i) * number(c + 100, i);
@@ -60,9 +69,6 @@ class Trial {
         }
         return true;
     }
-
-  private:
-    static constexpr int64_t kRows = 19, kN = 48, kK = 74, kSteps = kK / 2;
 
     static int number(int64_t row, int64_t i) { return static_cast<int>((row * 31 + i * 17) % 15) - 7; }
     static bf16 whole(int value) {
@@ -106,7 +112,7 @@ const Kernels* const kBase = kAvx512Bf16;
 }  // namespace
 
 const Kernels* amx_bf16() {
-#if KV_X86 && defined(__linux__)
+#if KV_AMX
     static const bool is_usable = kBase && kAmxBf16 && is_permitted() && is_tried();
     if (!is_usable) return nullptr;
     static const Kernels table = [] {

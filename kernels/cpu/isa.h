@@ -32,6 +32,17 @@
 #define KV_X86 0
 #endif
 
+// Where AMX can be compiled and asked for, or tests compute it in plain C++.
+#if defined(KV_TILES_EMULATED)
+#define KV_AMX 1
+#elif KV_X86 && defined(__linux__) && defined(__clang__)
+#define KV_AMX (__clang_major__ >= 18)
+#elif KV_X86 && defined(__linux__)
+#define KV_AMX (__GNUC__ >= 11)
+#else
+#define KV_AMX 0
+#endif
+
 namespace kv {
 
 struct bf16 {

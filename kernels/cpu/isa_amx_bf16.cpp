@@ -3,10 +3,8 @@
 
 // Tests compute the tiles in plain C++, with the portable vectors (KV_TILES_EMULATED).
 #if defined(KV_TILES_EMULATED)
-#define KV_TILES 1
 #include "vec_portable.h"
-#elif KV_X86 && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
-#define KV_TILES 1
+#elif KV_AMX
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("amx-tile,amx-bf16,avx512bf16,avx512vnni,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), apply_to = function)
 #else
@@ -14,11 +12,9 @@
 #endif
 #define KV_BF16_DOT
 #include "vec_avx512.h"
-#else
-#define KV_TILES 0
 #endif
 
-#if KV_TILES
+#if KV_AMX
 #include "tiles.h"
 
 #if defined(__clang__) && !defined(KV_TILES_EMULATED)
@@ -27,7 +23,7 @@
 #endif
 
 namespace kv {
-#if KV_TILES
+#if KV_AMX
 static constexpr TileKernels kTable = {2 * kRowsOfTile, TileProducts::kRowStepBytes,
                                        pack_rows_for_tiles, linear<bf16, bf16, TileProducts>};
 const TileKernels* const kAmxBf16 = &kTable;

@@ -79,6 +79,7 @@ inline float element(const Tile& t, int row, int i) {
     return flushed(x);
 }
 inline void dot(int sums, int a, int b) {
+    check(sums != a && sums != b && a != b, "one tile twice");
     check(state.rows[sums] == state.rows[a] && state.row_bytes[sums] == state.row_bytes[b] &&
               state.row_bytes[a] == 4 * state.rows[b],
           "shapes that don't fit");
