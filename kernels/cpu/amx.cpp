@@ -3,14 +3,13 @@
 #include "cpu.h"
 
 #if KV_AMX
+#include <cerrno>
 #include <csignal>
+#include <initializer_list>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 #endif
-
-#include <cerrno>
-#include <initializer_list>
 
 namespace kv {
 
@@ -24,7 +23,8 @@ bool is_permitted() {
     return true;
 #else
     constexpr long kAsk = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-    return cpu_has_avx512_bf16() && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+    return cpu_has_avx512_bf16() && __builtin_cpu_supports("amx-tile") &&
+           __builtin_cpu_supports("amx-bf16") &&
            syscall(SYS_arch_prctl, kAsk, kTileData) == 0;
 #endif
 }
@@ -70,7 +70,9 @@ class Trial {
         return true;
     }
 
-    static int number(int64_t row, int64_t i) { return static_cast<int>((row * 31 + i * 17) % 15) - 7; }
+    static int number(int64_t row, int64_t i) {
+        return static_cast<int>((row * 31 + i * 17) % 15) - 7;
+    }
     static bf16 whole(int value) {
         const float number = static_cast<float>(value);
         uint32_t bits;

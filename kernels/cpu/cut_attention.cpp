@@ -104,12 +104,11 @@ std::vector<SharedSplit> find_shared(const AttentionTask& task, const Sequences&
 
 class Cutter {
   public:
-    Cutter(const AttentionTask& task, const Sequences& seqs, int threads)
+    Cutter(const AttentionTask& task, const Sequences& seqs, int64_t pairs, int threads)
         : task_(task),
           seqs_(seqs),
           share_(threads == 1 ? std::numeric_limits<int64_t>::max()
-                              : ceil_div(count_pairs(task, seqs) * task.num_kv_heads,
-                                         int64_t{2} * threads)),
+                              : ceil_div(pairs * task.num_kv_heads, int64_t{2} * threads)),
           group_(task.num_heads / task.num_kv_heads),
           heads_at_once_(std::min<int64_t>(group_, kBlockRows)) {}
 
@@ -254,8 +253,9 @@ int64_t count_pairs(const AttentionTask& task, const Sequences& seqs) {
     return pairs;
 }
 
-AttentionCut cut_attention(const AttentionTask& task, const Sequences& seqs, int threads) {
-    return Cutter(task, seqs, threads).cut();
+AttentionCut cut_attention(const AttentionTask& task, const Sequences& seqs, int64_t pairs,
+                           int threads) {
+    return Cutter(task, seqs, pairs, threads).cut();
 }
 
 }  // namespace kv

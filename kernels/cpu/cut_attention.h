@@ -33,7 +33,8 @@ struct AttentionCut {
 // Queries times the keys that they may see, of all sequences: what the work is measured by.
 int64_t count_pairs(const AttentionTask& task, const Sequences& seqs);
 
-// For so many threads. Throws std::bad_alloc.
-AttentionCut cut_attention(const AttentionTask& task, const Sequences& seqs, int threads);
+// `pairs`: what `count_pairs` says. Throws std::bad_alloc.
+AttentionCut cut_attention(const AttentionTask& task, const Sequences& seqs, int64_t pairs,
+                           int threads);
 
 }  // namespace kv

@@ -290,7 +290,7 @@ void run_attention(Context& context, int dtype, AttentionTask task, const Sequen
     const int64_t pairs = count_pairs(task, seqs);
     const int threads =
         context.threads_for(pairs * task.num_heads * task.head_dim * 2, kMinProducts);
-    const AttentionCut cut = cut_attention(task, seqs, threads);
+    const AttentionCut cut = cut_attention(task, seqs, pairs, threads);
     // Kept from call to call: memory that was touched before costs nothing.
     static thread_local std::vector<float> partials;
     if (partials.size() < cut.num_floats) {

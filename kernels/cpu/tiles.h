@@ -115,19 +115,13 @@ class TileProducts {
             add(last_x, panels, last_weight, kTileSteps * kStepBytes);
         }
         const int64_t stride = panels * kPanelCols * 4;
-        if (rows > kRowsOfTile) {
-            float* lower = out + kRowsOfTile * panels * kPanelCols;
-            KV_TILE_STORE(0, out, stride);
-            KV_TILE_STORE(2, lower, stride);
-            if (panels > 1) {
-                KV_TILE_STORE(1, out + kPanelCols, stride);
-                KV_TILE_STORE(3, lower + kPanelCols, stride);
-            }
-            return;
-        }
         KV_TILE_STORE(0, out, stride);
         if (panels > 1) KV_TILE_STORE(1, out + kPanelCols, stride);
-        if (panels > 2) {
+        if (rows > kRowsOfTile) {
+            float* lower = out + kRowsOfTile * panels * kPanelCols;
+            KV_TILE_STORE(2, lower, stride);
+            if (panels > 1) KV_TILE_STORE(3, lower + kPanelCols, stride);
+        } else if (panels > 2) {
             KV_TILE_STORE(2, out + 2 * kPanelCols, stride);
             KV_TILE_STORE(3, out + 3 * kPanelCols, stride);
         }

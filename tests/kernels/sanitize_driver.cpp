@@ -218,7 +218,8 @@ void check_cut(const kv::Sequences& seqs, int64_t heads, int64_t kv_heads, int64
     task.head_dim = d;
     task.page_size = page_size;
     task.window = window;
-    const kv::AttentionCut cut = kv::cut_attention(task, seqs, static_cast<int>(between(1, 3)));
+    const kv::AttentionCut cut = kv::cut_attention(
+        task, seqs, kv::count_pairs(task, seqs), static_cast<int>(between(1, 3)));
     const int64_t tokens = seqs.query_starts[seqs.num], most_splits = 8;
     std::vector<int> times(static_cast<size_t>(tokens * heads * most_splits));
     std::vector<bool> is_shared(static_cast<size_t>(most_splits));

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_cases import BOUNDS, assert_close, relative_error
+from kernel_cases import BOUNDS, assert_close, relative_error, rows_alone
 
 from kernels.errors import ShapeError
 from kernels.quantization import MAX_INT8_FEATURES, int8_rows
@@ -85,25 +85,14 @@ def test_values_next_to_the_weight_are_not_read(exact_ops, dtype):
         assert_close(out, x[:, :k].double() @ weight.double().T, torch.float32)
 
 
-def rows_alone(on_threads, prepare, x):
-    """Each of 64 rows by itself; the same among any others, at any place, on more threads."""
-    ops, more = on_threads(1), on_threads(3)
-    prepared = prepare(ops)
-    alone = torch.cat([ops.linear_float32(x[m : m + 1], prepared) for m in range(64)])
-    for m in range(1, 65):
-        first = int(torch.randint(0, 65 - m, ()))
-        part = ops.linear_float32(x[first : first + m], prepared)
-        assert torch.equal(part, alone[first : first + m]), f"M={m}"
-    assert torch.equal(more.linear_float32(x, prepare(more)), alone)
-    return alone
-
-
 @pytest.mark.parametrize("k", [40, 129, 512])
 def test_a_row_is_the_same_among_any_others(on_threads, dtype, k):
     """M = 1..64, any place in a tile, one thread or three: equal bits."""
     weight, bias = weight_and_bias(75, k, dtype)
     x = torch.randn(64, k).to(dtype)
-    alone = rows_alone(on_threads, lambda ops: ops.prepare_linear(weight, bias), x)
+    alone = rows_alone(
+        on_threads(1), on_threads(3), lambda ops: ops.prepare_linear(weight, bias), x
+    )
     ops = on_threads(1)
     assert torch.equal(ops.linear(x, ops.prepare_linear(weight, bias)), alone.to(dtype))
 
@@ -231,7 +220,7 @@ def test_a_row_of_an_int8_linear_is_the_same_among_any_others(on_threads, dtype,
     weight, bias = weight_and_bias(75, k, dtype)
     x = torch.randn(64, k).to(dtype) * torch.logspace(-3, 3, 64)[:, None].to(dtype)
     ops = on_threads(1)
-    rows_alone(on_threads, lambda ops: ops.prepare_int8_linear(weight, bias), x)
+    rows_alone(on_threads(1), on_threads(3), lambda ops: ops.prepare_int8_linear(weight, bias), x)
     prepared = ops.prepare_int8_linear(weight, bias)
     experts = [prepared, ops.prepare_int8_linear(weight.flip(0), bias)]
     chosen = torch.arange(64) % 2

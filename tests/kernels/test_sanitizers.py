@@ -3,14 +3,11 @@
 import concurrent.futures
 import os
 import pathlib
-import shutil
 import subprocess
 
 import pytest
+from native_builds import SOURCES, find_compiler
 
-import kernels
-
-SOURCES = pathlib.Path(kernels.__file__).parent / "cpu"
 DRIVER = pathlib.Path(__file__).parent / "sanitize_driver.cpp"
 # Of UBSan, what raw loops get wrong; the rest triples the time to compile.
 SANITIZE = [
@@ -23,9 +20,7 @@ ROUNDS = 6
 
 @pytest.fixture(scope="module")
 def compiler(tmp_path_factory):
-    found = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if found is None:
-        pytest.skip("no C++ compiler")
+    found = find_compiler()
     trial = tmp_path_factory.mktemp("trial") / "trial.cpp"
     trial.write_text("int main() { return 0; }\n")
     linked = subprocess.run(

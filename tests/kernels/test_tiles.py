@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from kernel_cases import assert_close
+from kernel_cases import assert_close, rows_alone
 from native_builds import SOURCES, Builder
 
 from kernels.checks import CheckedOps
@@ -60,15 +60,8 @@ def check_product(ops: Ops, m: int, n: int, k: int) -> None:
 
 
 def check_rows(one: Ops, three: Ops, k: int) -> None:
-    """The bits of each of 70 rows alone, among any others, on more threads."""
-    weight = torch.randn(75, k).to(BF16)
-    prepared, x = one.prepare_linear(weight.clone()), torch.randn(70, k).to(BF16)
-    alone = torch.cat([one.linear_float32(x[m : m + 1], prepared) for m in range(70)])
-    for m in (2, 5, 15, 16, 17, 31, 32, 33, 47, 49, 64, 65, 70):
-        first = int(torch.randint(0, 71 - m, ()))
-        out = one.linear_float32(x[first : first + m], prepared)
-        assert torch.equal(out, alone[first : first + m]), f"M={m}"
-    assert torch.equal(three.linear_float32(x, three.prepare_linear(weight)), alone)
+    weight, x = torch.randn(75, k).to(BF16), torch.randn(70, k).to(BF16)
+    rows_alone(one, three, lambda ops: ops.prepare_linear(weight.clone()), x)
 
 
 def check_neighbours(ops: Ops) -> None:

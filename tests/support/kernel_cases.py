@@ -11,11 +11,12 @@ import dataclasses
 import itertools
 import math
 import random
+from collections.abc import Callable
 
 import torch
 from kv_pages import as_stored, fill_page, poisoned_pool
 
-from kernels.ops import Ops
+from kernels.ops import Linear, Ops
 from kernels.reference import TorchOps
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}
@@ -95,7 +96,7 @@ class Chunk:
 class PagedBatch:
     """Chunks in a page-major pool: shuffled pages, NaN in every slot that no sequence owns.
 
-    Full pages of the same keys at the same place lie in the pool once: beginnings are shared.
+    Full pages that hold the same at the same place lie in the pool once: beginnings are shared.
     """
 
     def __init__(
@@ -121,13 +122,13 @@ class PagedBatch:
         for b, chunk in enumerate(chunks):
             for index, position in enumerate(range(0, chunk.end, size)):
                 own = slice(position, min(position + size, chunk.end))
-                keys = chunk.sequence.key[own]
+                keys, values = chunk.sequence.key[own], chunk.sequence.value[own]
                 page = next(free)
                 if len(keys) == size:
-                    content = keys.cpu().view(torch.uint8).numpy().tobytes()
-                    page = full.setdefault((index, content), page)
+                    both = torch.stack((keys, values)).cpu().view(torch.uint8)
+                    page = full.setdefault((index, both.numpy().tobytes()), page)
                 tables[b, index] = page
-                fill_page(self.pages, page, keys, chunk.sequence.value[own])
+                fill_page(self.pages, page, keys, values)
         self.heads = heads
         self.num_queries = [chunk.end - chunk.begin for chunk in chunks]
         starts = list(itertools.accumulate(self.num_queries, initial=0))
@@ -284,6 +285,20 @@ def check_shared_beginnings(
         assert torch.equal(means, alone[0])
         assert torch.equal(weights, alone[1])
     assert_close(out, torch.cat([attention_oracle(heads, chunk) for chunk in chunks]), dtype)
+
+
+def rows_alone(
+    one: Ops, three: Ops, prepare: Callable[[Ops], Linear], x: torch.Tensor
+) -> torch.Tensor:
+    """Each row of x by itself; the same among any others, at any place, on more threads."""
+    prepared = prepare(one)
+    alone = torch.cat([one.linear_float32(x[m : m + 1], prepared) for m in range(len(x))])
+    for m in range(1, len(x) + 1):
+        first = int(torch.randint(0, len(x) + 1 - m, ()))
+        part = one.linear_float32(x[first : first + m], prepared)
+        assert torch.equal(part, alone[first : first + m]), f"M={m}"
+    assert torch.equal(three.linear_float32(x, prepare(three)), alone)
+    return alone
 
 
 def check_unseen(ops: Ops, dtype: torch.dtype, kept: torch.dtype | None) -> None:
