@@ -110,7 +110,8 @@ class Cutter {
           share_(threads == 1 ? std::numeric_limits<int64_t>::max()
                               : ceil_div(pairs * task.num_kv_heads, int64_t{2} * threads)),
           group_(task.num_heads / task.num_kv_heads),
-          heads_at_once_(std::min<int64_t>(group_, kBlockRows)) {}
+          heads_at_once_(std::min<int64_t>(group_, kBlockRows)),
+          most_rows_(rows_for(task, seqs, threads)) {}
 
     AttentionCut cut() {
         std::vector<Splits> with_others(static_cast<size_t>(seqs_.num), Splits{0, 0});
@@ -139,9 +140,18 @@ class Cutter {
     }
 
   private:
+    // Rows of an item at most: several blocks, but so few that each thread has some items.
+    static int64_t rows_for(const AttentionTask& task, const Sequences& seqs, int threads) {
+        const int64_t numbers = int64_t{kItemRows} * kItemHeadDim;
+        const int64_t room = std::min<int64_t>(kItemRows, numbers / padded_head(task.head_dim));
+        const int64_t rows = int64_t{seqs.query_starts[seqs.num]} * task.num_heads;
+        const int64_t share = threads == 1 ? room : std::min(room, rows / (int64_t{8} * threads));
+        return std::max<int64_t>(1, share / kBlockRows) * kBlockRows;
+    }
+
     // Blocks of about equal size: a small last one would read all keys for few rows.
     int64_t block_of(int64_t queries) const {
-        const int64_t most = std::max<int64_t>(1, kBlockRows / heads_at_once_);
+        const int64_t most = std::max<int64_t>(1, most_rows_ / heads_at_once_);
         return ceil_div(queries, std::max<int64_t>(1, ceil_div(queries, most)));
     }
 
@@ -172,8 +182,11 @@ class Cutter {
     // Splits are kept apart where a block is too long for one item, or shares some of them.
     void cut_sequence(int64_t b, Splits with_others) {
         const int64_t queries = seqs_.num_queries(b);
+        if (queries <= 0) return;
         const int64_t block = block_of(queries);
-        for (int64_t q = 0; q < queries; q += block) {
+        const auto first_whole = static_cast<std::ptrdiff_t>(whole_.size());
+        // Large blocks first, so that threads end together.
+        for (int64_t q = (queries - 1) / block * block; q >= 0; q -= block) {
             const int64_t q_end = std::min(queries, q + block);
             const Keys keys(task_, seqs_, b, q, q_end);
             const Splits splits = keys.splits();
@@ -199,6 +212,10 @@ class Cutter {
                 if (!with_others.holds(split)) add(apart_, item, kv_heads);
             }
         }
+        // Head by head: what one block leaves of its keys and values in the cache serves the next.
+        std::stable_sort(whole_.begin() + first_whole, whole_.end(), [](const auto& a, const auto& b) {
+            return a.kv_head_begin < b.kv_head_begin;
+        });
     }
 
     // Room for each split of the item's queries.
@@ -237,7 +254,7 @@ class Cutter {
     const AttentionTask& task_;
     const Sequences& seqs_;
     const int64_t share_;  // pairs times KV heads of an item at most, where it can be cut further
-    const int64_t group_, heads_at_once_;
+    const int64_t group_, heads_at_once_, most_rows_;
     std::vector<AttentionItem> whole_, together_, apart_;
     AttentionCut out_;
 };

@@ -15,11 +15,11 @@ KV_INLINE float sum_of(Vec a) {
     return out[0];
 }
 
-// e^x to about 1 ulp: x = n ln 2 + r, the polynomial of Cephes' expf for e^r, scaled by 2^n.
-// Below -87.3 it is 0 (no denormals), from 88.8 on infinity; NaN stays.
-KV_INLINE Vec exp(Vec x) {
-    const Vec low = set1(-87.33654f), high = set1(88.8f);
-    const Vec clamped = max(low, min(high, x));
+// e^x to about 1 ulp for x of at most 88.8: x = n ln 2 + r, the polynomial of Cephes' expf for e^r,
+// scaled by 2^n. Below -87.3 it is 0 (no denormals); NaN stays.
+KV_INLINE Vec exp_of_small(Vec x) {
+    const Vec low = set1(-87.33654f);
+    const Vec clamped = max(low, x);
     const Vec n = round_even(clamped * set1(1.44269504f));
     Vec r = fma(n, set1(-0.693359375f), clamped);
     r = fma(n, set1(2.12194440e-4f), r);
@@ -32,6 +32,9 @@ KV_INLINE Vec exp(Vec x) {
     p = fma(p, r * r, r) + set1(1.0f);
     return where_less(x, low, set1(0.0f), scaled(p, n));
 }
+
+// The same for any x; from 88.8 on infinity.
+KV_INLINE Vec exp(Vec x) { return exp_of_small(min(set1(88.8f), x)); }
 
 KV_INLINE float exp(float x) {
     float lanes[16];

@@ -150,11 +150,14 @@ struct MergeTask {
 // Keys are taken in splits of this many, at absolute positions: a query's partial sums, and the
 // order in which they are merged, depend on its position alone.
 constexpr int64_t kSplit = 256;
-// Query rows (tokens x heads) of one attention block at most.
+// Query rows (tokens x heads) of an attention's item with few rows of a KV head.
 constexpr int kMaxRows = 64;
-// From so many rows of one KV head on, a block is one KV head's, of about kBlockRows.
+// From so many rows of one KV head on, an item is one KV head's, of kItemRows at most (fewer where
+// heads are wider than kItemHeadDim), of which kBlockRows are multiplied at a time.
 constexpr int kManyRows = 17;
 constexpr int kBlockRows = 48;
+constexpr int kItemRows = 192;
+constexpr int64_t kItemHeadDim = 128;
 constexpr int64_t kMaxHeadDim = 512;
 // A row's sums are kept in units of 32.
 constexpr int64_t padded_head(int64_t head_dim) { return (head_dim + 31) / 32 * 32; }

@@ -8,7 +8,10 @@
 #include "wide.h"
 #include "rope.h"
 #include "values.h"
+#include "attention_block.h"
 #include "turned.h"
+#include "attention_few.h"
+#include "attention_many.h"
 #include "attention.h"
 
 namespace {

@@ -1,8 +1,9 @@
-// Scores of many rows: keys are turned so that 16 of them stand in the 16 lanes.
+// Keys and values of a split as products with many rows take them, made once for all of the rows.
 //
-// A product of two rows is summed in 16 lanes over the head, and the lanes over the tree of `sum4`.
-// Here each of the 16 sums of a lane is a vector over 16 keys, so the tree adds vectors: the same
-// sums in the same order, and nothing moves across lanes.
+// Keys are turned so that sixteen of them stand in the sixteen lanes. A product of two rows is summed
+// in 16 lanes over the head, and the lanes over the tree of `sum4`. Here each of the 16 sums of a lane
+// is a vector over 16 keys, so the tree adds vectors: the same sums in the same order, and nothing
+// moves across lanes. Values stand in pairs of keys, as `Values` loads them.
 #pragma once
 
 namespace {
@@ -17,72 +18,175 @@ struct Turned {
 template <>
 struct Turned<bf16> {
     static constexpr bool kIs = true;
-    static constexpr int kRows = 6;
+    // Of one product of queries and keys.
+    static constexpr int kRows = 4, kTiles = 2;
     using Word = int32_t;  // two elements
+    using V = Values<bf16>;
 
-    // out[pair][key] for 16 keys of `width` elements, null for none; zeros past their end.
-    static void turn(const bf16* const* key, int64_t head_dim, Word (*out)[16]) {
+    int64_t width;                                        // a multiple of 32
+    alignas(64) Word keys[kSplit * kMaxHeadDim / 2];      // [16 keys][pair of elements][key]
+    alignas(64) Word values[kSplit / 2 * kMaxHeadDim];    // [64 elements][pair of keys][element]
+
+    const Word* key_tile(int64_t tile) const { return keys + tile * width * 8; }
+    // Of 32 elements the first pair; kPairWords from a pair to the next.
+    static constexpr int64_t kPairWords = 64;
+    const Word* value_unit(int64_t unit) const {
+        return values + unit / 2 * (kSplit / 2 * kPairWords) + unit % 2 * 32;
+    }
+
+    // The 16 keys of a tile; zeros past their end.
+    void set_keys(int64_t tile, const bf16* const* key, int64_t head_dim) {
+        Word* out = keys + tile * width * 8;
         for (int64_t d = 0; d < head_dim; d += 32, out += 16) {
             const __mmask32 some = head_dim - d >= 32 ? ~__mmask32{0}
                                                       : (__mmask32{1} << (head_dim - d)) - 1;
             __m512i x[16];
 #pragma GCC unroll 16
             for (int i = 0; i < 16; ++i) {
-                x[i] = _mm512_maskz_loadu_epi16(key[i] ? some : 0, key[i] + d);
+                x[i] = _mm512_maskz_loadu_epi16(some, key[i] + d);
             }
             transpose(x);
 #pragma GCC unroll 16
-            for (int i = 0; i < 16; ++i) _mm512_store_si512(out[i], x[i]);
+            for (int i = 0; i < 16; ++i) _mm512_store_si512(out + i * width / 2, x[i]);
         }
     }
-
-    // The sums of one lane.
-    template <int ROWS>
-    static KV_INLINE void lane(const bf16* const* query, const Word (*keys)[16], int64_t width,
-                               int at, Vec* sums) {
-#pragma GCC unroll 8
-        for (int r = 0; r < ROWS; ++r) sums[r] = set1(0.0f);
-        for (int64_t d = 0; d < width; d += 32) {
-            const __m512i k = _mm512_load_si512(keys[d / 2 + at]);
-#pragma GCC unroll 8
-            for (int r = 0; r < ROWS; ++r) {
-                int32_t pair;
-                std::memcpy(&pair, query[r] + d + 2 * at, sizeof pair);
-                sums[r].v = _mm512_dpbf16_ps(sums[r].v, (__m512bh)_mm512_set1_epi32(pair),
-                                             (__m512bh)k);
+    // The values of a tile, likewise.
+    void set_values(int64_t tile, const bf16* const* value, int64_t head_dim) {
+        for (int64_t d = 0; d < head_dim; d += 32) {
+            const __mmask32 some = head_dim - d >= 32 ? ~__mmask32{0}
+                                                      : (__mmask32{1} << (head_dim - d)) - 1;
+            Word* out = const_cast<Word*>(value_unit(d / 32)) + tile * 8 * kPairWords;
+#pragma GCC unroll 16
+            for (int i = 0; i < 16; i += 2, out += kPairWords) {
+                const V pair = V::pair(_mm512_maskz_loadu_epi16(some, value[i] + d),
+                                       _mm512_maskz_loadu_epi16(some, value[i + 1] + d));
+                _mm512_store_si512(out, pair.part[0]);
+                _mm512_store_si512(out + 16, pair.part[1]);
             }
         }
     }
-    // The sums of four lanes.
-    template <int ROWS>
-    static KV_INLINE void quarter(const bf16* const* query, const Word (*keys)[16],
-                                  int64_t width, int at, Vec* sums) {
-        Vec a[ROWS], b[ROWS];
-        lane<ROWS>(query, keys, width, at, sums);
-        lane<ROWS>(query, keys, width, at + 2, a);
-#pragma GCC unroll 8
-        for (int r = 0; r < ROWS; ++r) sums[r] = sums[r] + a[r];
-        lane<ROWS>(query, keys, width, at + 1, a);
-        lane<ROWS>(query, keys, width, at + 3, b);
-#pragma GCC unroll 8
-        for (int r = 0; r < ROWS; ++r) sums[r] = sums[r] + (a[r] + b[r]);
+
+    // out[row][0 .. 16 * tiles] = each query times the keys of the tiles from this one on.
+    void dots(int rows, int tiles, const bf16* const* query, int64_t tile,
+              float* const* out) const {
+        tiles == kTiles ? of_rows<kRows, kTiles>(rows, query, key_tile(tile), out)
+                        : of_rows<kRows, 1>(rows, query, key_tile(tile), out);
     }
-    // out[row][0 .. 16] of `rows` rows at most, padded to `width`.
-    template <int ROWS = kRows>
-    static void dots(int rows, const bf16* const* query, const Word (*keys)[16], int64_t width,
-                     float* const* out) {
+
+    // acc[row][...] += weights times values, pair by pair.
+    template <int ROWS>
+    void add(int rows, Range pairs, const bf16* const* weights, float* const* acc) const {
         if constexpr (ROWS > 1) {
-            if (rows < ROWS) return dots<ROWS - 1>(rows, query, keys, width, out);
+            if (rows < ROWS) return add<ROWS - 1>(rows, pairs, weights, acc);
         }
-        Vec sums[ROWS], a[ROWS], b[ROWS];
-        quarter<ROWS>(query, keys, width, 0, sums);
-        quarter<ROWS>(query, keys, width, 8, a);
-#pragma GCC unroll 8
-        for (int r = 0; r < ROWS; ++r) sums[r] = sums[r] + a[r];
-        quarter<ROWS>(query, keys, width, 4, a);
-        quarter<ROWS>(query, keys, width, 12, b);
-#pragma GCC unroll 8
-        for (int r = 0; r < ROWS; ++r) store(out[r], sums[r] + (a[r] + b[r]));
+        constexpr int kUnits = ROWS <= kValueRows / 2 ? 2 * kValueUnits : kValueUnits;
+        const int64_t units = width / 32;
+        int64_t unit = 0;
+        for (; unit + kUnits <= units; unit += kUnits) {
+            add_units<ROWS, kUnits>(unit, pairs, weights, acc);
+        }
+        for (; unit < units; ++unit) add_units<ROWS, 1>(unit, pairs, weights, acc);
+    }
+    // The same for one row and one key, whose neighbour in the pair the row doesn't see.
+    void add_key(int64_t key, const bf16* weights, float* acc) const {
+        const __m512i own = _mm512_set1_epi32(key % 2 ? -65536 : 65535);
+        const __m512i weight = V::weight(weights + key / 2 * 2);
+        for (int64_t unit = 0; unit < width / 32; ++unit, acc += 32) {
+            const Word* from = value_unit(unit) + key / 2 * kPairWords;
+            V pair;
+            for (int half = 0; half < 2; ++half) {
+                pair.part[half] = _mm512_and_si512(_mm512_load_si512(from + 16 * half), own);
+                store(acc + 16 * half, pair.add(load(acc + 16 * half), weight, half));
+            }
+        }
+    }
+
+  private:
+    template <int ROWS, int TILES>
+    void of_rows(int rows, const bf16* const* query, const Word* tile, float* const* out) const {
+        if constexpr (ROWS > 1) {
+            if (rows < ROWS) return of_rows<ROWS - 1, TILES>(rows, query, tile, out);
+        }
+        constexpr int N = ROWS * TILES;
+        Vec sums[N], a[N], b[N];
+        quarter<ROWS, TILES>(query, tile, 0, sums);
+        quarter<ROWS, TILES>(query, tile, 8, a);
+#pragma GCC unroll 16
+        for (int i = 0; i < N; ++i) sums[i] = sums[i] + a[i];
+        quarter<ROWS, TILES>(query, tile, 4, a);
+        quarter<ROWS, TILES>(query, tile, 12, b);
+#pragma GCC unroll 16
+        for (int i = 0; i < N; ++i) {
+            store(out[i / TILES] + i % TILES * 16, sums[i] + (a[i] + b[i]));
+        }
+    }
+    // The sums of four lanes.
+    template <int ROWS, int TILES>
+    KV_INLINE void quarter(const bf16* const* query, const Word* tile, int at, Vec* sums) const {
+        constexpr int N = ROWS * TILES;
+        Vec a[N], b[N];
+        lane<ROWS, TILES>(query, tile, at, sums);
+        lane<ROWS, TILES>(query, tile, at + 2, a);
+#pragma GCC unroll 16
+        for (int i = 0; i < N; ++i) sums[i] = sums[i] + a[i];
+        lane<ROWS, TILES>(query, tile, at + 1, a);
+        lane<ROWS, TILES>(query, tile, at + 3, b);
+#pragma GCC unroll 16
+        for (int i = 0; i < N; ++i) sums[i] = sums[i] + (a[i] + b[i]);
+    }
+    // The sums of one lane.
+    template <int ROWS, int TILES>
+    KV_INLINE void lane(const bf16* const* query, const Word* tile, int at, Vec* sums) const {
+#pragma GCC unroll 16
+        for (int i = 0; i < ROWS * TILES; ++i) sums[i] = set1(0.0f);
+        const Word* k0 = tile + at * width / 2;
+        const int64_t next_tile = width * 8, steps = width / 32;
+        for (int64_t step = 0; step < steps; ++step) {
+            __m512i k[TILES];
+#pragma GCC unroll 2
+            for (int t = 0; t < TILES; ++t) {
+                k[t] = _mm512_load_si512(k0 + t * next_tile + 16 * step);
+            }
+#pragma GCC unroll 4
+            for (int r = 0; r < ROWS; ++r) {
+                const __m512i pair = V::weight(query[r] + 32 * step + 2 * at);
+#pragma GCC unroll 2
+                for (int t = 0; t < TILES; ++t) {
+                    Vec& sum = sums[r * TILES + t];
+                    sum.v = _mm512_dpbf16_ps(sum.v, (__m512bh)pair, (__m512bh)k[t]);
+                }
+            }
+        }
+    }
+
+    template <int ROWS, int UNITS>
+    void add_units(int64_t unit, Range pairs, const bf16* const* weights, float* const* acc) const {
+        Vec sums[ROWS][2 * UNITS];
+#pragma GCC unroll 16
+        for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 16
+            for (int c = 0; c < 2 * UNITS; ++c) sums[r][c] = load(acc[r] + 32 * unit + 16 * c);
+        }
+        const Word* from = value_unit(unit);
+        for (int64_t p = pairs.begin; p < pairs.end; ++p) {
+            V v[UNITS];
+#pragma GCC unroll 16
+            for (int c = 0; c < 2 * UNITS; ++c) {
+                v[c / 2].part[c % 2] = _mm512_load_si512(
+                    from + c / 4 * (kSplit / 2 * kPairWords) + p * kPairWords + c % 4 * 16);
+            }
+#pragma GCC unroll 16
+            for (int r = 0; r < ROWS; ++r) {
+                const __m512i w = V::weight(weights[r] + 2 * p);
+#pragma GCC unroll 16
+                for (int c = 0; c < 2 * UNITS; ++c) sums[r][c] = v[c / 2].add(sums[r][c], w, c % 2);
+            }
+        }
+#pragma GCC unroll 16
+        for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 16
+            for (int c = 0; c < 2 * UNITS; ++c) store(acc[r] + 32 * unit + 16 * c, sums[r][c]);
+        }
     }
 };
 #endif
