@@ -61,52 +61,52 @@ class Mutant:
 
 
 RIGHT = Mutant("right")
-ATTENTION = "cpu/attention.h"
+BLOCK, FEW, MANY = (f"cpu/attention_{part}.h" for part in ("block", "few", "many"))
 CUT = "cpu/cut_attention.cpp"
 NATIVE = [
     Mutant(
         "dropped tail mask",
-        ATTENTION,
+        BLOCK,
         "s = where_less(lanes, set1(static_cast<float>(keys.end - i)), s, set1(-kInfinity));",
         "",
     ),
     Mutant(
         "swapped pages of keys",
-        ATTENTION,
+        BLOCK,
         "table[page] * task.key_page_stride + head;",
         "table[page ^ 1] * task.key_page_stride + head;",
     ),
     Mutant(
         "swapped pages of values",
-        ATTENTION,
+        BLOCK,
         "table[page] * task.value_page_stride + head;",
         "table[page ^ 1] * task.value_page_stride + head;",
     ),
-    Mutant("causal: not itself", ATTENTION, "{first, position + 1}", "{first, position}"),
-    Mutant("causal: the next one too", ATTENTION, "{first, position + 1}", "{first, position + 2}"),
-    Mutant("window one too wide", ATTENTION, "task.window + 1) : 0", "task.window) : 0"),
-    Mutant("missing scale", ATTENTION, "load(scores + i) * scale;", "load(scores + i);"),
+    Mutant("causal: not itself", BLOCK, "{first, position + 1}", "{first, position}"),
+    Mutant("causal: the next one too", BLOCK, "{first, position + 1}", "{first, position + 2}"),
+    Mutant("window one too wide", BLOCK, "task.window + 1) : 0", "task.window) : 0"),
+    Mutant("missing scale", BLOCK, "load(scores + i) * scale;", "load(scores + i);"),
     Mutant(
         "splits merged unweighted",
-        ATTENTION,
+        BLOCK,
         "load(into_values + i) * set1(a);",
         "load(into_values + i);",
     ),
     Mutant(
         "missing scales of int8 keys",
-        ATTENTION,
+        BLOCK,
         "if constexpr (SCALED) s = s * load(key_scales + i);",
         "",
     ),
     Mutant(
         "missing scales of int8 values",
-        ATTENTION,
+        BLOCK,
         "Vec scaled = p * load(value_scales + i);",
         "Vec scaled = p;",
     ),
     Mutant(
         "a head's last element is left out",
-        ATTENTION,
+        BLOCK,
         "sizeof(T) * static_cast<size_t>(task.head_dim - i));\n        }\n    }\n}",
         "sizeof(T) * static_cast<size_t>(task.head_dim - i - 1));\n        }\n    }\n}",
     ),
@@ -135,11 +135,31 @@ SHARED_KEYS = "all = {(all.begin + kKeys - 1) / kKeys * kKeys, all.end / kKeys *
 PAIRS = [
     Mutant(
         "a pair of keys that not all rows see",
-        ATTENTION,
+        FEW,
         SHARED_KEYS,
         "all = {all.begin / kKeys * kKeys, (all.end + kKeys - 1) / kKeys * kKeys};",
     ),
-    Mutant("a pair of keys torn apart", ATTENTION, SHARED_KEYS, "all = {all.begin, all.end};"),
+    Mutant("a pair of keys torn apart", FEW, SHARED_KEYS, "all = {all.begin, all.end};"),
+    Mutant(
+        "many rows: a pair of keys that not all rows see",
+        MANY,
+        "pairs[r] = {(visible[r].begin + 1) / 2, visible[r].end / 2};",
+        "pairs[r] = {visible[r].begin / 2, (visible[r].end + 1) / 2};",
+    ),
+    Mutant(
+        "many rows: the neighbour of the last key",
+        MANY,
+        "turned.add_key(keys.end - 1,",
+        "turned.add_key(keys.end,",
+    ),
+    Mutant("many rows: no first key", MANY, "if (keys.begin % 2) turned", "if (false) turned"),
+    Mutant("many rows: no last key", MANY, "if (keys.end % 2) turned", "if (false) turned"),
+    Mutant(
+        "many rows: keys that one row sees alone",
+        MANY,
+        "alone(r, {together.end, pairs[r].end});",
+        "alone(r, {pairs[r].end, pairs[r].end});",
+    ),
 ]
 """Of instruction sets that take two keys in one step."""
 TRITON_FILE = "jit/attention.py"

@@ -307,19 +307,25 @@ def check_unseen(ops: Ops, dtype: torch.dtype, kept: torch.dtype | None) -> None
     They are computed with it all the same, since others of its block see them. What a key leaves
     untouched begins at an even and at an odd position: kernels may take two keys at once.
     """
+    # All queries at once, and few beside each other.
+    chunks = [(0, 60), *((begin, begin + 5) for begin in (27, 28, 30, 38, 41))]
     for edge, window in itertools.product((30, 31), (None, 12)):
         heads = Heads(4, 2, 32, window=window)
         sequence = random_sequence(heads, 60, dtype, kept)
-        clean = PagedBatch(heads, [Chunk(sequence, 0, 60)], dtype, kept).attend(ops)
-        parts = [(slice(edge, None), slice(0, edge))]
+        parts = [(slice(edge, None), range(edge))]
         if window is not None:
-            parts.append((slice(0, edge), slice(edge + window - 1, None)))
+            parts.append((slice(0, edge), range(edge + window - 1, 60)))
         for spoilt_keys, own_rows in parts:
             other = Sequence(sequence.query, sequence.key.clone(), sequence.value.clone())
             other.key[spoilt_keys] = torch.nan
             other.value[spoilt_keys] = torch.inf
-            spoilt = PagedBatch(heads, [Chunk(other, 0, 60)], dtype, kept).attend(ops)
-            assert torch.equal(spoilt[own_rows], clean[own_rows]), f"{spoilt_keys}, {window}"
+            for begin, end in chunks:
+                own = [row - begin for row in own_rows if begin <= row < end]
+                clean, spoilt = (
+                    PagedBatch(heads, [Chunk(each, begin, end)], dtype, kept).attend(ops)
+                    for each in (sequence, other)
+                )
+                assert torch.equal(spoilt[own], clean[own]), f"{spoilt_keys}, {begin}, {window}"
 
 
 def check_order_of_pairs(ops: Ops, dtype: torch.dtype) -> None:
@@ -338,9 +344,11 @@ def check_order_of_pairs(ops: Ops, dtype: torch.dtype) -> None:
     steps = [
         PagedBatch(heads, [Chunk(sequence, at, at + 1)], dtype).attend(ops) for at in range(length)
     ]
-    for begin in range(8):  # whichever rows a kernel takes together
-        whole = PagedBatch(heads, [Chunk(sequence, begin, length)], dtype).attend(ops)
-        assert torch.equal(whole, torch.cat(steps[begin:])), f"from {begin}"
+    chunks = [(begin, length) for begin in range(8)]  # whichever rows a kernel takes together,
+    chunks += [(begin, begin + 9) for begin in range(length - 9)]  # and if it takes few otherwise
+    for begin, end in chunks:
+        whole = PagedBatch(heads, [Chunk(sequence, begin, end)], dtype).attend(ops)
+        assert torch.equal(whole, torch.cat(steps[begin:end])), f"{begin} to {end}"
 
 
 def check_states(
