@@ -15,16 +15,16 @@ namespace {
 template <typename T, typename K>
 void attend(const AttentionTask& task, const AttentionItem& item) {
     const Block block(task, item);
-    if (Turned<T>::kIs && block.rows_per_kv >= kManyRows) {
-        if constexpr (Turned<T>::kIs) attend_many<T, K>(block);
-        return;
+    if constexpr (Turned<T>::kIs) {
+        if (block.rows_per_kv >= kManyRows) return attend_many<T, K>(block);
     }
     // No more rows at a time than there is room for.
     AttentionItem some = item;
-    const int64_t most = greater(kMaxRows / greater(block.num_rows / item.num_queries, 1), 1);
-    for (int64_t q = 0; q < item.num_queries; q += most) {
-        some.first_query = item.first_query + q;
-        some.num_queries = lesser(most, item.num_queries - q);
+    const int64_t parts = ceil_div(item.num_queries, kMaxRows / (block.num_rows / item.num_queries));
+    for (int64_t p = 0; p < parts; ++p) {
+        const int64_t begin = p * item.num_queries / parts;
+        some.first_query = item.first_query + begin;
+        some.num_queries = (p + 1) * item.num_queries / parts - begin;
         attend_few<T, K>(Block(task, some));
     }
 }

@@ -62,6 +62,16 @@ struct Block {
     }
 };
 
+// The keys that some of the rows see.
+inline Range any_of(const Range* visible, int64_t rows) {
+    Range any{kSplit, 0};
+    for (int64_t r = 0; r < rows; ++r) {
+        if (visible[r].empty()) continue;
+        any = {lesser(any.begin, visible[r].begin), greater(any.end, visible[r].end)};
+    }
+    return any;
+}
+
 // Where the keys and values of a split, stored as K, lie in the first head of the item.
 template <typename K>
 struct Places {
@@ -118,7 +128,7 @@ const T* query_of(const Block& block, int64_t row) {
 }
 
 // Scores of one row times their scales, -infinity for keys of its first and last 16 that it doesn't
-// see; returns the largest. The scales of quantised keys; null: none.
+// see, after the soft cap if there is one; returns the largest. SCALED: keys are quantised.
 template <bool SCALED>
 KV_INLINE float scale_scores(const AttentionTask& task, Range keys, const float* key_scales,
                              float* scores) {
@@ -143,8 +153,8 @@ KV_INLINE float scale_scores(const AttentionTask& task, Range keys, const float*
     return max_lane(m);
 }
 
-// Scores to weights relative to the largest; returns the weights' sum. The scales of quantised values
-// go to the weights after these were summed.
+// Scores to weights relative to the largest; returns the weights' sum. SCALED: values are
+// quantised, and their scales go to the weights after these were summed.
 template <bool SCALED, typename Weight>
 KV_INLINE float soften(Range keys, const float* scores, float top, const float* value_scales,
                        Weight* weights) {

@@ -152,9 +152,6 @@ KV_INLINE void add_values(Range keys, const T* const* place, int64_t offset, int
     }
 }
 
-// Units side by side for so many rows: few rows leave registers for more of the head.
-constexpr int value_units(int rows) { return 2 * rows <= kValueRows ? 2 * kValueUnits : kValueUnits; }
-
 // The same over the whole head, for a number of rows known at run time.
 template <typename T, int ROWS = kValueRows>
 KV_INLINE void add_head(int rows, Range keys, const T* const* place, int64_t offset,
@@ -267,14 +264,12 @@ struct alignas(64) Workspace {
 template <typename T, typename K>
 void attend_split(const Block& block, int64_t split, Workspace<T, K>& space, Gathered* gathered) {
     constexpr bool kIsScaled = !std::is_same_v<T, K>;
-    Range visible[kMaxRows], all{kSplit, 0};
+    Range visible[kMaxRows];
     for (int64_t row = 0; row < block.num_rows; ++row) {
         visible[row] = block.visible(row, split);
         gathered[row] = {-kInfinity, 0.0f};
-        if (visible[row].empty()) continue;
-        all.begin = lesser(all.begin, visible[row].begin);
-        all.end = greater(all.end, visible[row].end);
     }
+    const Range all = any_of(visible, block.num_rows);
     std::memset(space.values, 0, sizeof(float) * static_cast<size_t>(block.num_rows * block.width));
     if (all.empty()) return;
     space.places.locate(block, split, all);
@@ -309,7 +304,7 @@ void attend_few(const Block& block) {
         for (int64_t row = 0; row < block.num_rows; ++row) {
             const float* values = space.values + row * block.width;
             if (item.is_apart) {
-                keep_apart(block, row, item.first_split, found[row], values);
+                keep_apart(block, row, item.first_split + s, found[row], values);
             } else {
                 merge(&gathered[row], gathered_values + row * block.width, found[row], values,
                       block.width);

@@ -5,9 +5,6 @@
 
 namespace {
 
-// Numbers of an item's rows at most, in heads as wide as these are.
-constexpr int64_t kItemNumbers = kItemRows * kItemHeadDim;
-
 template <typename T, typename K>
 struct alignas(64) ManyRows {
     T queries[kItemNumbers];                   // [row][width], zeros behind the head
@@ -59,16 +56,6 @@ void turn(const Block& block, ManyRows<T, K>& space) {
     }
 }
 
-// The keys that some of the rows see.
-inline Range any_of(const Range* visible, int64_t rows) {
-    Range any{kSplit, 0};
-    for (int64_t r = 0; r < rows; ++r) {
-        if (visible[r].empty()) continue;
-        any = {lesser(any.begin, visible[r].begin), greater(any.end, visible[r].end)};
-    }
-    return any;
-}
-
 // The scores of some rows from `first_row` of the item on.
 template <typename T, typename K>
 void score_many(const Block& block, int64_t first_row, int64_t num_rows, ManyRows<T, K>& space) {
@@ -110,7 +97,7 @@ void weigh_some(int rows, const Range* visible, const Turned<T>& turned,
         const Range keys = visible[r];
         if (keys.empty()) continue;
         if (keys.begin % 2) turned.add_key(keys.begin, weights[r], acc[r]);
-        alone(r, together.empty() ? pairs[r] : Range{pairs[r].begin, together.begin});
+        alone(r, {pairs[r].begin, together.empty() ? pairs[r].end : together.begin});
     }
     if (!together.empty()) turned.template add<kValueRows>(rows, together, weights, acc);
     for (int r = 0; r < rows; ++r) {
@@ -164,8 +151,9 @@ void attend_rows(const Block& block, int64_t first_row, int64_t num_rows, ManyRo
     }
 }
 
+// Not inlined: what takes few rows needs none of this room.
 template <typename T, typename K>
-void attend_many(const Block& block) {
+__attribute__((noinline)) void attend_many(const Block& block) {
     const AttentionTask& task = block.task;
     const AttentionItem& item = block.item;
     ManyRows<T, K> space;

@@ -111,12 +111,14 @@ class Cutter {
                               : ceil_div(pairs * task.num_kv_heads, int64_t{2} * threads)),
           group_(task.num_heads / task.num_kv_heads),
           heads_at_once_(std::min<int64_t>(group_, kBlockRows)),
-          most_rows_(rows_for(task, seqs, threads)) {}
+          room_(std::min<int64_t>(kItemRows, kItemNumbers / padded_head(task.head_dim)) /
+                kBlockRows * kBlockRows) {}
 
     AttentionCut cut() {
         std::vector<Splits> with_others(static_cast<size_t>(seqs_.num), Splits{0, 0});
         std::vector<SharedSplit> shared;
-        if (block_of(2) == 2) shared = find_shared(task_, seqs_);  // else nobody gets company
+        // Else an item has no room for two queries.
+        if (2 * heads_at_once_ <= kBlockRows) shared = find_shared(task_, seqs_);
         for (const SharedSplit& each : shared) {
             for (const int64_t b : each.seqs) {
                 Splits& run = with_others[static_cast<size_t>(b)];
@@ -140,18 +142,14 @@ class Cutter {
     }
 
   private:
-    // Rows of an item at most: several blocks, but so few that each thread has some items.
-    static int64_t rows_for(const AttentionTask& task, const Sequences& seqs, int threads) {
-        const int64_t numbers = int64_t{kItemRows} * kItemHeadDim;
-        const int64_t room = std::min<int64_t>(kItemRows, numbers / padded_head(task.head_dim));
-        const int64_t rows = int64_t{seqs.query_starts[seqs.num]} * task.num_heads;
-        const int64_t share = threads == 1 ? room : std::min(room, rows / (int64_t{8} * threads));
-        return std::max<int64_t>(1, share / kBlockRows) * kBlockRows;
-    }
-
-    // Blocks of about equal size: a small last one would read all keys for few rows.
-    int64_t block_of(int64_t queries) const {
-        const int64_t most = std::max<int64_t>(1, most_rows_ / heads_at_once_);
+    // Queries of an item, of those that see so many keys: as many as there is room for, but so few
+    // that each thread has some items, if kBlockRows allow it. Of about equal size: a small last one
+    // would read all keys for few rows.
+    int64_t block_of(int64_t queries, int64_t keys) const {
+        const int64_t room = room_ / heads_at_once_;
+        const int64_t fair = share_ / kItemsOfShare / std::max<int64_t>(keys, 1);
+        const int64_t least = std::max<int64_t>(1, kBlockRows / heads_at_once_);
+        const int64_t most = std::max(least, std::min(room, fair));
         return ceil_div(queries, std::max<int64_t>(1, ceil_div(queries, most)));
     }
 
@@ -183,9 +181,9 @@ class Cutter {
     void cut_sequence(int64_t b, Splits with_others) {
         const int64_t queries = seqs_.num_queries(b);
         if (queries <= 0) return;
-        const int64_t block = block_of(queries);
+        const int64_t block = block_of(queries, Keys(task_, seqs_, b, 0, queries).size());
         const auto first_whole = static_cast<std::ptrdiff_t>(whole_.size());
-        // Large blocks first, so that threads end together.
+        // Those with the most keys first, so that threads end together.
         for (int64_t q = (queries - 1) / block * block; q >= 0; q -= block) {
             const int64_t q_end = std::min(queries, q + block);
             const Keys keys(task_, seqs_, b, q, q_end);
@@ -243,7 +241,7 @@ class Cutter {
             out_.queries.push_back(query);
         }
         const int64_t queries = static_cast<int64_t>(shared.seqs.size());
-        const int64_t block = block_of(queries);
+        const int64_t block = block_of(queries, kSplit);
         for (int64_t q = 0; q < queries; q += block) {
             item.first_query = first + q;
             item.num_queries = std::min(block, queries - q);
@@ -251,10 +249,13 @@ class Cutter {
         }
     }
 
+    static constexpr int64_t kItemsOfShare = 4;
+
     const AttentionTask& task_;
     const Sequences& seqs_;
     const int64_t share_;  // pairs times KV heads of an item at most, where it can be cut further
-    const int64_t group_, heads_at_once_, most_rows_;
+    const int64_t group_, heads_at_once_;
+    const int64_t room_;  // rows of an item at most
     std::vector<AttentionItem> whole_, together_, apart_;
     AttentionCut out_;
 };

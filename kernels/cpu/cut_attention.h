@@ -1,7 +1,7 @@
 // How an attention is cut into items, of which any thread takes the next.
 //
 // Says what is computed together and in which order, never what comes out: a row's bits are the same
-// in any item. Knows neither instruction sets nor threads.
+// in any item. Knows no instruction sets, and of threads only how many want work.
 #pragma once
 
 #include <cstdint>

@@ -150,17 +150,21 @@ struct MergeTask {
 // Keys are taken in splits of this many, at absolute positions: a query's partial sums, and the
 // order in which they are merged, depend on its position alone.
 constexpr int64_t kSplit = 256;
-// Query rows (tokens x heads) of an attention's item with few rows of a KV head.
+// Query rows (tokens x heads) that are computed together at most where a KV head has few of them, or
+// nothing is won by turning keys.
 constexpr int kMaxRows = 64;
-// From so many rows of one KV head on, an item is one KV head's, of kItemRows at most (fewer where
-// heads are wider than kItemHeadDim), of which kBlockRows are multiplied at a time.
+// From so many rows of one KV head on, an item is one KV head's, of kItemRows at most, of which
+// kBlockRows are multiplied at a time.
 constexpr int kManyRows = 17;
 constexpr int kBlockRows = 48;
 constexpr int kItemRows = 192;
-constexpr int64_t kItemHeadDim = 128;
 constexpr int64_t kMaxHeadDim = 512;
 // A row's sums are kept in units of 32.
 constexpr int64_t padded_head(int64_t head_dim) { return (head_dim + 31) / 32 * 32; }
+// Elements of all rows of an item at most, so padded: 192 rows of 128, 48 of 512.
+constexpr int64_t kItemNumbers = kItemRows * 128;
+static_assert(kBlockRows * kMaxHeadDim <= kItemNumbers);
+static_assert(kItemRows % kBlockRows == 0 && kBlockRows <= kMaxRows);
 // Of one row and split: max, sum, weighted values.
 constexpr int64_t partial_floats(int64_t head_dim) { return 2 + padded_head(head_dim); }
 

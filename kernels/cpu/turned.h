@@ -27,19 +27,22 @@ struct Turned<bf16> {
     alignas(64) Word keys[kSplit * kMaxHeadDim / 2];      // [16 keys][pair of elements][key]
     alignas(64) Word values[kSplit / 2 * kMaxHeadDim];    // [64 elements][pair of keys][element]
 
-    const Word* key_tile(int64_t tile) const { return keys + tile * width * 8; }
+    int64_t key_tile(int64_t tile) const { return tile * width * 8; }
     // Of 32 elements the first pair; kPairWords from a pair to the next.
     static constexpr int64_t kPairWords = 64;
-    const Word* value_unit(int64_t unit) const {
-        return values + unit / 2 * (kSplit / 2 * kPairWords) + unit % 2 * 32;
+    static int64_t value_unit(int64_t unit) {
+        return unit / 2 * (kSplit / 2 * kPairWords) + unit % 2 * 32;
+    }
+    // Of 32 elements those before the head's end.
+    static __mmask32 elements(int64_t left) {
+        return left >= 32 ? ~__mmask32{0} : (__mmask32{1} << left) - 1;
     }
 
     // The 16 keys of a tile; zeros past their end.
     void set_keys(int64_t tile, const bf16* const* key, int64_t head_dim) {
-        Word* out = keys + tile * width * 8;
+        Word* out = keys + key_tile(tile);
         for (int64_t d = 0; d < head_dim; d += 32, out += 16) {
-            const __mmask32 some = head_dim - d >= 32 ? ~__mmask32{0}
-                                                      : (__mmask32{1} << (head_dim - d)) - 1;
+            const __mmask32 some = elements(head_dim - d);
             __m512i x[16];
 #pragma GCC unroll 16
             for (int i = 0; i < 16; ++i) {
@@ -53,9 +56,8 @@ struct Turned<bf16> {
     // The values of a tile, likewise.
     void set_values(int64_t tile, const bf16* const* value, int64_t head_dim) {
         for (int64_t d = 0; d < head_dim; d += 32) {
-            const __mmask32 some = head_dim - d >= 32 ? ~__mmask32{0}
-                                                      : (__mmask32{1} << (head_dim - d)) - 1;
-            Word* out = const_cast<Word*>(value_unit(d / 32)) + tile * 8 * kPairWords;
+            const __mmask32 some = elements(head_dim - d);
+            Word* out = values + value_unit(d / 32) + tile * 8 * kPairWords;
 #pragma GCC unroll 16
             for (int i = 0; i < 16; i += 2, out += kPairWords) {
                 const V pair = V::pair(_mm512_maskz_loadu_epi16(some, value[i] + d),
@@ -69,8 +71,8 @@ struct Turned<bf16> {
     // out[row][0 .. 16 * tiles] = each query times the keys of the tiles from this one on.
     void dots(int rows, int tiles, const bf16* const* query, int64_t tile,
               float* const* out) const {
-        tiles == kTiles ? of_rows<kRows, kTiles>(rows, query, key_tile(tile), out)
-                        : of_rows<kRows, 1>(rows, query, key_tile(tile), out);
+        tiles == kTiles ? of_rows<kRows, kTiles>(rows, query, keys + key_tile(tile), out)
+                        : of_rows<kRows, 1>(rows, query, keys + key_tile(tile), out);
     }
 
     // acc[row][...] += weights times values, pair by pair.
@@ -79,7 +81,7 @@ struct Turned<bf16> {
         if constexpr (ROWS > 1) {
             if (rows < ROWS) return add<ROWS - 1>(rows, pairs, weights, acc);
         }
-        constexpr int kUnits = ROWS <= kValueRows / 2 ? 2 * kValueUnits : kValueUnits;
+        constexpr int kUnits = value_units(ROWS);
         const int64_t units = width / 32;
         int64_t unit = 0;
         for (; unit + kUnits <= units; unit += kUnits) {
@@ -92,7 +94,7 @@ struct Turned<bf16> {
         const __m512i own = _mm512_set1_epi32(key % 2 ? -65536 : 65535);
         const __m512i weight = V::weight(weights + key / 2 * 2);
         for (int64_t unit = 0; unit < width / 32; ++unit, acc += 32) {
-            const Word* from = value_unit(unit) + key / 2 * kPairWords;
+            const Word* from = values + value_unit(unit) + key / 2 * kPairWords;
             V pair;
             for (int half = 0; half < 2; ++half) {
                 pair.part[half] = _mm512_and_si512(_mm512_load_si512(from + 16 * half), own);
@@ -140,7 +142,7 @@ struct Turned<bf16> {
 #pragma GCC unroll 16
         for (int i = 0; i < ROWS * TILES; ++i) sums[i] = set1(0.0f);
         const Word* k0 = tile + at * width / 2;
-        const int64_t next_tile = width * 8, steps = width / 32;
+        const int64_t next_tile = key_tile(1), steps = width / 32;
         for (int64_t step = 0; step < steps; ++step) {
             __m512i k[TILES];
 #pragma GCC unroll 2
@@ -167,7 +169,7 @@ struct Turned<bf16> {
 #pragma GCC unroll 16
             for (int c = 0; c < 2 * UNITS; ++c) sums[r][c] = load(acc[r] + 32 * unit + 16 * c);
         }
-        const Word* from = value_unit(unit);
+        const Word* from = values + value_unit(unit);
         for (int64_t p = pairs.begin; p < pairs.end; ++p) {
             V v[UNITS];
 #pragma GCC unroll 16

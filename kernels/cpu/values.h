@@ -108,4 +108,7 @@ struct Values<bf16> {
 #endif
 #endif
 
+// Units side by side for so many rows: few rows leave registers for more of the head.
+constexpr int value_units(int rows) { return 2 * rows <= kValueRows ? 2 * kValueUnits : kValueUnits; }
+
 }  // namespace

@@ -224,6 +224,13 @@ void check_cut(const kv::Sequences& seqs, int64_t heads, int64_t kv_heads, int64
     std::vector<int> times(static_cast<size_t>(tokens * heads * most_splits));
     std::vector<bool> is_shared(static_cast<size_t>(most_splits));
     for (const kv::AttentionItem& item : cut.pieces) {
+        const int64_t item_heads = item.kv_head_end - item.kv_head_begin;
+        const int64_t rows = item.num_queries * (item.group_end - item.group_begin);
+        const bool fits = rows < kv::kManyRows
+                              ? rows * item_heads <= kv::kMaxRows
+                              : item_heads == 1 && rows <= kv::kItemRows &&
+                                    rows * kv::padded_head(d) <= kv::kItemNumbers;
+        if (!fits) Pair::fail("cut_attention", "an item has more rows than there is room for");
         for (int64_t q = 0; q < item.num_queries; ++q) {
             const kv::AttentionQuery& query = cut.queries[static_cast<size_t>(item.first_query + q)];
             const kv::AttentionQuery& first = cut.queries[static_cast<size_t>(item.first_query)];

@@ -34,7 +34,8 @@ SHAPES = [
     Heads(3, 3, 96, page_size=4),
     Heads(4, 2, 128, page_size=16, window=17),
     Heads(4, 4, 256, page_size=64, soft_cap=50.0),
-    Heads(40, 1, 16, page_size=16),  # a group larger than a block
+    Heads(60, 1, 16, page_size=16),  # a group larger than a block
+    Heads(4, 1, 512, page_size=16),
     Heads(4, 2, 64, page_size=32),
     Heads(8, 4, 128, page_size=128, window=200),
 ]
@@ -126,6 +127,7 @@ EXACT_SHAPES = [
     Heads(8, 1, 40, page_size=4, soft_cap=20.0),
     Heads(2, 2, 128, page_size=128, window=270),
     Heads(16, 8, 16, window=33),
+    Heads(4, 2, 136),
 ]
 
 

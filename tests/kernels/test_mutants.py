@@ -152,6 +152,12 @@ PAIRS = [
         "turned.add_key(keys.end - 1,",
         "turned.add_key(keys.end,",
     ),
+    Mutant(
+        "many rows: the last 32 elements over those before them",
+        "cpu/turned.h",
+        "+ unit % 2 * 32;",
+        "+ 32;",
+    ),
     Mutant("many rows: no first key", MANY, "if (keys.begin % 2) turned", "if (false) turned"),
     Mutant("many rows: no last key", MANY, "if (keys.end % 2) turned", "if (false) turned"),
     Mutant(
@@ -220,7 +226,7 @@ def check(one: Ops, three: Ops) -> None:
         kernel_cases.check_attention(one, heads, dtype, kept)
     kernel_cases.check_unseen(one, torch.bfloat16, None)
     kernel_cases.check_order_of_pairs(one, torch.bfloat16)
-    kernel_cases.check_attention_bits(one, three, Heads(4, 2, 64), torch.bfloat16, None)
+    kernel_cases.check_attention_bits(one, three, Heads(4, 2, 96), torch.bfloat16, None)
     kernel_cases.check_shared_beginnings(one, three, Heads(4, 2, 32), torch.bfloat16, None)
 
 
