@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import cProfile
+import gc
 import json
 import pstats
 import statistics
@@ -187,6 +188,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     ).page_bytes
     steps = Steps(config, executor)
     chunk = args.chunk or config.scheduler.max_num_batched_tokens
+
+    gc.collect()
+    gc.freeze()  # as the engine's process does when it has loaded
 
     rate = product_rate(shape, PREFILL, dtype, config.threads, args.seconds)
 
