@@ -7,13 +7,14 @@ namespace {
 
 template <typename T, typename K>
 struct alignas(64) ManyRows {
-    T queries[kItemNumbers];                   // [row][width], zeros behind the head
+    T queries[kItemNumbers];                          // [row][width], zeros behind the head
     alignas(64) float gathered_values[kItemNumbers];  // [row][width]
     Gathered gathered[kItemRows];
     Range visible[kItemRows];
     Turned<T> turned;
     // Of the rows that are multiplied at a time.
-    alignas(64) float scores[kBlockRows][kSplit + 32];  // rows a power of two apart share few sets
+    // Were rows a power of two apart, they would crowd into few sets of the cache.
+    alignas(64) float scores[kBlockRows][kSplit + 32];
     alignas(64) typename Values<T>::Weight weights[kBlockRows][kSplit];
     alignas(64) float values[kBlockRows * kMaxHeadDim];
     Places<K> places;

@@ -23,9 +23,10 @@ struct Turned<bf16> {
     using Word = int32_t;  // two elements
     using V = Values<bf16>;
 
-    int64_t width;                                        // a multiple of 32
-    alignas(64) Word keys[kSplit * kMaxHeadDim / 2];      // [16 keys][pair of elements][key]
-    alignas(64) Word values[kSplit / 2 * kMaxHeadDim];    // [64 elements][pair of keys][element]
+    int64_t width;  // a multiple of 32
+    // [tile][lane][32 elements][key]: the pairs of elements that one lane adds up follow each other.
+    alignas(64) Word keys[kSplit * kMaxHeadDim / 2];
+    alignas(64) Word values[kSplit / 2 * kMaxHeadDim];  // [64 elements][pair of keys][element]
 
     int64_t key_tile(int64_t tile) const { return tile * width * 8; }
     // Of 32 elements the first pair; kPairWords from a pair to the next.
